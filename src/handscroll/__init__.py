@@ -1,0 +1,1 @@
+"""handscroll: exact row-by-row text-to-image with the Sana family. Importing it loads no torch."""

@@ -1,0 +1,100 @@
+"""Every error that handscroll raises on purpose, under one root.
+
+HandscrollError                   exit 1   something failed; the message says what to do
+├── UsageError                    exit 2   the request itself cannot be meant
+│   ├── PromptError                        empty, or far too long
+│   ├── SizeError                          not a size, or one that a format or model cannot hold
+│   ├── UnknownModelError                  no such short name, folder or hub id
+│   └── FormatError                        no writer for this file name
+├── CheckpointError               exit 1   a checkpoint's files are missing, truncated, mismatched or not safetensors
+│   └── FetchError                         the hub could not be reached and the files are not here
+├── OutputError                   exit 1   the picture cannot be written where it was asked for
+├── NumericsError                 exit 1   a stage produced NaN or infinity
+└── BudgetError                   exit 3   does not fit the memory budget; carries minimum_bytes
+
+The command line prints the message alone, on one line, and leaves with `exit_code`; `--json` prints `as_dict()`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+class HandscrollError(Exception):
+    """Root of the tree. The message is one line and says what to do."""
+
+    code = "failed"
+    exit_code = 1
+
+    def as_dict(self) -> dict[str, Any]:
+        """The error as `--json` shows it: `code`, `message`, and what a branch adds."""
+        return {"code": self.code, "message": str(self)}
+
+
+class UsageError(HandscrollError):
+    """The request itself cannot be meant; trying again unchanged will not help."""
+
+    code = "bad_usage"
+    exit_code = 2
+
+
+class PromptError(UsageError):
+    """A prompt that is empty or far too long."""
+
+    code = "bad_prompt"
+
+
+class SizeError(UsageError):
+    """A picture size that is not a size, or that a format or model cannot hold."""
+
+    code = "bad_size"
+
+
+class UnknownModelError(UsageError):
+    """Neither a short name, a checkpoint folder nor a hub id."""
+
+    code = "unknown_model"
+
+
+class FormatError(UsageError):
+    """No writer for this file name."""
+
+    code = "unknown_format"
+
+
+class CheckpointError(HandscrollError):
+    """A checkpoint's files are missing, truncated, mismatched or not safetensors."""
+
+    code = "bad_checkpoint"
+
+
+class FetchError(CheckpointError):
+    """The hub could not be reached and the files are not on this machine."""
+
+    code = "cannot_fetch"
+
+
+class OutputError(HandscrollError):
+    """The picture cannot be written where it was asked for."""
+
+    code = "cannot_write"
+
+
+class NumericsError(HandscrollError):
+    """A stage produced NaN or infinity."""
+
+    code = "not_finite"
+
+
+class BudgetError(HandscrollError):
+    """The request does not fit the memory budget. `minimum_bytes` is the smallest budget that would do."""
+
+    code = "budget_too_small"
+    exit_code = 3
+
+    def __init__(self, message: str, minimum_bytes: int) -> None:
+        super().__init__(message)
+        self.minimum_bytes = minimum_bytes
+
+    def as_dict(self) -> dict[str, Any]:
+        return {**super().as_dict(), "minimum_bytes": self.minimum_bytes}
