@@ -1,0 +1,43 @@
+"""What every test shares: a private cache folder, no network, two threads, and miniature checkpoints made once."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+# Before anything imports huggingface_hub or diffusers, which read these once.
+_cache = tempfile.TemporaryDirectory(prefix="handscroll-tests-", ignore_cleanup_errors=True)
+os.environ["HF_HOME"] = _cache.name
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_HUB_DISABLE_XET"] = "1"
+os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+for _name in ("HF_TOKEN", "HF_HUB_CACHE", "HF_ENDPOINT", "HUGGINGFACE_HUB_CACHE"):
+    os.environ.pop(_name, None)
+
+import pytest  # noqa: E402
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _two_threads() -> None:
+    import torch
+
+    torch.set_num_threads(2)
+
+
+@pytest.fixture(scope="session")
+def miniature(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """`miniature("1.6b", dtype=torch.bfloat16)`: the folder of a tiny checkpoint, made once. Copy it before changing it."""
+    import miniatures
+
+    made: dict[str, Path] = {}
+
+    def folder_of(row: str = "1.6b", **options: object) -> Path:
+        key = f"{row} {sorted(options.items())}"
+        if key not in made:
+            made[key] = miniatures.make_checkpoint(tmp_path_factory.mktemp(row) / row, row=row, **options)
+        return made[key]
+
+    return folder_of
