@@ -29,7 +29,7 @@ def _two_threads() -> None:
 
 @pytest.fixture(scope="session")
 def miniature(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """`miniature("1.6b", dtype=torch.bfloat16)`: the folder of a tiny checkpoint, made once. Copy it before changing it."""
+    """`miniature("1.6b", dtype=torch.bfloat16)`: a tiny checkpoint, made once. Copy it before changing it."""
     import miniatures
 
     made: dict[str, Path] = {}
