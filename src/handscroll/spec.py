@@ -236,15 +236,6 @@ class AutoencoderSpec:
         return attention + feed_forward
 
 
-F32C32_SANA = AutoencoderSpec(
-    encoder_block_types=("ResBlock",) * 3 + ("EfficientViTBlock",) * 3,
-    decoder_block_types=("ResBlock",) * 3 + ("EfficientViTBlock",) * 3,
-    upsample_block_type="interpolate",
-    downsample_block_type="Conv",
-    scaling_factor=0.41407,
-)
-
-
 @dataclass(frozen=True, slots=True)
 class TextEncoderSpec:
     """A `Gemma2Model`. The defaults are transformers', and are those of gemma-2-2b."""
@@ -576,3 +567,13 @@ def _linear(inputs: int, outputs: int, bias: bool = True) -> int:
 def _convolution(inputs: int, outputs: int, kernel: int, bias: bool = True) -> int:
     """`inputs` are the channels that one output channel sees: 1 in a depthwise convolution."""
     return inputs * outputs * kernel**2 + (outputs if bias else 0)
+
+
+# The autoencoder that every Sana checkpoint ships.
+F32C32_SANA = AutoencoderSpec(
+    encoder_block_types=("ResBlock",) * 3 + ("EfficientViTBlock",) * 3,
+    decoder_block_types=("ResBlock",) * 3 + ("EfficientViTBlock",) * 3,
+    upsample_block_type="interpolate",
+    downsample_block_type="Conv",
+    scaling_factor=0.41407,
+)
