@@ -1,0 +1,333 @@
+"""Open a checkpoint, and build its modules from it: diffusers' and transformers' own classes, filled strictly.
+
+A module is built on the meta device from the checkpoint's config, its tensors are compared with the safetensors
+headers by name and shape, and only then are weights read, one tensor at a time. Nothing is unpickled, nothing is
+downloaded here but through `open_checkpoint`, and no diffusers pipeline is imported.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+from collections.abc import Callable, Collection, Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from handscroll.errors import CheckpointError
+from handscroll.registry import Entry, resolve
+from handscroll.runtime.fetch import FetchProgress, fetch
+from handscroll.spec import CheckpointSpec, read_config
+from handscroll.weight_files import TensorEntry, WeightFiles
+
+Component = Literal["transformer", "vae", "text_encoder"]
+
+DTYPES: dict[str, torch.dtype] = {
+    "fp64": torch.float64,
+    "fp32": torch.float32,
+    "fp16": torch.float16,
+    "bf16": torch.bfloat16,
+    "int64": torch.int64,
+    "int32": torch.int32,
+    "int16": torch.int16,
+    "int8": torch.int8,
+    "uint8": torch.uint8,
+    "bool": torch.bool,
+}
+
+STAGING_BYTES = 16 * 2**20
+
+SCHEDULERS = {
+    "DPMSolverMultistepScheduler": "diffusers.schedulers.scheduling_dpmsolver_multistep",
+    "FlowMatchEulerDiscreteScheduler": "diffusers.schedulers.scheduling_flow_match_euler_discrete",
+    "SCMScheduler": "diffusers.schedulers.scheduling_scm",
+}
+
+
+def open_checkpoint(model: str | Path, *, on_progress: Callable[[FetchProgress], None] | None = None) -> CheckpointSpec:
+    """The spec of a model given by short name, folder or hub id; fetched first where it is not on this machine.
+
+    Raises UnknownModelError for a name that means nothing, FetchError if it cannot be fetched, CheckpointError if
+    what is there is not a whole Sana checkpoint.
+    """
+    match resolve(model):
+        case Entry(hub_id=None) as entry:
+            folder = entry.builtin_folder
+            if folder is None or not folder.is_dir():
+                raise CheckpointError(
+                    f"{folder}: the built-in model is missing from this installation; install it again"
+                )
+            return dataclasses.replace(CheckpointSpec.from_folder(folder), name=entry.name)
+        case Entry(hub_id=str(hub_id)) as entry:
+            spec = CheckpointSpec.from_folder(fetch(hub_id, on_progress=on_progress))
+            return dataclasses.replace(spec, name=entry.name, licence=entry.licence)
+        case Path() as folder:
+            return CheckpointSpec.from_folder(folder)
+        case hub_id:
+            spec = CheckpointSpec.from_folder(fetch(str(hub_id), on_progress=on_progress))
+            return dataclasses.replace(spec, name=str(hub_id))
+
+
+def load_module(
+    spec: CheckpointSpec,
+    component: Component,
+    *,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    part: Literal["encoder", "decoder"] | None = None,
+    leave: Collection[str] = (),
+) -> nn.Module:
+    """Build `AutoencoderDC`, `SanaTransformer2DModel` or `Gemma2Model` and fill it from the checkpoint.
+
+    The module comes back in eval mode, without gradients, floating-point tensors in `dtype` on `device`. With `part`,
+    only that half of the autoencoder is read, and the other attribute is None. Tensors named in `leave` are not read
+    and stay on the meta device: `leave={"embed_tokens.weight"}` saves the largest table of a text encoder, of which
+    `map_tensor` gives single rows.
+
+    Memory: the module and 16 MiB, never two copies of a tensor. On the CPU, tensors that the file holds in `dtype`
+    already are not copied at all: they are the file's pages, mapped privately, which enter memory when first touched
+    (and count as resident then); writing to one changes this process's copy and not the file.
+
+    Raises CheckpointError, naming file and tensor, for a tensor that is missing, unexpected or of another shape.
+    """
+    device = torch.device(device)
+    with torch.device("meta"):
+        module = _build(spec, component)
+    if part is not None:
+        if component != "vae":
+            raise ValueError(f"part {part!r} is for the autoencoder, not the {component}")
+        setattr(module, "encoder" if part == "decoder" else "decoder", None)
+
+    entries = _match(spec, component, module, part)
+    reader = _Reader(dtype, device)
+    for name, entry in entries.items():
+        if name not in leave:
+            _assign(module, name, reader.read(entry))
+    _recompute_buffers(module, dtype, device, leave)
+    for name, tensor in _tensors(module):
+        if tensor.is_meta and name not in leave:
+            raise CheckpointError(f"{spec.folder / component}: the tensor {name} is neither stored nor computable")
+    return module.eval().requires_grad_(False)
+
+
+def map_tensor(spec: CheckpointSpec, component: Component, name: str) -> torch.Tensor:
+    """One weight in its published dtype as the file's own pages: nothing is read until a row is touched.
+
+    `name` is the module's name for it, such as `embed_tokens.weight`. Raises CheckpointError if it is not there.
+    """
+    for entry in spec.weights_of(component).tensors:
+        if _module_name(component, entry.name) == name:
+            return _Reader(DTYPES[entry.dtype], torch.device("cpu")).read(entry)
+    raise CheckpointError(f"{spec.folder / component}: the tensor {name} is missing")
+
+
+def load_tokenizer(spec: CheckpointSpec) -> Any:
+    """The checkpoint's tokenizer, padding on the right; never runs code from the folder. Raises CheckpointError."""
+    from transformers.models.auto.tokenization_auto import AutoTokenizer
+
+    folder = spec.folder / "tokenizer"
+    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
+        raise CheckpointError(f"{folder}: holds no tokenizer; expected tokenizer.json or tokenizer.model")
+    try:
+        return AutoTokenizer.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False, padding_side="right"
+        )
+    except Exception as error:  # the library raises whatever its parsers raise
+        raise CheckpointError(f"{folder}: cannot be read as a tokenizer: {_first_line(error)}") from error
+
+
+def load_scheduler(spec: CheckpointSpec) -> Any:
+    """The checkpoint's diffusers scheduler, of a class that handscroll knows. Raises CheckpointError."""
+    file = spec.folder / "scheduler" / "scheduler_config.json"
+    name = spec.scheduler.class_name
+    if name not in SCHEDULERS:
+        raise CheckpointError(f"{file}: scheduler is a {name}; handscroll runs {' or '.join(SCHEDULERS)}")
+    try:
+        return getattr(importlib.import_module(SCHEDULERS[name]), name).from_config(spec.scheduler.config)
+    except (TypeError, ValueError, NotImplementedError) as error:
+        raise CheckpointError(f"{file}: {_first_line(error)}") from error
+
+
+# Building: the classes' own submodules, so that no pipeline is imported.
+
+
+def _build(spec: CheckpointSpec, component: Component) -> nn.Module:
+    file = spec.folder / component / "config.json"
+    config = read_config(file)
+    try:
+        match component:
+            case "transformer":
+                from diffusers.models.transformers.sana_transformer import SanaTransformer2DModel
+
+                return SanaTransformer2DModel.from_config(config)
+            case "vae":
+                from diffusers.models.autoencoders.autoencoder_dc import AutoencoderDC
+
+                return AutoencoderDC.from_config(config)
+            case "text_encoder":
+                from transformers.models.gemma2.configuration_gemma2 import Gemma2Config
+                from transformers.models.gemma2.modeling_gemma2 import Gemma2Model
+
+                return Gemma2Model(Gemma2Config.from_dict(config))
+    except (TypeError, ValueError, KeyError, AssertionError) as error:
+        raise CheckpointError(f"{file}: describes no {component}: {_first_line(error)}") from error
+    raise ValueError(f"no component {component!r}")
+
+
+# Matching: every tensor of the module against the headers, before a weight is read.
+
+
+def _match(spec: CheckpointSpec, component: Component, module: nn.Module, part: str | None) -> dict[str, TensorEntry]:
+    """The entry for each tensor of the module's state dict, in file order."""
+    weights = spec.weights_of(component)
+    where = _where(spec, component, weights)
+    wanted = module.state_dict()
+    computed = {name for name, _ in module.named_buffers()} - wanted.keys()
+    other_half = {"decoder": "encoder.", "encoder": "decoder."}.get(part or "")
+
+    found: dict[str, TensorEntry] = {}
+    for entry in weights.tensors:
+        name = _module_name(component, entry.name)
+        if name is None or name in computed or (other_half and name.startswith(other_half)):
+            continue
+        if name not in wanted:
+            raise CheckpointError(f"{entry.file}: unexpected tensor {entry.name}; the config has no place for it")
+        if name in found:
+            raise CheckpointError(f"{entry.file}: the tensor {name} is there twice, once as {found[name].name}")
+        shape = tuple(wanted[name].shape)
+        if entry.shape != shape:
+            raise CheckpointError(
+                f"{entry.file}: the tensor {entry.name} has shape {_shape(entry.shape)}, "
+                f"the config asks for {_shape(shape)}"
+            )
+        if entry.dtype not in DTYPES or DTYPES[entry.dtype].is_floating_point != wanted[name].is_floating_point():
+            raise CheckpointError(
+                f"{entry.file}: the tensor {entry.name} is stored as {entry.dtype}; quantised files are not supported"
+            )
+        found[name] = entry
+    if missing := [name for name in wanted if name not in found]:
+        more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
+        raise CheckpointError(f"{where}: the tensor {missing[0]}{more} is missing")
+    return found
+
+
+def _module_name(component: Component, stored: str) -> str | None:
+    """A stored name as the module's; None for what a text encoder's language-model head adds to it."""
+    if component != "text_encoder":
+        return stored
+    # Saved as Gemma2ForCausalLM: its Gemma2Model lies under `model.`, and text features need no head.
+    return None if stored == "lm_head.weight" else stored.removeprefix("model.")
+
+
+def _where(spec: CheckpointSpec, component: Component, weights: WeightFiles) -> Path:
+    return weights.files[0] if len(weights.files) == 1 else spec.folder / component
+
+
+# Filling.
+
+
+class _Reader:
+    """Reads tensors into `dtype` on `device` through one small staging buffer, or maps those that fit as they are."""
+
+    def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
+        self.dtype = dtype
+        self.device = device
+        self._staging: torch.Tensor | None = None
+        self._maps: dict[Path, Any] = {}
+
+    def read(self, entry: TensorEntry) -> torch.Tensor:
+        stored = DTYPES[entry.dtype]
+        wanted = self.dtype if stored.is_floating_point else stored
+        try:
+            if self.device.type == "cpu" and stored == wanted and entry.start % stored.itemsize == 0 and entry.n_bytes:
+                return self._map(entry, stored)
+            return self._copy(entry, stored, wanted)
+        except (OSError, EOFError) as error:
+            raise CheckpointError(f"{entry.file}: the tensor {entry.name} cannot be read: {error}") from error
+
+    def _map(self, entry: TensorEntry, stored: torch.dtype) -> torch.Tensor:
+        if entry.file not in self._maps:
+            n_bytes = entry.file.stat().st_size
+            if n_bytes < entry.start + entry.n_bytes:
+                raise EOFError("the file has become shorter")
+            self._maps[entry.file] = torch.UntypedStorage.from_file(str(entry.file), shared=False, nbytes=n_bytes)
+        empty = torch.empty(0, dtype=stored)
+        strides = torch.empty(entry.shape, device="meta").stride()
+        return empty.set_(self._maps[entry.file], entry.start // stored.itemsize, entry.shape, strides)
+
+    def _copy(self, entry: TensorEntry, stored: torch.dtype, wanted: torch.dtype) -> torch.Tensor:
+        if self._staging is None:
+            self._staging = torch.empty(STAGING_BYTES, dtype=torch.uint8)
+        filled = torch.empty(entry.shape, dtype=wanted, device=self.device)
+        flat = filled.view(-1)
+        window = self._staging.numpy().data
+        with entry.file.open("rb", buffering=0) as stream:
+            stream.seek(entry.start)
+            for first in range(0, entry.n_bytes, STAGING_BYTES):
+                n_bytes = min(STAGING_BYTES, entry.n_bytes - first)
+                _read_fully(stream, window[:n_bytes])
+                begin, count = first // stored.itemsize, n_bytes // stored.itemsize
+                flat[begin : begin + count].copy_(self._staging[:n_bytes].view(stored))
+        return filled
+
+
+def _read_fully(stream: Any, window: memoryview) -> None:
+    while len(window):
+        count = stream.readinto(window)
+        if not count:
+            raise EOFError("the file has become shorter")
+        window = window[count:]
+
+
+def _assign(module: nn.Module, name: str, tensor: torch.Tensor) -> None:
+    owner, _, leaf = name.rpartition(".")
+    parent = module.get_submodule(owner)
+    is_parameter = leaf in parent._parameters
+    setattr(parent, leaf, nn.Parameter(tensor, requires_grad=False) if is_parameter else tensor)
+
+
+def _tensors(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    yield from module.named_parameters()
+    yield from module.named_buffers()
+
+
+def _recompute_buffers(module: nn.Module, dtype: torch.dtype, device: torch.device, leave: Collection[str]) -> None:
+    """Fill the buffers that no file stores, as the modules' own constructors do on the CPU."""
+    for path, each in module.named_modules():
+        lacking = [name for name, buffer in each.named_buffers(recurse=False) if buffer.is_meta]
+        lacking = [name for name in lacking if f"{path}.{name}".removeprefix(".") not in leave]
+        if not lacking:
+            continue
+        for name, tensor in _computed(each, dtype).items():
+            if name in lacking:
+                setattr(each, name, tensor.to(device))
+
+
+def _computed(module: Any, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    match type(module).__name__:
+        case "PatchEmbed":
+            from diffusers.models.embeddings import get_2d_sincos_pos_embed
+
+            table = get_2d_sincos_pos_embed(
+                module.proj.out_channels,
+                module.height,
+                base_size=module.base_size,
+                interpolation_scale=module.interpolation_scale,
+                output_type="pt",
+            )
+            return {"pos_embed": table.float().unsqueeze(0)}  # [1, tokens, width] fp32 whatever the weights are
+        case "Gemma2RotaryEmbedding":
+            return dict(type(module)(module.config).named_buffers())
+        case "Gemma2TextScaledWordEmbedding":
+            return {"embed_scale": torch.tensor(module.scalar_embed_scale, dtype=dtype)}
+    return {}
+
+
+def _shape(shape: tuple[int, ...]) -> str:
+    return "x".join(map(str, shape)) or "scalar"
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
