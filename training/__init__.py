@@ -1,0 +1,1 @@
+"""How the built-in model was made: a painted world, captions for it, an autoencoder, a transformer."""

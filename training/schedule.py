@@ -1,0 +1,53 @@
+"""What both trainings share: the device, the learning rate by step, and the running average of the weights."""
+
+from __future__ import annotations
+
+import copy
+import math
+from typing import Generic, TypeVar
+
+import torch
+from torch import nn
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def pick_device(name: str) -> torch.device:
+    """`auto` is CUDA where there is one."""
+    return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
+
+
+def learning_rate(step: int, steps: int, peak: float, warmup: int, floor: float = 0.06) -> float:
+    """Up in a line, then down along a cosine to `floor` of the peak. Steps, not seconds: a pause costs nothing."""
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    done = min((step - warmup) / max(steps - warmup, 1), 1.0)
+    return peak * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * done)))
+
+
+class Average(Generic[Model]):
+    """A running average of a model's weights over about `horizon` steps."""
+
+    def __init__(self, model: Model, horizon: int) -> None:
+        self.model = copy.deepcopy(model).requires_grad_(False).eval()
+        self.horizon = horizon
+        self.updates = 0
+
+    @torch.no_grad()
+    def update(self, model: Model) -> None:
+        self.updates += 1
+        # Short at first, so that the start is forgotten.
+        share = 1 / min(self.horizon, 10 + self.updates / 4)
+        torch._foreach_lerp_(list(self.model.parameters()), list(model.parameters()), share)
+        for kept, current in zip(self.model.buffers(), model.buffers(), strict=True):
+            kept.copy_(current)
+
+
+def plateau(step: int, steps: int, peak: float, warmup: int, decay: float = 0.3) -> float:
+    """Up in a line, level, and down in a line over the last `decay` of the steps.
+
+    A level rate does not need to know the end: a run may be given more or fewer steps while it is under way.
+    """
+    rising = (step + 1) / warmup
+    falling = (steps - step) / (decay * steps)
+    return peak * max(min(rising, falling, 1.0), 0.01)

@@ -1,0 +1,269 @@
+"""Train the transformer and its text encoder together, by flow matching as Sana does.
+
+x_sigma = (1 - sigma) * latent + sigma * noise, and the model predicts noise - latent from x_sigma, sigma * 1000 and the
+caption. sigma is logit-normal, shifted towards noise as the sampler's steps are.
+"""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import SanaTransformer2DModel
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from transformers import Gemma2Config, Gemma2Model, PreTrainedTokenizerFast
+
+from training.captions import build_tokenizer, sample_captions
+from training.latents import PLAN, Bucket, LatentFiles
+from training.schedule import Average, pick_device, plateau
+
+FLOW_SHIFT = 3.0
+EMPTY_CAPTIONS = 0.1
+HELD_OUT = 64  # of each bucket
+TEXT_WIDTH = 128
+
+# Share of the steps given to each bucket, at the start and at the end; between, they change in a line.
+SHARES = {
+    "256x256": (0.94, 0.24),
+    "512x512": (0.04, 0.30),
+    "512x256": (0.01, 0.05),
+    "256x384": (0.01, 0.05),
+    "1024x1024": (0.0, 0.27),
+    "1024x512": (0.0, 0.04),
+    "2048x2048": (0.0, 0.05),
+}
+
+
+class Painter(nn.Module):
+    """Text encoder and transformer as one module, so that they share an optimiser and an average."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
+        super().__init__()
+        self.text_encoder = Gemma2Model(
+            Gemma2Config(
+                vocab_size=len(tokenizer),
+                hidden_size=TEXT_WIDTH,
+                intermediate_size=2 * TEXT_WIDTH,
+                num_hidden_layers=3,
+                num_attention_heads=4,
+                num_key_value_heads=2,
+                head_dim=32,
+                query_pre_attn_scalar=32,
+                max_position_embeddings=512,
+                sliding_window=512,
+                use_cache=False,
+                pad_token_id=tokenizer.pad_token_id,
+                bos_token_id=tokenizer.bos_token_id,
+                eos_token_id=tokenizer.eos_token_id,
+                attn_implementation="eager",
+            )
+        )
+        self.transformer = SanaTransformer2DModel(
+            in_channels=32,
+            out_channels=32,
+            num_attention_heads=6,
+            attention_head_dim=32,
+            num_layers=7,
+            num_cross_attention_heads=6,
+            cross_attention_head_dim=32,
+            cross_attention_dim=192,
+            caption_channels=TEXT_WIDTH,
+            mlp_ratio=2.5,
+            attention_bias=False,
+            sample_size=32,
+            patch_size=1,
+            interpolation_scale=1.0,
+            qk_norm="rms_norm_across_heads",
+        )
+        nn.init.zeros_(self.transformer.proj_out.weight)
+
+    def forward(self, noisy: Tensor, sigma: Tensor, tokens: Tensor, mask: Tensor) -> Tensor:
+        text = self.text_encoder(input_ids=tokens, attention_mask=mask).last_hidden_state
+        return self.transformer(
+            noisy,
+            encoder_hidden_states=text,
+            encoder_attention_mask=mask,
+            timestep=sigma * 1000,
+            return_dict=False,
+        )[0]
+
+
+@dataclass(frozen=True)
+class Batch:
+    latents: Tensor
+    tokens: Tensor
+    mask: Tensor
+
+
+class CaptionedLatents:
+    """What is on disk of one bucket, with the first pictures held out."""
+
+    def __init__(self, folder: Path, bucket: Bucket, tokenizer: PreTrainedTokenizerFast) -> None:
+        self.bucket = bucket
+        self.files = LatentFiles(folder, bucket)
+        self.tokenizer = tokenizer
+        self.latents, self.captions = self.files.read()
+
+    def refresh(self) -> None:
+        if self.files.count() > len(self.captions):
+            self.latents, self.captions = self.files.read()
+
+    @property
+    def ready(self) -> bool:
+        return len(self.captions) > HELD_OUT
+
+    def draw(self, count: int, rng: np.random.Generator) -> Batch:
+        picked = rng.integers(HELD_OUT, len(self.captions), count)
+        texts = [
+            "" if rng.random() < EMPTY_CAPTIONS else self.captions[i][rng.integers(len(self.captions[i]))]
+            for i in picked
+        ]
+        return self._batch(self.latents[np.sort(picked)][np.argsort(np.argsort(picked))], texts)
+
+    def held_out(self, count: int) -> Batch:
+        count = min(count, HELD_OUT)
+        return self._batch(self.latents[:count], [lines[0] for lines in self.captions[:count]])
+
+    def _batch(self, latents: NDArray[np.float16], texts: Sequence[str]) -> Batch:
+        encoded = self.tokenizer(list(texts), padding=True, truncation=True, max_length=96, return_tensors="pt")
+        return Batch(torch.from_numpy(latents.astype(np.float32)), encoded.input_ids, encoded.attention_mask)
+
+
+def sample_sigma(count: int, generator: torch.Generator) -> Tensor:
+    plain = torch.randn(count, generator=generator).sigmoid()
+    return FLOW_SHIFT * plain / (1 + (FLOW_SHIFT - 1) * plain)
+
+
+def flow_loss(model: Painter, batch: Batch, generator: torch.Generator, device: torch.device) -> Tensor:
+    sigma = sample_sigma(len(batch.latents), generator).to(device)
+    noise = torch.randn(batch.latents.shape, generator=generator).to(device)
+    latents = batch.latents.to(device)
+    share = sigma.view(-1, 1, 1, 1)
+    output = model(latents + share * (noise - latents), sigma, batch.tokens.to(device), batch.mask.to(device))
+    return (output - (noise - latents)).square().mean()
+
+
+def load_or_build_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
+    if not (folder / "tokenizer.json").exists():
+        build_tokenizer(sample_captions(40_000, seed=5)).save_pretrained(folder)
+    return PreTrainedTokenizerFast.from_pretrained(folder)
+
+
+class TransformerTraining:
+    """Models, average, optimiser and step, saved and resumed together."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.options = options
+        self.device = pick_device(options.device)
+        self.tokenizer = load_or_build_tokenizer(options.work / "tokenizer")
+        self.sets = [CaptionedLatents(options.work, bucket, self.tokenizer) for bucket, _ in PLAN]
+        self.checkpoint = options.work / "painter.pt"
+        self.step = 0
+        torch.manual_seed(1)
+        self.model = Painter(self.tokenizer).to(self.device)
+        self.average = Average(self.model, horizon=options.horizon)
+        decayed = [p for p in self.model.parameters() if p.ndim > 1]
+        plain = [p for p in self.model.parameters() if p.ndim <= 1]
+        self.optimiser = torch.optim.AdamW(
+            [{"params": decayed, "weight_decay": 0.01}, {"params": plain, "weight_decay": 0.0}],
+            lr=0.0,
+            betas=(0.9, 0.98),
+            fused=True,
+        )
+        if self.checkpoint.exists():
+            saved = torch.load(self.checkpoint, map_location=self.device)
+            self.step = saved["step"]
+            self.model.load_state_dict(saved["model"])
+            self.average.model.load_state_dict(saved["average"])
+            self.average.updates = self.step
+            self.optimiser.load_state_dict(saved["optimiser"])
+        self.rng = np.random.default_rng((6, self.step))
+        self.generator = torch.Generator().manual_seed(7 + self.step)
+        self.stopping = False
+
+    def save(self) -> None:
+        part = self.checkpoint.with_suffix(".part")
+        state = {
+            "step": self.step,
+            "model": self.model.state_dict(),
+            "average": self.average.model.state_dict(),
+            "optimiser": self.optimiser.state_dict(),
+        }
+        torch.save(state, part)
+        part.rename(self.checkpoint)
+
+    def stop(self, *_: object) -> None:
+        self.stopping = True
+
+    def _choose(self) -> CaptionedLatents:
+        done = min(self.step / self.options.steps, 1.0)
+        ready = [files for files in self.sets if files.ready]
+        shares = np.array([(1 - done) * SHARES[f.bucket.name][0] + done * SHARES[f.bucket.name][1] for f in ready])
+        return ready[int(self.rng.choice(len(ready), p=shares / shares.sum()))]
+
+    @torch.no_grad()
+    def report(self) -> None:
+        for files in self.sets:
+            if files.ready and files.bucket.width == files.bucket.height and files.bucket.width <= 1024:
+                batch = files.held_out(max(8, 64 * 64 // files.bucket.tokens))
+                generator = torch.Generator().manual_seed(8)
+                loss = float(flow_loss(self.average.model, batch, generator, self.device))
+                print(f"step {self.step:6d}  held-out loss {files.bucket.name}: {loss:.4f}", flush=True)
+
+    def run(self) -> None:
+        options = self.options
+        signal.signal(signal.SIGTERM, self.stop)
+        signal.signal(signal.SIGINT, self.stop)
+        print(f"{sum(p.numel() for p in self.model.parameters()) / 1e6:.2f} M parameters", flush=True)
+        started, losses = time.process_time(), []
+        while self.step < options.steps and not self.stopping:
+            if self.step % 100 == 0:
+                for files in self.sets:
+                    files.refresh()
+            losses.append(self._step(self._choose()))
+            self.step += 1
+            if self.step % 50 == 0:
+                spent = time.process_time() - started
+                print(f"step {self.step:6d}  loss {np.mean(losses):.4f}  {spent:.0f} s of processor", flush=True)
+                losses = []
+            if self.step % 400 == 0:
+                self.report()
+                self.save()
+        self.report()
+        self.save()
+
+    def _step(self, files: CaptionedLatents) -> float:
+        options = self.options
+        for group in self.optimiser.param_groups:
+            group["lr"] = plateau(self.step, options.steps, options.rate, warmup=200)
+        batch = files.draw(max(1, options.tokens // files.bucket.tokens), self.rng)
+        loss = flow_loss(self.model, batch, self.generator, self.device)
+        self.optimiser.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimiser.step()
+        self.average.update(self.model)
+        return float(loss.detach())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--work", type=Path, required=True, help="folder that holds latents; checkpoints go there")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--steps", type=int, default=9000)
+    parser.add_argument("--tokens", type=int, default=2048, help="of latent, in one step")
+    parser.add_argument("--rate", type=float, default=1.2e-3)
+    parser.add_argument("--horizon", type=int, default=500, help="of the running average, in steps")
+    torch.set_flush_denormal(True)
+    TransformerTraining(parser.parse_args()).run()
+
+
+if __name__ == "__main__":
+    main()
