@@ -206,12 +206,17 @@ def _octaves(frequency: float, limit: float, most: int) -> list[tuple[float, flo
     return found
 
 
+def _weight(gain: float, most: int) -> float:
+    """The sum of all octaves' amplitudes, drawn or not: a size must not change how tall a ridge is."""
+    return (1 - gain**most) / (1 - gain)
+
+
 def _noise_line(
     positions: Floats, seed: int, salt: int, frequency: float, gain: float, limit: float, ridged: bool, most: int = 12
 ) -> Floats:
     """Fractal noise along a line, about 0 to 1; ridged noise has sharp crests and straight flanks."""
     lattice = _lattice(seed, salt)
-    total, weight, amplitude = np.zeros_like(positions), 0.0, 1.0
+    total, amplitude = np.zeros_like(positions), 1.0
     for octave, (f, presence) in enumerate(_octaves(frequency, limit, most)):
         index, t = _cell(positions, f, 37.3 + 11.7 * octave, smooth=not ridged)
         row = lattice[octave]
@@ -219,9 +224,8 @@ def _noise_line(
         if ridged:
             value = 1 - np.abs(2 * value - 1)
         total += np.float32(amplitude * presence) * (value - 0.5)
-        weight += amplitude
         amplitude *= gain
-    return 0.5 + total / np.float32(weight * 0.75)
+    return 0.5 + total / np.float32(0.75 * _weight(gain, most))
 
 
 def _noise_field(
@@ -230,7 +234,7 @@ def _noise_field(
     """Fractal noise over a grid, about 0 to 1. `limit` is the finest frequency along x worth drawing."""
     lattice = _lattice(seed, salt)
     total = np.zeros((len(ys), len(xs)), dtype=np.float32)
-    amplitude, weight = 1.0, 0.0
+    amplitude = 1.0
     stretch = frequency[1] / frequency[0]
     for octave, (f, presence) in enumerate(_octaves(frequency[0], limit, most)):
         ix, tx = _cell(xs, f, 53.1 + 17.9 * octave, smooth=True)
@@ -244,9 +248,8 @@ def _noise_field(
         total += left
         total += right
         total -= np.float32(0.5 * amplitude * presence)
-        weight += amplitude
         amplitude *= gain
-    total /= np.float32(weight * 0.7)
+    total /= np.float32(0.7 * _weight(gain, most))
     total += np.float32(0.5)
     return total
 

@@ -1,0 +1,82 @@
+"""Write the trained weights as a checkpoint folder in the diffusers layout, in bf16, with nothing of the training."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderDC, DPMSolverMultistepScheduler, SanaPipeline
+
+from training.transformer import FLOW_SHIFT, Painter, load_or_build_tokenizer
+
+LIMIT = 16 * 2**20
+ABOUT = {
+    "name": "tiny-landscape",
+    "native_px": 1024,
+    "complex_human_instruction": None,
+    "licence": "Apache-2.0",
+    "default_steps": 20,
+    "default_guidance": 4.5,
+    "max_prompt_tokens": 300,
+}
+
+
+def scheduler() -> DPMSolverMultistepScheduler:
+    return DPMSolverMultistepScheduler(
+        num_train_timesteps=1000,
+        algorithm_type="dpmsolver++",
+        solver_order=2,
+        prediction_type="flow_prediction",
+        use_flow_sigmas=True,
+        flow_shift=FLOW_SHIFT,
+    )
+
+
+def assemble(work: Path) -> SanaPipeline:
+    """The averaged weights as a pipeline, in float32."""
+    tokenizer = load_or_build_tokenizer(work / "tokenizer")
+    painter = Painter(tokenizer)
+    painter.load_state_dict(torch.load(work / "painter.pt", map_location="cpu")["average"])
+    decoder = work / "autoencoder"
+    vae = AutoencoderDC.from_pretrained(decoder if decoder.exists() else work / "autoencoder-fixed-encoder")
+    return SanaPipeline(
+        tokenizer=tokenizer,
+        text_encoder=painter.text_encoder,
+        vae=vae,
+        transformer=painter.transformer,
+        scheduler=scheduler(),
+    )
+
+
+def folder_bytes(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def export(work: Path, folder: Path) -> int:
+    """Replace `folder` by the current weights and return its size in bytes."""
+    part = folder.with_name(folder.name + ".part")
+    shutil.rmtree(part, ignore_errors=True)
+    assemble(work).to(dtype=torch.bfloat16).save_pretrained(part)
+    (part / "handscroll.json").write_text(json.dumps(ABOUT, indent=2) + "\n")
+    size = folder_bytes(part)
+    if size > LIMIT:
+        raise SystemExit(f"{size} bytes is over the {LIMIT} that a package may carry")
+    shutil.rmtree(folder, ignore_errors=True)
+    part.rename(folder)
+    return size
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--folder", type=Path, default=Path("src/handscroll/builtin/tiny-landscape"))
+    options = parser.parse_args()
+    size = export(options.work, options.folder)
+    print(f"{options.folder}: {size / 2**20:.2f} MiB")
+
+
+if __name__ == "__main__":
+    main()
