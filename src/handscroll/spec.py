@@ -324,6 +324,17 @@ class CheckpointSpec:
         Raises CheckpointError, one line naming the file, for whatever is missing, broken, truncated or not Sana's.
         """
         folder = Path(folder)
+        return dataclasses.replace(
+            cls.from_configs(folder),
+            transformer_weights=WeightFiles.from_folder(folder / "transformer"),
+            autoencoder_weights=WeightFiles.from_folder(folder / "vae"),
+            text_encoder_weights=WeightFiles.from_folder(folder / "text_encoder"),
+        )
+
+    @classmethod
+    def from_configs(cls, folder: str | Path) -> Self:
+        """Read only the JSON of a checkpoint folder, whose weights may not be there yet. Raises CheckpointError."""
+        folder = Path(folder)
         _check_layout(folder)
         configs = {component: _read_component(folder, component) for component in COMPONENTS}
         transformer = _build(TransformerSpec, folder / "transformer/config.json", configs["transformer"])
@@ -345,11 +356,8 @@ class CheckpointSpec:
             default_steps=own.default_steps or (2 if sprint else 20),
             default_guidance=4.5 if own.default_guidance is None else own.default_guidance,
             instruction=own.instruction,
-            instruction_lines=own.instruction_lines,
+            instruction_lines=own.complex_human_instruction,
             licence=own.licence,
-            transformer_weights=WeightFiles.from_folder(folder / "transformer"),
-            autoencoder_weights=WeightFiles.from_folder(folder / "vae"),
-            text_encoder_weights=WeightFiles.from_folder(folder / "text_encoder"),
         )
 
     @property
@@ -406,10 +414,6 @@ class _Own:
         for field in ("native_px", "default_steps"):
             if getattr(self, field) is not None:
                 _require_positive(self, field)
-
-    @property
-    def instruction_lines(self) -> tuple[str, ...] | None:
-        return self.complex_human_instruction
 
 
 def _read_own(folder: Path) -> _Own:

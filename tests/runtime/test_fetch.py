@@ -1,0 +1,296 @@
+"""Fetching from a hub that is a thread on this machine: whole, interrupted and resumed, and with the hub gone."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import threading
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+import pytest
+from huggingface_hub import constants
+
+from handscroll.errors import CheckpointError, FetchError, UnknownModelError
+from handscroll.runtime import fetch as fetch_module
+from handscroll.runtime.checkpoint import open_checkpoint
+from handscroll.runtime.fetch import FetchProgress, choose_files, fetch, find_local
+from handscroll.spec import CheckpointSpec
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+HUB_ID = "someone/tiny-sana_diffusers"
+
+
+class Hub:
+    """As much of the hub as snapshot_download asks for. `files` may be changed; `requests` lists what was asked."""
+
+    def __init__(self, files: dict[str, bytes]) -> None:
+        self.files = files
+        self.requests: list[tuple[str, str, str | None]] = []
+        self.refuse: dict[str, tuple[int, dict[str, str]]] = {}  # path prefix -> status and headers
+        self.break_after: dict[str, int] = {}  # file name -> bytes to send before the line goes dead
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), self._handler())
+        self.server.daemon_threads = True
+        threading.Thread(target=self.server.serve_forever, args=(0.02,), daemon=True).start()
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server.server_address[1]}"
+
+    def close(self) -> None:
+        self.server.shutdown()
+        self.server.server_close()
+
+    def downloads(self) -> list[str]:
+        """Names of the files whose contents were asked for."""
+        prefix = f"/{HUB_ID}/resolve/{COMMIT}/"
+        return [
+            path.removeprefix(prefix)
+            for method, path, _ in self.requests
+            if method == "GET" and path.startswith(prefix)
+        ]
+
+    def _handler(hub) -> type[BaseHTTPRequestHandler]:
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def log_message(self, *args: object) -> None:
+                pass
+
+            def do_HEAD(self) -> None:
+                self.answer(body=False)
+
+            def do_GET(self) -> None:
+                self.answer(body=True)
+
+            def answer(self, body: bool) -> None:
+                path = unquote(urlsplit(self.path).path)
+                hub.requests.append((self.command, path, self.headers.get("Range")))
+                for prefix, (status, headers) in hub.refuse.items():
+                    if path.startswith(prefix):
+                        return self.send(status, b"{}", headers, body)
+                if path == f"/api/models/{HUB_ID}/revision/main":
+                    siblings = [{"rfilename": name, "size": len(data)} for name, data in hub.files.items()]
+                    listing = {"id": HUB_ID, "modelId": HUB_ID, "sha": COMMIT, "siblings": siblings, "tags": []}
+                    return self.send(200, json.dumps(listing).encode(), {}, body)
+                if path == f"/api/models/{HUB_ID}/tree/{COMMIT}":
+                    tree = [
+                        {"type": "file", "path": name, "size": len(data), "oid": etag(data)}
+                        for name, data in hub.files.items()
+                    ]
+                    return self.send(200, json.dumps(tree).encode(), {}, body)
+                name = path.partition(f"/{HUB_ID}/resolve/{COMMIT}/")[2]
+                if name in hub.files:
+                    return self.send_file(name, hub.files[name], body)
+                return self.send(404, b"{}", {"X-Error-Code": "RepoNotFound"}, body)
+
+            def send_file(self, name: str, data: bytes, body: bool) -> None:
+                headers = {"ETag": f'"{etag(data)}"', "X-Repo-Commit": COMMIT, "Accept-Ranges": "bytes"}
+                asked = self.headers.get("Range")
+                if asked and body:
+                    first = int(asked.removeprefix("bytes=").split("-")[0])
+                    headers["Content-Range"] = f"bytes {first}-{len(data) - 1}/{len(data)}"
+                    return self.send(206, data[first:], headers, body)
+                if body and name in hub.break_after:
+                    self.send_response(200)
+                    self.send_header("Content-Length", str(len(data)))
+                    self.end_headers()
+                    self.wfile.write(data[: hub.break_after.pop(name)])
+                    self.close_connection = True
+                    return None
+                return self.send(200, data, headers, body)
+
+            def send(self, status: int, data: bytes, headers: dict[str, str], body: bool) -> None:
+                self.send_response(status)
+                for name, value in {"Content-Length": str(len(data)), **headers}.items():
+                    self.send_header(name, value)
+                self.end_headers()
+                if body:
+                    self.wfile.write(data)
+
+        return Handler
+
+
+def etag(data: bytes) -> str:
+    return hashlib.sha1(data).hexdigest()
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.fixture
+def hub(miniature: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
+    served = Hub(files_of(miniature("1.6b")))
+    template = constants.HUGGINGFACE_CO_URL_TEMPLATE.replace(constants.ENDPOINT, served.url)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    monkeypatch.setattr(constants, "ENDPOINT", served.url)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    yield served
+    served.close()
+
+
+def test_a_checkpoint_is_fetched_once_and_then_needs_no_network(hub: Hub) -> None:
+    heard: list[FetchProgress] = []
+    folder = fetch(HUB_ID, on_progress=heard.append)
+    spec = CheckpointSpec.from_folder(folder)
+    assert spec.transformer.num_layers == 2
+    assert files_of(folder) == hub.files
+
+    done = [event.done_bytes for event in heard]
+    assert done == sorted(done)
+    assert done[0] == 0
+    assert done[-1] == heard[-1].total_bytes == sum(map(len, hub.files.values()))
+
+    hub.close()
+    hub.requests.clear()
+    assert fetch(HUB_ID) == find_local(HUB_ID) == folder
+    assert open_checkpoint(HUB_ID).name == HUB_ID
+    assert hub.requests == []
+
+
+def test_pickles_and_second_copies_stay_where_they_are(hub: Hub) -> None:
+    variant = "vae/diffusion_pytorch_model.bf16.safetensors"
+    hub.files[variant] = hub.files["vae/diffusion_pytorch_model.safetensors"]
+    for name in ("unwanted.bin", "transformer/model.pt", "vae/old.ckpt", "vae/model.onnx", "README.md", "x.png"):
+        hub.files[name] = b"unwanted"
+    folder = fetch(HUB_ID)
+    assert (folder / variant).is_file()
+    assert not (folder / "vae" / "diffusion_pytorch_model.safetensors").exists()
+    downloaded = hub.downloads()
+    assert not [name for name in downloaded if name.endswith((".bin", ".pt", ".ckpt", ".onnx", ".md", ".png"))]
+    assert len(downloaded) == len(set(downloaded))
+
+
+def test_a_line_that_drops_is_taken_up_where_it_stopped(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 1000)  # what is not a whole chunk is lost
+    name = "vae/diffusion_pytorch_model.safetensors"
+    hub.break_after[name] = 1_000_000
+    heard: list[FetchProgress] = []
+    folder = fetch(HUB_ID, on_progress=heard.append)
+    assert files_of(folder) == hub.files
+    assert [asked for method, path, asked in hub.requests if method == "GET" and path.endswith(name)] == [
+        None,
+        "bytes=1000000-",
+    ]
+    assert heard[-1].done_bytes == heard[-1].total_bytes
+
+
+def test_an_interrupted_fetch_goes_on_with_the_files_it_lacks(hub: Hub) -> None:
+    name = "vae/diffusion_pytorch_model.safetensors"
+    hub.refuse[f"/{HUB_ID}/resolve/{COMMIT}/{name}"] = (403, {})
+    with pytest.raises(FetchError, match="HF_TOKEN"):
+        fetch(HUB_ID)
+    assert find_local(HUB_ID) is None
+
+    hub.refuse.clear()
+    hub.requests.clear()
+    heard: list[FetchProgress] = []
+    folder = fetch(HUB_ID, on_progress=heard.append)
+    assert files_of(folder) == hub.files
+    assert name in hub.downloads()
+    assert "model_index.json" not in hub.downloads()
+    assert heard[0].done_bytes > 0
+    assert heard[-1].done_bytes == heard[-1].total_bytes
+
+
+def test_a_repository_of_something_else_is_refused_before_its_weights(hub: Hub) -> None:
+    index = json.loads(hub.files["model_index.json"])
+    hub.files["model_index.json"] = json.dumps({**index, "_class_name": "FluxPipeline"}).encode()
+    with pytest.raises(CheckpointError, match="FluxPipeline is not a Sana pipeline"):
+        fetch(HUB_ID)
+    assert not [name for name in hub.downloads() if name.endswith(".safetensors")]
+
+
+def test_no_network_and_nothing_here(hub: Hub) -> None:
+    hub.close()
+    with pytest.raises(FetchError, match=r"no connection to .* looked in .* `handscroll models`") as caught:
+        fetch(HUB_ID)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("by_environment", [True, False])
+def test_offline_asks_nobody(hub: Hub, monkeypatch: pytest.MonkeyPatch, by_environment: bool) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", by_environment)
+    with pytest.raises(FetchError, match="offline"):
+        fetch(HUB_ID, offline=None if by_environment else True)
+    assert hub.requests == []
+
+
+@pytest.mark.parametrize(
+    ("status", "headers", "error", "says"),
+    [
+        (404, {"X-Error-Code": "RepoNotFound"}, UnknownModelError, "check the spelling"),
+        (401, {}, FetchError, "hf auth login"),
+        (403, {"X-Error-Code": "GatedRepo"}, FetchError, "accept its terms"),
+        (403, {}, FetchError, "HF_TOKEN"),
+        (500, {}, FetchError, "answered 500"),
+    ],
+)
+def test_what_the_hub_refuses(
+    hub: Hub, status: int, headers: dict[str, str], error: type[Exception], says: str
+) -> None:
+    hub.refuse["/api/"] = (status, headers)
+    with pytest.raises(error, match=says) as caught:
+        fetch(HUB_ID)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_disk_too_small_is_told_before_anything_is_fetched(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = fetch_module.shutil.disk_usage("/")
+    monkeypatch.setattr(fetch_module.shutil, "disk_usage", lambda _: usage._replace(free=1000))
+    with pytest.raises(FetchError, match="make room"):
+        fetch(HUB_ID)
+    assert hub.downloads() == []
+
+
+def test_a_disk_that_fills_up_on_the_way(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*args: object, **kwargs: object) -> str:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(fetch_module, "snapshot_download", full)
+    with pytest.raises(FetchError, match="disk is full"):
+        fetch(HUB_ID)
+
+
+FOLDERS = {
+    "text_encoder": ["config.json", "model.safetensors.index.json"],
+    "transformer": ["config.json"],
+    "vae": ["config.json", "diffusion_pytorch_model.safetensors"],
+}
+SHARDS = ["text_encoder/model-00001-of-00002.safetensors", "text_encoder/model-00002-of-00002.safetensors"]
+NAMES = [
+    "model_index.json",
+    "scheduler/scheduler_config.json",
+    "tokenizer/tokenizer.json",
+    "tokenizer/tokenizer.model",
+    *(f"{folder}/{name}" for folder, names in FOLDERS.items() for name in names),
+    *SHARDS,
+]
+
+
+def test_one_copy_of_each_component_is_chosen() -> None:
+    names = [*NAMES, "transformer/diffusion_pytorch_model.fp16.safetensors", "text_encoder/model.fp16.safetensors"]
+    small, weights = choose_files(names, HUB_ID)
+    assert "text_encoder/model.safetensors.index.json" in small
+    assert weights == [
+        *SHARDS,
+        "transformer/diffusion_pytorch_model.fp16.safetensors",
+        "vae/diffusion_pytorch_model.safetensors",
+    ]
+
+    small, weights = choose_files([*names, "text_encoder/model.bf16.safetensors"], HUB_ID)
+    assert "text_encoder/model.safetensors.index.json" not in small
+    assert weights[0] == "text_encoder/model.bf16.safetensors"
+
+
+def test_a_repository_without_safetensors_is_refused() -> None:
+    with pytest.raises(CheckpointError, match="pickles"):
+        choose_files([*NAMES, "transformer/diffusion_pytorch_model.bin"], HUB_ID)
+    with pytest.raises(CheckpointError, match="no weights"):
+        choose_files(NAMES, HUB_ID)
+    with pytest.raises(CheckpointError, match="is there a someone/x_diffusers"):
+        choose_files(["checkpoints/x.pth"], "someone/x")
