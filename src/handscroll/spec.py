@@ -437,8 +437,9 @@ def _check_layout(folder: Path) -> None:
         raise CheckpointError(f"{index}: missing; a checkpoint folder holds {LAYOUT}")
     config = read_config(index)
     pipeline = config.get("_class_name")
-    if pipeline not in PIPELINES:
-        raise CheckpointError(f"{index}: {pipeline} is not a Sana pipeline; known are {', '.join(sorted(PIPELINES))}")
+    if str(pipeline) not in PIPELINES:
+        known = ", ".join(sorted(PIPELINES))
+        raise CheckpointError(f"{index}: {_shown(pipeline)} is not a Sana pipeline; known are {known}")
     for component, allowed in CLASSES.items():
         entry = config.get(component)
         if not isinstance(entry, list) or len(entry) != 2 or not isinstance(entry[1], str):
@@ -451,7 +452,7 @@ def _check_layout(folder: Path) -> None:
 
 def _check_class(file: Path, component: str, name: str, allowed: frozenset[str]) -> None:
     if name not in allowed:
-        raise CheckpointError(f"{file}: {component} is a {name}; handscroll runs {' or '.join(sorted(allowed))}")
+        raise CheckpointError(f"{file}: {component} is {_shown(name)}; handscroll runs {' or '.join(sorted(allowed))}")
 
 
 def _read_component(folder: Path, component: str) -> dict[str, Any]:

@@ -200,7 +200,7 @@ def test_an_interrupted_fetch_goes_on_with_the_files_it_lacks(hub: Hub) -> None:
 def test_a_repository_of_something_else_is_refused_before_its_weights(hub: Hub) -> None:
     index = json.loads(hub.files["model_index.json"])
     hub.files["model_index.json"] = json.dumps({**index, "_class_name": "FluxPipeline"}).encode()
-    with pytest.raises(CheckpointError, match="FluxPipeline is not a Sana pipeline"):
+    with pytest.raises(CheckpointError, match="FluxPipeline' is not a Sana pipeline"):
         fetch(HUB_ID)
     assert not [name for name in hub.downloads() if name.endswith(".safetensors")]
 
