@@ -183,10 +183,11 @@ def test_fields_that_an_older_config_lacks_take_diffusers_defaults(folder: Path)
 
 def test_our_own_file_overrides(folder: Path) -> None:
     own = folder / "handscroll.json"
-    own.write_text('{"name": "hills", "native_px": 512, "licence": "CC0", "default_steps": 12, "default_guidance": 0}')
+    overrides = {"name": "hills", "native_px": 512, "licence": "CC0", "default_steps": 12, "default_guidance": 0}
+    own.write_text(json.dumps({**overrides, "max_prompt_tokens": 120}))
     spec = CheckpointSpec.from_folder(folder)
     assert (spec.name, spec.native_px, spec.licence) == ("hills", 512, "CC0")
-    assert (spec.default_steps, spec.default_guidance) == (12, 0.0)
+    assert (spec.default_steps, spec.default_guidance, spec.max_prompt_tokens) == (12, 0.0, 120)
     assert spec.instruction
 
     own.write_text('{"complex_human_instruction": null}')

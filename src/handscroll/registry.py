@@ -48,7 +48,7 @@ ENTRIES: tuple[Entry, ...] = (
     Entry(
         "tiny-landscape",
         None,
-        256,
+        1024,
         "fp32",
         "Apache-2.0",
         "ships with handscroll: small painted landscapes, made to try everything without a download",

@@ -4,7 +4,7 @@ A checkpoint is a folder in diffusers' layout: `model_index.json` and the folder
 `transformer`, `vae` and `scheduler`. Field names follow diffusers' and transformers' configs, and so do the defaults
 for fields that an older file lacks. A folder may also hold `handscroll.json`, which overrides what cannot be known
 from the components alone: `name`, `native_px`, `complex_human_instruction` (null, or a list of lines), `licence`,
-`default_steps`, `default_guidance`.
+`default_steps`, `default_guidance`, `max_prompt_tokens`.
 """
 
 from __future__ import annotations
@@ -297,7 +297,8 @@ class CheckpointSpec:
     """Everything that planning and running need to know about a checkpoint before its weights are read.
 
     `folder` is where it lies. `instruction` says whether the complex human instruction goes before a prompt;
-    `instruction_lines` is the checkpoint's own text for it, and None means diffusers' text. The weight files are empty
+    `instruction_lines` is the checkpoint's own text for it, and None means diffusers' text. A prompt longer than
+    `max_prompt_tokens` is cut. The weight files are empty
     in a spec that describes a checkpoint which is not on this machine.
     """
 
@@ -313,6 +314,7 @@ class CheckpointSpec:
     instruction: bool = True
     instruction_lines: tuple[str, ...] | None = None
     licence: str | None = None
+    max_prompt_tokens: int = 300
     transformer_weights: WeightFiles = NO_WEIGHTS
     autoencoder_weights: WeightFiles = NO_WEIGHTS
     text_encoder_weights: WeightFiles = NO_WEIGHTS
@@ -358,6 +360,7 @@ class CheckpointSpec:
             instruction=own.instruction,
             instruction_lines=own.complex_human_instruction,
             licence=own.licence,
+            max_prompt_tokens=own.max_prompt_tokens,
         )
 
     @property
@@ -407,11 +410,12 @@ class _Own:
     licence: str | None = None
     default_steps: int | None = None
     default_guidance: float | None = None
+    max_prompt_tokens: int = 300
     complex_human_instruction: tuple[str, ...] | None = None
     instruction: bool = True
 
     def __post_init__(self) -> None:
-        for field in ("native_px", "default_steps"):
+        for field in ("native_px", "default_steps", "max_prompt_tokens"):
             if getattr(self, field) is not None:
                 _require_positive(self, field)
 
