@@ -298,8 +298,8 @@ class CheckpointSpec:
 
     `folder` is where it lies. `instruction` says whether the complex human instruction goes before a prompt;
     `instruction_lines` is the checkpoint's own text for it, and None means diffusers' text. A prompt longer than
-    `max_prompt_tokens` is cut. The weight files are empty
-    in a spec that describes a checkpoint which is not on this machine.
+    `max_prompt_tokens` is cut. The weight files are empty in a spec that describes a checkpoint which is not on this
+    machine.
     """
 
     folder: Path
