@@ -1,0 +1,1 @@
+"""Pure maths: diffusers' own modules, run band by band. No files, no choice of device, no printing."""

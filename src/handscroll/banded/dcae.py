@@ -1,0 +1,579 @@
+"""AutoencoderDC, decoder and encoder, as sweeps over rows.
+
+Everything in a DC-AE is local but for its ReLU linear attentions, each of which needs two sums over the whole map
+before its first output row (EfficientViT, arXiv 2205.14756). So the network is cut at its attentions: the sweep that
+produces an attention's input also accumulates that attention's sums, from keys and values alone; the next sweep applies
+them, from queries alone. Nothing is computed twice, and between two sweeps only one map exists.
+
+    sweep 0   latent -> convolutions -> map 0, sums of attention 0
+    sweep i   map i-1 -> attention i-1 applied -> Mix-FFN, convolutions, upsampling -> map i, sums of attention i
+    sweep n   map n-1 -> attention n-1 applied -> ... -> rows of pixels
+
+The modules are diffusers' own; this file reads their weights and never calls their `forward`, except for an attention
+on a map of at most `head_dim` pixels, where diffusers switches to quadratic attention and the map is tiny anyway.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from handscroll.banded import kernels
+from handscroll.banded.kernels import Conv
+from handscroll.banded.rows import (
+    Chain,
+    Join,
+    Pointwise,
+    Residual,
+    RowMap,
+    RowOp,
+    Strip,
+    Tee,
+    Whole,
+    Windowed,
+    Workspace,
+    cut,
+    sweep,
+)
+
+# Without a budget, a strip is as tall as makes its largest activation about this big: beyond it nothing gets faster.
+DEFAULT_STRIP_BYTES = 16 * 2**20
+
+
+@dataclass(frozen=True)
+class Pass:
+    """What the row operators of one pass share."""
+
+    plain: bool = False
+    workspace: Workspace = field(default_factory=Workspace)
+
+    def windowed(self, function: Callable[[Tensor], Tensor], size: int, step: int = 1, pad: int | None = None) -> RowOp:
+        return Windowed(function, size, step, pad, self.workspace)
+
+
+class Unit(ABC):
+    """One step of the network, made of a diffusers module.
+
+    `in_scale` is the size of its input map over the size of the network's input, `factor` what it multiplies that by,
+    `channels` the most channels it holds for a pixel of its output (the estimate behind default strip heights).
+    """
+
+    in_scale: float
+    factor: float = 1.0
+    channels: int
+
+    @abstractmethod
+    def build(self, this: Pass) -> RowOp:
+        """The row operator for one pass; weights are laid out anew, so that they are freed with it."""
+
+
+@dataclass(frozen=True)
+class Local(Unit):
+    """A step whose output rows depend on a few input rows."""
+
+    make: Callable[[Pass], RowOp]
+    in_scale: float
+    channels: int
+    factor: float = 1.0
+
+    def build(self, this: Pass) -> RowOp:
+        return self.make(this)
+
+
+@dataclass(frozen=True)
+class Attention(Unit):
+    """A barrier: linear attention over the whole map."""
+
+    module: nn.Module
+    in_scale: float
+    channels: int
+    factor: float = 1.0
+
+    def is_linear(self, pixels: int) -> bool:
+        """diffusers attends quadratically on maps of at most head_dim pixels; `pixels` are the network input's."""
+        return round(pixels * self.in_scale**2) > self.module.attention_head_dim
+
+    def build(self, this: Pass) -> RowOp:
+        return whole_attention(self.module)
+
+    def sums(self, this: Pass) -> AttentionSums:
+        return AttentionSums(self.module, this)
+
+    def apply(self, sums: AttentionSums, this: Pass) -> RowOp:
+        return apply_attention(self.module, sums, this)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Local layers
+
+
+def _check_dense(*layers: nn.Module) -> None:
+    for layer in layers:
+        if type(layer) not in (nn.Conv2d, nn.Linear):
+            raise TypeError(f"rows can only be streamed through plain Conv2d and Linear layers, not {type(layer)}")
+
+
+def _conv(layer: nn.Conv2d, this: Pass, activation: nn.Module | None = None) -> Conv:
+    _check_dense(layer)
+    return Conv(
+        layer.weight,
+        layer.bias,
+        stride=layer.stride[0],
+        groups=layer.groups,
+        activation=activation,
+        plain=this.plain,
+    )
+
+
+def _norm_(norm: nn.Module) -> Callable[[Tensor], Tensor]:
+    """A norm of [B, rows, W, C] that may write over its input."""
+    if isinstance(norm, nn.BatchNorm2d):
+        assert norm.running_var is not None
+        assert norm.running_mean is not None
+        scale = (norm.running_var.float() + norm.eps).rsqrt()
+        if norm.weight is not None:
+            scale = scale * norm.weight.float()
+        shift = -norm.running_mean.float() * scale
+        if norm.bias is not None:
+            shift = shift + norm.bias.float()
+        return lambda strip: torch.addcmul(shift, strip, scale).to(strip.dtype)
+    if isinstance(norm, nn.LayerNorm):
+        return lambda strip: F.layer_norm(strip, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
+    weight, bias, eps = norm.weight, norm.bias, norm.eps
+    return lambda strip: kernels.rms_norm_(strip, weight, bias, eps)
+
+
+def res_block(block: nn.Module, this: Pass) -> RowOp:
+    """`ResBlock`: x + norm(conv(act(conv(x)))). Lags two rows."""
+    conv1 = _conv(block.conv1, this, block.nonlinearity)
+    conv2 = _conv(block.conv2, this)
+    norm_ = _norm_(block.norm)
+    return Residual(Chain([this.windowed(conv1, 3), this.windowed(conv2, 3), Pointwise(norm_)]))
+
+
+def glu_mb_conv(block: nn.Module, this: Pass) -> RowOp:
+    """`GLUMBConv` (Mix-FFN): 1x1 expand, SiLU, 3x3 depthwise, gate, 1x1 project, norm, + x. Lags one row."""
+    expand = _conv(block.conv_inverted, this, block.nonlinearity)
+    depthwise = _conv(block.conv_depth, this)
+    project = _conv(block.conv_point, this)
+    ops: list[RowOp] = [
+        Pointwise(expand),
+        this.windowed(depthwise, 3),
+        Pointwise(lambda strip: project(kernels.gate_(strip))),
+    ]
+    if block.norm is not None:
+        ops.append(Pointwise(_norm_(block.norm)))
+    return Residual(Chain(ops)) if block.residual_connection else Chain(ops)
+
+
+def _repeat_channels(strip: Tensor, repeats: int) -> Tensor:
+    return strip if repeats == 1 else strip.repeat_interleave(repeats, dim=-1)
+
+
+def _mean_of_groups(strip: Tensor, group_size: int) -> Tensor:
+    return strip.unflatten(-1, (-1, group_size)).mean(dim=-1)
+
+
+def conv_with_repeat(conv: nn.Conv2d, repeats: int, this: Pass) -> RowOp:
+    """The decoder's first layer: conv(x) + x with every channel repeated (repeats = 0: no shortcut)."""
+    run = _conv(conv, this)
+
+    def rows(window: Tensor) -> Tensor:
+        out = run(window)
+        return out.add_(_repeat_channels(window[:, 1:-1], repeats)) if repeats else out
+
+    return this.windowed(rows, 3)
+
+
+def conv_with_mean(conv: nn.Conv2d, group_size: int, this: Pass) -> RowOp:
+    """The encoder's last layer: conv(x) + the mean of each group of channels (group_size = 0: no shortcut)."""
+    run = _conv(conv, this)
+
+    def rows(window: Tensor) -> Tensor:
+        out = run(window)
+        return out.add_(_mean_of_groups(window[:, 1:-1], group_size)) if group_size else out
+
+    return this.windowed(rows, 3)
+
+
+def up_block(block: nn.Module, this: Pass) -> RowOp:
+    """`DCUpBlock2d`: doubles both sides. Lags one input row."""
+    if block.interpolate and block.interpolation_mode == "nearest" and not this.plain:
+        return this.windowed(_upsample_by_phases(block), 3)
+    run = _conv(block.conv, this)
+
+    def rows(window: Tensor) -> Tensor:
+        # [B, n+2, W, C] -> [B, 2n, 2W, C']
+        inner = window[:, 1:-1]
+        if block.interpolate:
+            doubled = window.repeat_interleave(2, dim=1).repeat_interleave(2, dim=2)
+            out = run(doubled[:, 1:-1])
+        else:
+            out = kernels.pixel_shuffle(run(window))
+        return out.add_(kernels.pixel_shuffle(_repeat_channels(inner, block.repeats))) if block.shortcut else out
+
+    return this.windowed(rows, 3)
+
+
+def _upsample_by_phases(block: nn.Module) -> Callable[[Tensor], Tensor]:
+    """Nearest upsampling and its 3x3 convolution as four 2x2 convolutions of the small map, 4/9 of the work.
+
+    Of the three taps along an axis, two fall on the same source pixel: output 2i reads sources i-1, i, i with weights
+    w0, w1 + w2; output 2i+1 reads i, i, i+1 with w0 + w1, w2. The zero padding of the large map is that of the small.
+    """
+    conv = block.conv
+    _check_dense(conv)
+    weight = conv.weight.detach().float()  # [K, C, 3, 3]
+
+    def fold(weight: Tensor, dim: int, phase: int) -> Tensor:
+        first, middle, final = weight.unbind(dim)
+        taps = (first, middle + final) if phase == 0 else (first + middle, final)
+        return torch.stack(taps, dim)
+
+    # One convolution for each row phase; it makes both column phases at once, as 2K channels.
+    convs = []
+    for row_phase in (0, 1):
+        rows_folded = fold(weight, 2, row_phase)
+        both = torch.cat([fold(rows_folded, 3, column_phase) for column_phase in (0, 1)]).to(conv.weight.dtype)
+        bias = None if conv.bias is None else conv.bias.detach().repeat(2)
+        convs.append(Conv(both, bias, pad_columns=1))
+
+    repeats, channels = block.repeats, conv.out_channels
+
+    def rows(window: Tensor) -> Tensor:
+        # [B, n+2, W, C] -> [B, 2n, 2W, K]
+        batch, padded_rows, width, _ = window.shape
+        inner = window[:, 1:-1]
+        out = window.new_empty(batch, padded_rows - 2, 2, width, 2, channels)
+        for row_phase, run in enumerate(convs):
+            pair = run(window[:, row_phase : padded_rows - 1 + row_phase])  # [B, n, W+1, 2K]
+            for column_phase in (0, 1):
+                phase = pair[:, :, column_phase : column_phase + width, column_phase * channels :][..., :channels]
+                target = out[:, :, row_phase, :, column_phase]
+                if block.shortcut:
+                    torch.add(phase, _shuffled_source(inner, repeats, 2 * row_phase + column_phase), out=target)
+                else:
+                    target.copy_(phase)
+        return out.view(batch, -1, 2 * width, channels)
+
+    return rows
+
+
+def _shuffled_source(strip: Tensor, repeats: int, phase: int) -> Tensor:
+    """What pixel_shuffle of the repeated channels puts at one of the four phases: channel (4c + phase) // repeats."""
+    if 4 % repeats == 0:
+        return strip[..., phase // repeats :: 4 // repeats]
+    return strip[..., phase // repeats :: 1].repeat_interleave(repeats // 4, dim=-1)
+
+
+def down_block(block: nn.Module, this: Pass) -> RowOp:
+    """`DCDownBlock2d`: halves both sides, by a strided convolution or by pixel_unshuffle."""
+    run = _conv(block.conv, this)
+    unshuffles = block.downsample
+
+    def rows(window: Tensor) -> Tensor:
+        # Rows 2i-1 ... 2n of the input (2i-1 ... 2n+1 when it unshuffles) -> n rows
+        out = run(window)
+        if unshuffles:
+            out = kernels.pixel_unshuffle(out)
+        if block.shortcut:
+            inner = window[:, 1 : 1 + 2 * out.shape[1]]
+            out = out + _mean_of_groups(kernels.pixel_unshuffle(inner), block.group_size)
+        return out
+
+    return this.windowed(rows, size=4 if unshuffles else 3, step=2, pad=1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Attention
+
+
+def _select(attention: nn.Module, thirds: Sequence[int], this: Pass) -> RowOp:
+    """The channels of diffusers' multi-scale q, k, v that belong to the given thirds (0: q, 1: k, 2: v).
+
+    diffusers concatenates [q|k|v], then takes groups of 3 * head_dim *consecutive* channels over all scales and calls a
+    group's thirds q, k and v. So the thirds cut across the three projections; each is made here by its own rows of the
+    concatenated weight. Gives `[B, rows, W, scales * heads * len(thirds) * head_dim]`, a head's thirds side by side.
+    """
+    _check_dense(attention.to_q, attention.to_k, attention.to_v)
+    head_dim = attention.attention_head_dim
+    projections = [layer.weight.detach() for layer in (attention.to_q, attention.to_k, attention.to_v)]
+    weight = _thirds_of(torch.cat(projections), thirds, head_dim)
+    projected = kernels.linear(weight, plain=this.plain)
+    branches: list[RowOp] = [Pointwise(lambda strip: strip)]
+    for scale in attention.to_qkv_multiscale:
+        _check_dense(scale.proj_in, scale.proj_out)
+        size = scale.proj_in.kernel_size[0]
+        depthwise = Conv(
+            _thirds_of(scale.proj_in.weight.detach(), thirds, head_dim), groups=len(weight), plain=this.plain
+        )
+        mix = Conv(
+            _thirds_of(scale.proj_out.weight.detach(), thirds, head_dim),
+            groups=len(weight) // head_dim,
+            plain=this.plain,
+        )
+        branches.append(Chain([this.windowed(depthwise, size), Pointwise(mix)]))
+    return Chain([Pointwise(projected), Join(branches)])
+
+
+def _thirds_of(weight: Tensor, thirds: Sequence[int], head_dim: int) -> Tensor:
+    groups = weight.unflatten(0, (-1, 3, head_dim))
+    return groups[:, list(thirds)].flatten(0, 2).contiguous()
+
+
+class AttentionSums(RowOp):
+    """Accumulates `sum_i v_i relu(k_i)^T` and `sum_i relu(k_i)` of one attention over all rows, in fp32.
+
+    `values_by_keys` is [B, heads, head_dim, head_dim], `keys` [B, heads, head_dim, 1]. Yields no rows.
+    """
+
+    def __init__(self, attention: nn.Module, this: Pass) -> None:
+        self.head_dim = attention.attention_head_dim
+        self.select = _select(attention, (1, 2), this)
+        self.values_by_keys: Tensor | None = None
+        self.keys: Tensor | None = None
+
+    def push(self, strip: Strip, last: bool) -> Strip:
+        strip = self.select.push(strip, last)
+        if strip is None:
+            return None
+        batch = strip.shape[0]
+        heads = strip.view(batch, -1, strip.shape[-1] // (2 * self.head_dim), 2, self.head_dim)
+        keys = heads[:, :, :, 0].float().relu().permute(0, 2, 1, 3)  # [B, heads, pixels, head_dim]
+        values = heads[:, :, :, 1].float().permute(0, 2, 3, 1)  # [B, heads, head_dim, pixels]
+        values_by_keys = values @ keys
+        keys = keys.sum(dim=2).unsqueeze(-1)
+        if self.values_by_keys is None or self.keys is None:
+            self.values_by_keys, self.keys = values_by_keys, keys
+        else:
+            self.values_by_keys += values_by_keys
+            self.keys += keys
+        return None
+
+
+def apply_attention(attention: nn.Module, sums: AttentionSums, this: Pass) -> RowOp:
+    """`x + norm(to_out(sums applied to relu(q)))`: once its sums are known, an attention is a local layer."""
+    _check_dense(attention.to_out)
+    assert sums.values_by_keys is not None
+    assert sums.keys is not None
+    values_by_keys, keys = sums.values_by_keys.transpose(-1, -2).contiguous(), sums.keys
+    to_out = kernels.linear(attention.to_out.weight, attention.to_out.bias, plain=this.plain)
+    head_dim, eps = attention.attention_head_dim, attention.eps
+
+    def attend(strip: Tensor) -> Tensor:
+        # [B, rows, W, heads * head_dim] of q -> [B, rows, W, C]
+        batch, rows, width, inner = strip.shape
+        queries = strip.view(batch, -1, inner // head_dim, head_dim).float().relu().transpose(1, 2)
+        weights = queries @ keys  # [B, heads, pixels, 1]
+        mixed = (queries @ values_by_keys).div_(weights.add_(eps))
+        return to_out(mixed.transpose(1, 2).reshape(batch, rows, width, inner).to(strip.dtype))
+
+    ops: list[RowOp] = [_select(attention, (0,), this), Pointwise(attend), Pointwise(_norm_(attention.norm_out))]
+    return Residual(Chain(ops)) if attention.residual_connection else Chain(ops)
+
+
+def whole_attention(attention: nn.Module) -> RowOp:
+    """diffusers' own forward on a map of a few pixels, where it is quadratic."""
+    return Whole(lambda map_: attention(map_.permute(0, 3, 1, 2)).permute(0, 2, 3, 1).contiguous())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The network as a list of units
+
+
+def _block_units(block: nn.Module, scale: float) -> Iterator[Unit]:
+    if hasattr(block, "attn"):
+        inner_channels = 3 * block.attn.to_q.out_features * (1 + len(block.attn.to_qkv_multiscale))
+        yield Attention(block.attn, scale, inner_channels)
+        feed_forward = block.conv_out
+        yield Local(lambda this: glu_mb_conv(feed_forward, this), scale, feed_forward.conv_inverted.out_channels)
+    else:
+        yield Local(lambda this: res_block(block, this), scale, block.conv1.out_channels)
+
+
+def decoder_units(decoder: nn.Module) -> list[Unit]:
+    """The decoder of an `AutoencoderDC` from latent to pixels, in the order it runs."""
+    repeats = decoder.in_shortcut_repeats if decoder.in_shortcut else 0
+    first, final = decoder.conv_in, decoder.conv_out
+    units: list[Unit] = [Local(lambda this: conv_with_repeat(first, repeats, this), 1.0, first.out_channels)]
+    scale = 1.0
+
+    def up(block: nn.Module) -> Unit:
+        return Local(lambda this: up_block(block, this), scale, block.conv.out_channels, 2.0)
+
+    for stage in reversed(decoder.up_blocks):
+        for block in stage:
+            if hasattr(block, "repeats"):
+                units.append(up(block))
+                scale *= 2
+            else:
+                units += _block_units(block, scale)
+    norm_, activation = _norm_(decoder.norm_out), decoder.conv_act
+    units.append(Local(lambda this: Pointwise(lambda strip: activation(norm_(strip))), scale, decoder.norm_out.dim[0]))
+    if hasattr(final, "repeats"):
+        units.append(up(final))
+    else:
+        units.append(Local(lambda this: this.windowed(_conv(final, this), 3), scale, final.in_channels))
+    return units
+
+
+def encoder_units(encoder: nn.Module) -> list[Unit]:
+    """The encoder of an `AutoencoderDC` from pixels to latent, in the order it runs."""
+    scale = 1.0
+    units: list[Unit] = []
+    first, final = encoder.conv_in, encoder.conv_out
+
+    def down(block: nn.Module) -> Unit:
+        return Local(lambda this: down_block(block, this), scale, 4 * block.conv.in_channels, 0.5)
+
+    if hasattr(first, "group_size"):
+        units.append(down(first))
+        scale /= 2
+    else:
+        units.append(Local(lambda this: this.windowed(_conv(first, this), 3), scale, first.out_channels))
+    for stage in encoder.down_blocks:
+        for block in stage:
+            if hasattr(block, "group_size"):
+                units.append(down(block))
+                scale /= 2
+            else:
+                units += _block_units(block, scale)
+    group_size = encoder.out_shortcut_average_group_size if encoder.out_shortcut else 0
+    units.append(Local(lambda this: conv_with_mean(final, group_size, this), scale, final.in_channels))
+    return units
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Running it
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """One pass over the rows: the attention that it applies first (none in the first sweep), then local units."""
+
+    attention: Attention | None
+    local: tuple[Unit, ...]
+
+    @property
+    def in_scale(self) -> float:
+        return self.attention.in_scale if self.attention is not None else self.local[0].in_scale
+
+    def row_bytes(self, width: int, element_bytes: int) -> int:
+        """What the largest activation of the sweep holds for one row of its input; `width` is the network input's."""
+        units = [*self.local, self.attention] if self.attention is not None else self.local
+        return max(
+            round(unit.channels * width * (unit.in_scale * unit.factor) ** 2 / self.in_scale) * element_bytes
+            for unit in units
+        )
+
+
+def cut_at_barriers(units: Sequence[Unit], height: int, width: int) -> list[Sweep]:
+    """The sweeps that a network needs on an input of this size."""
+    sweeps: list[tuple[Attention | None, list[Unit]]] = [(None, [])]
+    for unit in units:
+        if isinstance(unit, Attention) and unit.is_linear(height * width):
+            sweeps.append((unit, []))
+        else:
+            sweeps[-1][1].append(unit)
+    return [Sweep(attention, tuple(local)) for attention, local in sweeps]
+
+
+def strip_heights(sweeps: Sequence[Sweep], width: int, element_bytes: int, strip_rows: int | None) -> list[int]:
+    """Rows of its own input that each sweep takes at a time.
+
+    `strip_rows` is the height in the last sweep, that is in rows of the map at the last barrier; the others get strips
+    of the same bytes. None stands for what makes the largest activation about DEFAULT_STRIP_BYTES.
+    """
+    row_bytes = [sweep.row_bytes(width, element_bytes) for sweep in sweeps]
+    strip_bytes = DEFAULT_STRIP_BYTES if strip_rows is None else strip_rows * row_bytes[-1]
+    heights = [max(1, strip_bytes // one_row) for one_row in row_bytes]
+    return heights if strip_rows is None else [*heights[:-1], strip_rows]
+
+
+def stream(
+    sweeps: Sequence[Sweep],
+    strips_of: Callable[[int], Iterable[Tensor]],
+    height: int,
+    heights: Sequence[int],
+    on_sweep: Callable[[int, int], None] | None = None,
+    plain: bool = False,
+) -> Iterator[Tensor]:
+    """Runs a network sweep by sweep and yields the rows of its output.
+
+    `strips_of(rows)` gives the input as strips `[B, rows, W, C]`; `height` is its height; `heights` are
+    the strip heights of the sweeps. `on_sweep(done, of)` is told when a sweep has ended.
+    """
+    source: Callable[[int], Iterable[Tensor]] = strips_of
+    sums: AttentionSums | None = None
+    for index, (step, strip_rows) in enumerate(zip(sweeps, heights, strict=True)):
+        this = Pass(plain)
+        ops: list[RowOp] = []
+        if step.attention is not None and sums is not None:
+            ops.append(step.attention.apply(sums, this))
+        ops += [unit.build(this) for unit in step.local]
+        following = sweeps[index + 1] if index + 1 < len(sweeps) else None
+        if following is None or following.attention is None:
+            yield from sweep(source(strip_rows), Chain(ops))
+        else:
+            sums = following.attention.sums(this)
+            ops.append(Tee(sums))
+            result = RowMap(round(height * following.in_scale))
+            for strip in sweep(source(strip_rows), Chain(ops)):
+                result.write(strip)
+            source = result.strips
+        if on_sweep is not None:
+            on_sweep(index + 1, len(sweeps))
+
+
+def decode_rows(
+    decoder: nn.Module,
+    latent: Tensor,
+    strip_rows: int | None = None,
+    *,
+    on_sweep: Callable[[int, int], None] | None = None,
+    plain: bool = False,
+) -> Iterator[Tensor]:
+    """The decoder of an `AutoencoderDC`, row by row, from top to bottom.
+
+    decoder: diffusers' `AutoencoderDC.decoder`, in eval mode. latent: `[B, C, h, w]` in the decoder's dtype and on its
+    device, not scaled. strip_rows: rows of the map at the last attention to take at a time; None lets the size decide.
+    Yields `[B, 3, rows, W]`; together the same values as `decoder(latent)` up to the order of summation.
+    """
+    _, _, height, width = latent.shape
+    sweeps = cut_at_barriers(decoder_units(decoder), height, width)
+    heights = strip_heights(sweeps, width, latent.element_size(), strip_rows)
+    rows = latent.permute(0, 2, 3, 1).contiguous()
+    for strip in stream(sweeps, lambda strip_rows: cut(rows, strip_rows), height, heights, on_sweep, plain):
+        yield strip.permute(0, 3, 1, 2)
+
+
+def encode(
+    encoder: nn.Module,
+    image: Tensor,
+    strip_rows: int | None = None,
+    *,
+    on_sweep: Callable[[int, int], None] | None = None,
+    plain: bool = False,
+) -> Tensor:
+    """The encoder of an `AutoencoderDC`, row by row: image `[B, 3, H, W]` -> latent `[B, C, h, w]`, not scaled.
+
+    strip_rows: rows of the map at the last attention to take at a time, as in `decode_rows`.
+    """
+    _, _, height, width = image.shape
+    sweeps = cut_at_barriers(encoder_units(encoder), height, width)
+    heights = strip_heights(sweeps, width, image.element_size(), strip_rows)
+    rows = image.permute(0, 2, 3, 1)
+    strips = stream(
+        sweeps,
+        lambda strip_rows: (strip.contiguous() for strip in cut(rows, strip_rows)),
+        height,
+        heights,
+        on_sweep,
+        plain,
+    )
+    return torch.cat(list(strips), dim=1).permute(0, 3, 1, 2).contiguous()

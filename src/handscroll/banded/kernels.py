@@ -1,0 +1,131 @@
+"""The few operators that strips are made of, each as a plain reference and, where one is faster, a second way.
+
+All take and give strips `[B, rows, W, C]`, contiguous. `Conv` and `Linear` hold weights laid out for one sweep; the
+layout is thrown away with the sweep, so that the model's own parameters are never changed or doubled for long.
+
+The fast way on CPUs is oneDNN through the operators that PyTorch's own compiler emits for them: weights reordered once
+instead of at every call, and the activation applied while the result is still in registers. `plain=True` takes
+`torch.nn.functional` instead; a test holds the two together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+Activation = Callable[[Tensor], Tensor]
+
+_FUSED_NAMES = {nn.SiLU: "swish", nn.ReLU: "relu"}
+# Elementwise chains run over pieces of about this size, so that each pass finds the last one's result in cache.
+_CACHED_BYTES = 2**20
+
+
+def _has_onednn(weight: Tensor) -> bool:
+    return (
+        weight.device.type == "cpu"
+        and weight.dtype in (torch.float32, torch.bfloat16)
+        and torch.backends.mkldnn.is_available()
+        and torch.backends.mkldnn.enabled
+        and hasattr(torch.ops.mkldnn, "_convolution_pointwise")
+    )
+
+
+class Conv:
+    """A convolution over the rows it is given: padded with zeros at the left and right, not above or below.
+
+    `weight` is `[C', C/groups, kh, kw]`. Maps `[B, n, W, C]` to `[B, (n - kh)//stride + 1, (W - ...)//stride + 1, C']`,
+    followed by `activation` if one is given. `pad_columns` defaults to kw // 2.
+    """
+
+    def __init__(
+        self,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        *,
+        stride: int = 1,
+        groups: int = 1,
+        pad_columns: int | None = None,
+        activation: nn.Module | None = None,
+        plain: bool = False,
+    ) -> None:
+        self.weight, self.bias = weight.detach(), None if bias is None else bias.detach()
+        self.stride, self.groups, self.activation = stride, groups, activation
+        self.padding = [0, weight.shape[-1] // 2 if pad_columns is None else pad_columns]
+        self.onednn = not plain and _has_onednn(weight)
+        self.packed: Tensor | None = None
+
+    def __call__(self, strip: Tensor) -> Tensor:
+        # [B, n, W, C] -> [B, n', W', C']
+        image = strip.permute(0, 3, 1, 2)
+        if self.onednn:
+            return self._onednn(image).permute(0, 2, 3, 1).contiguous()
+        out = F.conv2d(image, self.weight, self.bias, self.stride, self.padding, groups=self.groups)
+        out = out.permute(0, 2, 3, 1).contiguous()
+        return out if self.activation is None else self.activation(out)
+
+    def _onednn(self, image: Tensor) -> Tensor:
+        stride, dilation = [self.stride] * 2, [1, 1]
+        if self.packed is None:
+            self.packed = torch.ops.mkldnn._reorder_convolution_weight(
+                self.weight, self.padding, stride, dilation, self.groups, list(image.shape)
+            )
+        fused = "none" if self.activation is None else _FUSED_NAMES.get(type(self.activation), "")
+        out = torch.ops.mkldnn._convolution_pointwise(
+            image, self.packed, self.bias, self.padding, stride, dilation, self.groups, fused or "none", [], ""
+        )
+        return out if fused or self.activation is None else self.activation(out)
+
+
+def linear(weight: Tensor, bias: Tensor | None = None, **options: object) -> Conv:
+    """A linear layer on every pixel, `weight [C', C]`: a 1x1 convolution, which oneDNN runs faster than MKL's GEMM."""
+    return Conv(weight[:, :, None, None], bias, **options)  # type: ignore[arg-type]
+
+
+def rms_norm_(strip: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+    """RMS norm over the channels of every pixel, in place, the sum of squares in fp32 (arXiv 1910.07467).
+
+    `strip` [B, rows, W, C] -> the same tensor, `x / sqrt(mean(x^2) + eps) * weight + bias`.
+    """
+    channels = strip.shape[-1]
+    pixels = strip.view(-1, channels)
+    step = max(1, _CACHED_BYTES // (channels * strip.element_size())) if strip.device.type == "cpu" else len(pixels)
+    for piece in pixels.split(step):
+        scale = torch.linalg.vector_norm(piece, dim=-1, keepdim=True, dtype=torch.float32)
+        scale = scale.square_().div_(channels).add_(eps).rsqrt_()
+        if piece.dtype == torch.float32:
+            piece.mul_(scale)
+            if weight is not None:
+                piece.mul_(weight)
+            if bias is not None:
+                piece.add_(bias)
+        else:
+            normed = piece.float().mul_(scale)
+            if weight is not None:
+                normed.mul_(weight)
+            if bias is not None:
+                normed.add_(bias)
+            piece.copy_(normed)
+    return strip
+
+
+def gate_(values: Tensor) -> Tensor:
+    """The gate of Sana's Mix-FFN: `[..., 2C] -> [..., C]`, first half times SiLU of the second."""
+    values, gate = values.chunk(2, dim=-1)
+    return F.silu(gate).mul_(values)
+
+
+def pixel_unshuffle(strip: Tensor) -> Tensor:
+    """`[B, 2n, 2W, C] -> [B, n, W, 4C]` in the channel order of `torch.nn.functional.pixel_unshuffle`."""
+    batch, rows, width, channels = strip.shape
+    blocks = strip.reshape(batch, rows // 2, 2, width // 2, 2, channels)
+    return blocks.permute(0, 1, 3, 5, 2, 4).reshape(batch, rows // 2, width // 2, channels * 4)
+
+
+def pixel_shuffle(strip: Tensor) -> Tensor:
+    """`[B, n, W, 4C] -> [B, 2n, 2W, C]` in the channel order of `torch.nn.functional.pixel_shuffle`."""
+    batch, rows, width, channels = strip.shape
+    blocks = strip.reshape(batch, rows, width, channels // 4, 2, 2)
+    return blocks.permute(0, 1, 4, 2, 5, 3).reshape(batch, rows * 2, width * 2, channels // 4)

@@ -1,0 +1,275 @@
+"""The vocabulary of row streaming: strips, line buffers, delays and maps.
+
+A *strip* is a few full-width rows of a feature map, `[B, rows, W, C]`: channels last, so that rows are contiguous and
+a strip can be cut or joined along its rows without moving anything else. A `RowOp` takes strips from top to bottom and
+gives strips from top to bottom; it may hold rows back until the rows below have arrived. `None` stands for a strip of
+no rows: it is what an op returns while its buffers fill, and what it may be given when `last` asks it to flush.
+
+Every op yields exactly the rows that the same operator yields on the whole map; how the rows were cut into strips
+changes nothing but the order of evaluation.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+
+import torch
+from torch import Tensor
+
+Strip = Tensor | None
+MAP_CHUNK_BYTES = 16 * 2**20
+
+
+class RowOp(ABC):
+    """An operator on rows. It is used for one pass from the first row to the last, then thrown away."""
+
+    @abstractmethod
+    def push(self, strip: Strip, last: bool) -> Strip:
+        """Takes the next rows `[B, rows, W, C]`, or None; returns the rows that are now ready, or None.
+
+        `last` is true exactly once, with the strip that ends the map (or None if that has passed already).
+        """
+
+
+class Chain(RowOp):
+    """Ops one after another."""
+
+    def __init__(self, ops: Iterable[RowOp]) -> None:
+        self.ops = list(ops)
+
+    def push(self, strip: Strip, last: bool) -> Strip:
+        for op in self.ops:
+            strip = op.push(strip, last)
+        return strip
+
+
+class Pointwise(RowOp):
+    """A function of each pixel alone: `[B, rows, W, C] -> [B, rows, W, C']`."""
+
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        self.function = function
+
+    def push(self, strip: Strip, last: bool) -> Strip:
+        return None if strip is None else self.function(strip)
+
+
+class Workspace:
+    """One stretch of memory that the ops of a pass use in turn, so that strip after strip nothing is allocated anew.
+
+    A CPU's allocator keeps what was freed; buffers that live for one call but are of many sizes, mixed with small ones
+    that live on, make it keep several times what was ever in use.
+    """
+
+    def __init__(self) -> None:
+        self.memory: Tensor | None = None
+
+    def join(self, pieces: list[Tensor]) -> Tensor:
+        """Strips `[B, rows, W, C]` one below another, in memory that is valid until the next call."""
+        batch, _, width, channels = pieces[0].shape
+        shape = (batch, sum(piece.shape[1] for piece in pieces), width, channels)
+        count = torch.Size(shape).numel()
+        if self.memory is None or self.memory.numel() < count or self.memory.dtype != pieces[0].dtype:
+            self.memory = None
+            self.memory = pieces[0].new_empty(count)
+        return torch.cat(pieces, dim=1, out=self.memory[:count].view(shape))
+
+
+class Windowed(RowOp):
+    """A line buffer: output row i is a function of the input rows `i*step - pad ... i*step - pad + size - 1`.
+
+    The function gets `[B, (n-1)*step + size, W, C]` and returns the rows of n windows, in memory of its own. Rows above
+    the first and below the last are zeros, as in a zero-padded convolution. Only the `size - step` rows that the next
+    window shares are kept between strips, so that nothing is computed twice.
+    """
+
+    def __init__(
+        self,
+        function: Callable[[Tensor], Tensor],
+        size: int,
+        step: int = 1,
+        pad: int | None = None,
+        workspace: Workspace | None = None,
+    ) -> None:
+        self.function = function
+        self.size, self.step = size, step
+        self.pad = size // 2 if pad is None else pad
+        self.workspace = Workspace() if workspace is None else workspace
+        self.buffer: Tensor | None = None
+        self.kept_rows = -1  # before the first row
+
+    def push(self, strip: Strip, last: bool) -> Strip:
+        if strip is None and (not last or self.buffer is None):
+            return None
+        if self.buffer is None:
+            assert strip is not None
+            batch, _, width, channels = strip.shape
+            self.buffer = strip.new_zeros(batch, max(self.size, self.pad), width, channels)
+            self.kept_rows = self.pad
+        pieces = [self.buffer[:, : self.kept_rows]] if self.kept_rows else []
+        if strip is not None:
+            pieces.append(strip)
+        if last and self.pad:
+            pieces.append(torch.zeros_like(self.buffer[:, : self.pad]))
+        rows = pieces[0] if len(pieces) == 1 else self.workspace.join(pieces)
+        del pieces, strip
+        windows = max(0, (rows.shape[1] - self.size) // self.step + 1)
+        used = windows * self.step
+        self.kept_rows = rows.shape[1] - used
+        if self.kept_rows and not last:
+            # Without a window `rows` may be the buffer's own first rows, and every row is kept where it is.
+            self.buffer[:, : self.kept_rows] = rows[:, used:].clone() if not windows else rows[:, used:]
+        return self.function(rows[:, : used - self.step + self.size]) if windows else None
+
+
+class Whole(RowOp):
+    """A function of the whole map at once, for maps of a few pixels: holds everything back until the last row."""
+
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        self.function = function
+        self.held: list[Tensor] = []
+
+    def push(self, strip: Strip, last: bool) -> Strip:
+        if strip is not None:
+            self.held.append(strip)
+        return self.function(torch.cat(self.held, dim=1)) if last else None
+
+
+class RowQueue:
+    """Rows that wait for a slower branch; strips are kept as they came, nothing is copied to enter."""
+
+    def __init__(self) -> None:
+        self.strips: deque[Tensor] = deque()
+        self.rows = 0
+
+    def put(self, strip: Strip) -> None:
+        if strip is not None:
+            self.strips.append(strip)
+            self.rows += strip.shape[1]
+
+    def take(self, rows: int) -> Iterator[Tensor]:
+        """The next `rows` rows, in as many pieces as they came in."""
+        self.rows -= rows
+        while rows:
+            strip = self.strips.popleft()
+            if strip.shape[1] > rows:
+                self.strips.appendleft(strip[:, rows:])
+                strip = strip[:, :rows]
+            rows -= strip.shape[1]
+            yield strip
+
+    def settle(self) -> None:
+        """Copies what is left of a strip that was partly taken, so that the few rows do not hold all its memory."""
+        if (
+            self.strips
+            and 2 * self.strips[0].numel() < self.strips[0].untyped_storage().nbytes() // self.strips[0].element_size()
+        ):
+            self.strips[0] = self.strips[0].clone()
+
+
+class Residual(RowOp):
+    """`branch(x) + x`, where the branch may lag. Its output must not be kept by the branch: it is added to in place."""
+
+    def __init__(self, branch: RowOp) -> None:
+        self.branch = branch
+        self.waiting = RowQueue()
+
+    def push(self, strip: Strip, last: bool) -> Strip:
+        self.waiting.put(strip)
+        out = self.branch.push(strip, last)
+        del strip
+        if out is None:
+            return None
+        row = 0
+        for piece in self.waiting.take(out.shape[1]):
+            out[:, row : row + piece.shape[1]] += piece
+            row += piece.shape[1]
+        self.waiting.settle()
+        return out
+
+
+class Join(RowOp):
+    """Several branches of one input, of different lags, brought back to the same rows and concatenated by channel."""
+
+    def __init__(self, branches: Iterable[RowOp]) -> None:
+        self.branches = [(branch, RowQueue()) for branch in branches]
+
+    def push(self, strip: Strip, last: bool) -> Strip:
+        for branch, queue in self.branches:
+            queue.put(branch.push(strip, last))
+        rows = min(queue.rows for _, queue in self.branches)
+        if not rows:
+            return None
+        columns = [list(queue.take(rows)) for _, queue in self.branches]
+        return torch.cat([torch.cat(pieces, dim=1) if len(pieces) > 1 else pieces[0] for pieces in columns], dim=-1)
+
+
+class Tee(RowOp):
+    """Passes its rows on untouched and shows them to a second op, whose output is dropped (it keeps a sum)."""
+
+    def __init__(self, side: RowOp) -> None:
+        self.side = side
+
+    def push(self, strip: Strip, last: bool) -> Strip:
+        self.side.push(strip, last)
+        return strip
+
+
+class RowMap:
+    """A whole feature map `[B, H, W, C]` between two sweeps, held in chunks of rows.
+
+    Written from top to bottom and read from top to bottom, each row once. A chunk is allocated when its first row is
+    written and freed when its last row has been read, so that a sweep that reads one map and writes the next holds
+    little more than one of them.
+    """
+
+    def __init__(self, height: int, chunk_bytes: int = MAP_CHUNK_BYTES) -> None:
+        self.height = height
+        self.chunk_bytes = chunk_bytes
+        self.chunks: deque[Tensor] = deque()
+        self.rows_written = 0
+
+    def write(self, strip: Strip) -> None:
+        """Appends rows `[B, rows, W, C]`; the strip is copied."""
+        while strip is not None and strip.shape[1]:
+            batch, rows, width, channels = strip.shape
+            row_bytes = batch * width * channels * strip.element_size()
+            chunk_rows = min(max(1, self.chunk_bytes // row_bytes), self.height)
+            offset = self.rows_written % chunk_rows
+            if offset == 0:
+                kept_rows = min(chunk_rows, self.height - self.rows_written)
+                self.chunks.append(strip.new_empty(batch, kept_rows, width, channels))
+            room = self.chunks[-1].shape[1] - offset
+            self.chunks[-1][:, offset : offset + min(room, rows)] = strip[:, :room]
+            self.rows_written += min(room, rows)
+            strip = strip[:, room:]
+
+    def strips(self, strip_rows: int) -> Iterator[Tensor]:
+        """Yields the map in strips of `strip_rows` rows (the last may be shorter) and frees what was read."""
+        queue = RowQueue()
+        while self.chunks or queue.rows:
+            while self.chunks and queue.rows < strip_rows:
+                queue.put(self.chunks.popleft())
+            pieces = list(queue.take(min(strip_rows, queue.rows)))
+            strip = pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=1)
+            del pieces
+            yield strip
+
+
+def sweep(strips: Iterable[Tensor], op: RowOp) -> Iterator[Tensor]:
+    """Drives one op over a map from top to bottom. Yields what comes out, strip by strip."""
+    source = iter(strips)
+    strip: Strip = next(source)
+    while strip is not None:
+        following = next(source, None)
+        ready, strip = op.push(strip, last=following is None), following
+        if ready is not None:
+            yield ready
+            del ready
+
+
+def cut(map_: Tensor, strip_rows: int) -> Iterator[Tensor]:
+    """A whole map `[B, H, W, C]` as strips, without copying."""
+    for top in range(0, map_.shape[1], strip_rows):
+        yield map_[:, top : top + strip_rows]
