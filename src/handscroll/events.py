@@ -1,0 +1,34 @@
+"""What a running job tells whoever listens: progress bars, memory meters, servers, a user who cancels.
+
+A listener is any function of one event; it runs on the job's thread between two pieces of work, and an exception that
+it raises ends the job cleanly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+Stage = Literal["fetch", "text", "denoise", "decode", "write"]
+
+
+@dataclass(frozen=True)
+class Progress:
+    """`done` of `total` in one stage: bytes when fetching, steps when denoising, rows of the picture when decoding.
+
+    `picture` counts the pictures of a request from 0. `detail` is a short remark, such as the name of a checkpoint.
+    """
+
+    stage: Stage
+    done: int
+    total: int
+    picture: int = 0
+    detail: str = ""
+
+
+OnEvent = Callable[[Progress], None]
+
+
+def ignore(event: Progress) -> None:
+    """The listener of those who do not listen."""

@@ -1,0 +1,125 @@
+"""What a user asks for: one frozen `Request`, checked as far as it can be without a model."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from handscroll.errors import PromptError, SizeError, UsageError
+
+PRECISIONS = ("auto", "fp32", "bf16", "fp16")
+DECODES = ("rows", "whole", "tiled", "patch")
+MAX_PROMPT_CHARACTERS = 20_000
+MIN_SIDE_PX, MAX_SIDE_PX = 32, 131_072
+MAX_SEED = 2**63 - 1
+
+DEFAULT_MODEL = "tiny-landscape"
+
+
+@dataclass(frozen=True)
+class Request:
+    """A picture, or `count` pictures of consecutive seeds, from one prompt.
+
+    None stands for the checkpoint's own default (size, steps, guidance) or a random choice (seed). Sizes are pixels:
+    those that are no multiple of the autoencoder's factor are rendered larger and cropped. `patches` is the number of
+    row patches of decode='patch'. `strip_rows` is the strip height of decode='rows', None lets the size decide.
+    """
+
+    prompt: str
+    negative: str = ""
+    model: str = DEFAULT_MODEL
+    width: int | None = None
+    height: int | None = None
+    steps: int | None = None
+    guidance: float | None = None
+    seed: int | None = None
+    count: int = 1
+    precision: str = "auto"
+    device: str = "auto"
+    decode: str = "rows"
+    patches: int = 32
+    strip_rows: int | None = None
+
+    def __post_init__(self) -> None:
+        check_prompt(self.prompt)
+        if len(self.negative) > MAX_PROMPT_CHARACTERS:
+            raise PromptError(_too_long("negative prompt", self.negative))
+        check_side("width", self.width)
+        check_side("height", self.height)
+        check_range("steps", self.steps, 1, 1000)
+        check_range("guidance", self.guidance, 0, 1000)
+        check_range("seed", self.seed, 0, MAX_SEED)
+        check_range("count", self.count, 1, 10_000)
+        check_range("patches", self.patches, 1, 65_536)
+        check_range("strip rows", self.strip_rows, 1, 1_000_000)
+        check_choice("precision", self.precision, PRECISIONS)
+        check_choice("decode", self.decode, DECODES)
+        check_device(self.device)
+
+
+def check_prompt(prompt: str) -> None:
+    """Raises PromptError for a prompt that says nothing, or more than any text encoder reads."""
+    if not prompt.strip():
+        raise PromptError("the prompt is empty; say in a few words what the picture should show")
+    if len(prompt) > MAX_PROMPT_CHARACTERS:
+        raise PromptError(_too_long("prompt", prompt))
+
+
+def _too_long(what: str, text: str) -> str:
+    return (
+        f"the {what} has {len(text):,} characters; at most {MAX_PROMPT_CHARACTERS:,} are taken "
+        "(models read about the first 300 tokens, some 1,500 characters)"
+    )
+
+
+def check_side(name: str, side_px: int | None) -> None:
+    """Raises SizeError for a side that no picture has."""
+    if side_px is not None and not MIN_SIDE_PX <= side_px <= MAX_SIDE_PX:
+        raise SizeError(f"{name} {side_px} is out of range; use {MIN_SIDE_PX} to {MAX_SIDE_PX} pixels")
+
+
+def check_range(name: str, value: float | None, least: float, most: float) -> None:
+    """Raises UsageError for a number outside its range, NaN included."""
+    if value is not None and not least <= value <= most:
+        raise UsageError(f"{name} {value} is out of range; use {least} to {most}")
+
+
+def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    """Raises UsageError for a word that is not one of the choices."""
+    if value not in choices:
+        raise UsageError(f"{name} {value!r} is not known; use one of {', '.join(choices)}")
+
+
+def check_device(device: str) -> None:
+    """Raises UsageError for a device name of another form than auto, cpu, cuda or cuda:N."""
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", device):
+        raise UsageError(f"device {device!r} is not known; use auto, cpu, cuda or cuda:N")
+
+
+def parse_size(text: str) -> tuple[int, int]:
+    """`4096x2048` or `4096` -> (width, height) in pixels. Raises SizeError."""
+    found = re.fullmatch(r"\s*(\d{1,9})(?:\s*[xX×*]\s*(\d{1,9}))?\s*", text)
+    if found is None:
+        raise SizeError(
+            f"size {text!r} is not a size; write WIDTHxHEIGHT such as 4096x2048, or one number for a square"
+        )
+    width, height = int(found[1]), int(found[2] or found[1])
+    check_side("width", width)
+    check_side("height", height)
+    return width, height
+
+
+def parse_bytes(text: str) -> int:
+    """`6GiB`, `800MiB`, `1.5 GB`, `123456` -> bytes. Raises UsageError."""
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(?:([kmgt]i?)?b)?\s*", text, re.IGNORECASE)
+    if found is None:
+        raise UsageError(f"memory {text!r} is not an amount; write it as 6GiB or 800MiB")
+    unit = (found[2] or "").lower()
+    base = 1024 if unit.endswith("i") else 1000
+    return int(float(found[1]) * base ** " kmgt".index(unit[:1] or " "))
+
+
+def indexed(path: Path, index: int, count: int) -> Path:
+    """Where picture `index` of `count` goes: the path itself for a single one, else `name-1.png`, `name-2.png`, ..."""
+    return path if count == 1 else path.with_name(f"{path.stem}-{index + 1}{path.suffix}")
