@@ -40,7 +40,7 @@ CONFIG = {
 # Between plain and whitened components: strong channels stay stronger, so sampling settles the layout first, while the
 # weak ones keep enough variance for a small transformer to clean them.
 WHITENING = 0.5
-LATENT_NOISE = 0.06
+LATENT_NOISE = 0.2
 
 
 def as_floats(windows: NDArray[np.uint8]) -> NDArray[np.float32]:

@@ -36,7 +36,7 @@ HELD_OUT_FROM = 10_000_000  # seeds that no training bucket reaches
 
 
 def load(folder: Path) -> SanaPipeline:
-    pipe = SanaPipeline.from_pretrained(folder, torch_dtype=torch.float32)
+    pipe = SanaPipeline.from_pretrained(folder, dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 

@@ -55,12 +55,23 @@ def folder_bytes(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
+def _name_tokenizer(folder: Path) -> None:
+    """The class's name in `model_index.json` as every version of transformers knows it."""
+    index = folder / "model_index.json"
+    parts = json.loads(index.read_text())
+    parts["tokenizer"] = ["transformers", "PreTrainedTokenizerFast"]
+    index.write_text(json.dumps(parts, indent=2) + "\n")
+
+
 def export(work: Path, folder: Path) -> int:
     """Replace `folder` by the current weights and return its size in bytes."""
     part = folder.with_name(folder.name + ".part")
     shutil.rmtree(part, ignore_errors=True)
     assemble(work).to(dtype=torch.bfloat16).save_pretrained(part)
+    _name_tokenizer(part)
     (part / "handscroll.json").write_text(json.dumps(ABOUT, indent=2) + "\n")
+    for path in part.rglob("*.safetensors"):
+        path.chmod(0o644)
     size = folder_bytes(part)
     if size > LIMIT:
         raise SystemExit(f"{size} bytes is over the {LIMIT} that a package may carry")
