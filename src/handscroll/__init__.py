@@ -1,1 +1,67 @@
 """handscroll: exact row-by-row text-to-image with the Sana family. Importing it loads no torch."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from handscroll.errors import (
+    BudgetError,
+    CheckpointError,
+    FetchError,
+    FormatError,
+    HandscrollError,
+    NumericsError,
+    OutputError,
+    PromptError,
+    SizeError,
+    UnknownModelError,
+    UsageError,
+)
+from handscroll.events import Progress
+from handscroll.request import Request
+from handscroll.version import __version__
+
+if TYPE_CHECKING:
+    from handscroll.drop_in import attach, detach
+    from handscroll.pipeline import Handscroll, Picture, Result, decode_latent, generate
+
+__all__ = [
+    "BudgetError",
+    "CheckpointError",
+    "FetchError",
+    "FormatError",
+    "Handscroll",
+    "HandscrollError",
+    "NumericsError",
+    "OutputError",
+    "Picture",
+    "Progress",
+    "PromptError",
+    "Request",
+    "Result",
+    "SizeError",
+    "UnknownModelError",
+    "UsageError",
+    "__version__",
+    "attach",
+    "decode_latent",
+    "detach",
+    "generate",
+]
+
+_LAZY = {
+    "Handscroll": "handscroll.pipeline",
+    "Picture": "handscroll.pipeline",
+    "Result": "handscroll.pipeline",
+    "decode_latent": "handscroll.pipeline",
+    "generate": "handscroll.pipeline",
+    "attach": "handscroll.drop_in",
+    "detach": "handscroll.drop_in",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return getattr(importlib.import_module(_LAZY[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

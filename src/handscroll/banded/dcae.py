@@ -18,6 +18,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -63,6 +64,7 @@ class Unit(ABC):
     `channels` the most channels it holds for a pixel of its output (the estimate behind default strip heights).
     """
 
+    module: Any
     in_scale: float
     factor: float = 1.0
     channels: int
@@ -76,6 +78,7 @@ class Unit(ABC):
 class Local(Unit):
     """A step whose output rows depend on a few input rows."""
 
+    module: Any
     make: Callable[[Pass], RowOp]
     in_scale: float
     channels: int
@@ -89,7 +92,7 @@ class Local(Unit):
 class Attention(Unit):
     """A barrier: linear attention over the whole map."""
 
-    module: nn.Module
+    module: Any
     in_scale: float
     channels: int
     factor: float = 1.0
@@ -112,13 +115,13 @@ class Attention(Unit):
 # Local layers
 
 
-def _check_dense(*layers: nn.Module) -> None:
+def _check_dense(*layers: Any) -> None:
     for layer in layers:
         if type(layer) not in (nn.Conv2d, nn.Linear):
             raise TypeError(f"rows can only be streamed through plain Conv2d and Linear layers, not {type(layer)}")
 
 
-def _conv(layer: nn.Conv2d, this: Pass, activation: nn.Module | None = None) -> Conv:
+def _conv(layer: nn.Conv2d, this: Pass, activation: Any | None = None) -> Conv:
     _check_dense(layer)
     return Conv(
         layer.weight,
@@ -130,7 +133,7 @@ def _conv(layer: nn.Conv2d, this: Pass, activation: nn.Module | None = None) -> 
     )
 
 
-def _norm_(norm: nn.Module) -> Callable[[Tensor], Tensor]:
+def _norm_(norm: Any) -> Callable[[Tensor], Tensor]:
     """A norm of [B, rows, W, C] that may write over its input."""
     if isinstance(norm, nn.BatchNorm2d):
         assert norm.running_var is not None
@@ -148,7 +151,7 @@ def _norm_(norm: nn.Module) -> Callable[[Tensor], Tensor]:
     return lambda strip: kernels.rms_norm_(strip, weight, bias, eps)
 
 
-def res_block(block: nn.Module, this: Pass) -> RowOp:
+def res_block(block: Any, this: Pass) -> RowOp:
     """`ResBlock`: x + norm(conv(act(conv(x)))). Lags two rows."""
     conv1 = _conv(block.conv1, this, block.nonlinearity)
     conv2 = _conv(block.conv2, this)
@@ -156,7 +159,7 @@ def res_block(block: nn.Module, this: Pass) -> RowOp:
     return Residual(Chain([this.windowed(conv1, 3), this.windowed(conv2, 3), Pointwise(norm_)]))
 
 
-def glu_mb_conv(block: nn.Module, this: Pass) -> RowOp:
+def glu_mb_conv(block: Any, this: Pass) -> RowOp:
     """`GLUMBConv` (Mix-FFN): 1x1 expand, SiLU, 3x3 depthwise, gate, 1x1 project, norm, + x. Lags one row."""
     expand = _conv(block.conv_inverted, this, block.nonlinearity)
     depthwise = _conv(block.conv_depth, this)
@@ -201,7 +204,7 @@ def conv_with_mean(conv: nn.Conv2d, group_size: int, this: Pass) -> RowOp:
     return this.windowed(rows, 3)
 
 
-def up_block(block: nn.Module, this: Pass) -> RowOp:
+def up_block(block: Any, this: Pass) -> RowOp:
     """`DCUpBlock2d`: doubles both sides. Lags one input row."""
     if block.interpolate and block.interpolation_mode == "nearest" and not this.plain:
         return this.windowed(_upsample_by_phases(block), 3)
@@ -220,7 +223,7 @@ def up_block(block: nn.Module, this: Pass) -> RowOp:
     return this.windowed(rows, 3)
 
 
-def _upsample_by_phases(block: nn.Module) -> Callable[[Tensor], Tensor]:
+def _upsample_by_phases(block: Any) -> Callable[[Tensor], Tensor]:
     """Nearest upsampling and its 3x3 convolution as four 2x2 convolutions of the small map, 4/9 of the work.
 
     Of the three taps along an axis, two fall on the same source pixel: output 2i reads sources i-1, i, i with weights
@@ -271,7 +274,7 @@ def _shuffled_source(strip: Tensor, repeats: int, phase: int) -> Tensor:
     return strip[..., phase // repeats :: 1].repeat_interleave(repeats // 4, dim=-1)
 
 
-def down_block(block: nn.Module, this: Pass) -> RowOp:
+def down_block(block: Any, this: Pass) -> RowOp:
     """`DCDownBlock2d`: halves both sides, by a strided convolution or by pixel_unshuffle."""
     run = _conv(block.conv, this)
     unshuffles = block.downsample
@@ -293,7 +296,7 @@ def down_block(block: nn.Module, this: Pass) -> RowOp:
 # Attention
 
 
-def _select(attention: nn.Module, thirds: Sequence[int], this: Pass) -> RowOp:
+def _select(attention: Any, thirds: Sequence[int], this: Pass) -> RowOp:
     """The channels of diffusers' multi-scale q, k, v that belong to the given thirds (0: q, 1: k, 2: v).
 
     diffusers concatenates [q|k|v], then takes groups of 3 * head_dim *consecutive* channels over all scales and calls a
@@ -332,7 +335,7 @@ class AttentionSums(RowOp):
     `values_by_keys` is [B, heads, head_dim, head_dim], `keys` [B, heads, head_dim, 1]. Yields no rows.
     """
 
-    def __init__(self, attention: nn.Module, this: Pass) -> None:
+    def __init__(self, attention: Any, this: Pass) -> None:
         self.head_dim = attention.attention_head_dim
         self.select = _select(attention, (1, 2), this)
         self.values_by_keys: Tensor | None = None
@@ -356,7 +359,7 @@ class AttentionSums(RowOp):
         return None
 
 
-def apply_attention(attention: nn.Module, sums: AttentionSums, this: Pass) -> RowOp:
+def apply_attention(attention: Any, sums: AttentionSums, this: Pass) -> RowOp:
     """`x + norm(to_out(sums applied to relu(q)))`: once its sums are known, an attention is a local layer."""
     _check_dense(attention.to_out)
     assert sums.values_by_keys is not None
@@ -377,7 +380,7 @@ def apply_attention(attention: nn.Module, sums: AttentionSums, this: Pass) -> Ro
     return Residual(Chain(ops)) if attention.residual_connection else Chain(ops)
 
 
-def whole_attention(attention: nn.Module) -> RowOp:
+def whole_attention(attention: Any) -> RowOp:
     """diffusers' own forward on a map of a few pixels, where it is quadratic."""
     return Whole(lambda map_: attention(map_.permute(0, 3, 1, 2)).permute(0, 2, 3, 1).contiguous())
 
@@ -386,25 +389,26 @@ def whole_attention(attention: nn.Module) -> RowOp:
 # The network as a list of units
 
 
-def _block_units(block: nn.Module, scale: float) -> Iterator[Unit]:
+def _block_units(block: Any, scale: float) -> Iterator[Unit]:
     if hasattr(block, "attn"):
         inner_channels = 3 * block.attn.to_q.out_features * (1 + len(block.attn.to_qkv_multiscale))
         yield Attention(block.attn, scale, inner_channels)
         feed_forward = block.conv_out
-        yield Local(lambda this: glu_mb_conv(feed_forward, this), scale, feed_forward.conv_inverted.out_channels)
+        hidden_channels = feed_forward.conv_inverted.out_channels
+        yield Local(feed_forward, lambda this: glu_mb_conv(feed_forward, this), scale, hidden_channels)
     else:
-        yield Local(lambda this: res_block(block, this), scale, block.conv1.out_channels)
+        yield Local(block, lambda this: res_block(block, this), scale, block.conv1.out_channels)
 
 
-def decoder_units(decoder: nn.Module) -> list[Unit]:
+def decoder_units(decoder: Any) -> list[Unit]:
     """The decoder of an `AutoencoderDC` from latent to pixels, in the order it runs."""
     repeats = decoder.in_shortcut_repeats if decoder.in_shortcut else 0
     first, final = decoder.conv_in, decoder.conv_out
-    units: list[Unit] = [Local(lambda this: conv_with_repeat(first, repeats, this), 1.0, first.out_channels)]
+    units: list[Unit] = [Local(first, lambda this: conv_with_repeat(first, repeats, this), 1.0, first.out_channels)]
     scale = 1.0
 
-    def up(block: nn.Module) -> Unit:
-        return Local(lambda this: up_block(block, this), scale, block.conv.out_channels, 2.0)
+    def up(block: Any) -> Unit:
+        return Local(block, lambda this: up_block(block, this), scale, block.conv.out_channels, 2.0)
 
     for stage in reversed(decoder.up_blocks):
         for block in stage:
@@ -413,29 +417,32 @@ def decoder_units(decoder: nn.Module) -> list[Unit]:
                 scale *= 2
             else:
                 units += _block_units(block, scale)
-    norm_, activation = _norm_(decoder.norm_out), decoder.conv_act
-    units.append(Local(lambda this: Pointwise(lambda strip: activation(norm_(strip))), scale, decoder.norm_out.dim[0]))
+    norm_out, activation = decoder.norm_out, decoder.conv_act
+    norm_ = _norm_(norm_out)
+    units.append(
+        Local(norm_out, lambda this: Pointwise(lambda strip: activation(norm_(strip))), scale, norm_out.dim[0])
+    )
     if hasattr(final, "repeats"):
         units.append(up(final))
     else:
-        units.append(Local(lambda this: this.windowed(_conv(final, this), 3), scale, final.in_channels))
+        units.append(Local(final, lambda this: this.windowed(_conv(final, this), 3), scale, final.in_channels))
     return units
 
 
-def encoder_units(encoder: nn.Module) -> list[Unit]:
+def encoder_units(encoder: Any) -> list[Unit]:
     """The encoder of an `AutoencoderDC` from pixels to latent, in the order it runs."""
     scale = 1.0
     units: list[Unit] = []
     first, final = encoder.conv_in, encoder.conv_out
 
-    def down(block: nn.Module) -> Unit:
-        return Local(lambda this: down_block(block, this), scale, 4 * block.conv.in_channels, 0.5)
+    def down(block: Any) -> Unit:
+        return Local(block, lambda this: down_block(block, this), scale, 4 * block.conv.in_channels, 0.5)
 
     if hasattr(first, "group_size"):
         units.append(down(first))
         scale /= 2
     else:
-        units.append(Local(lambda this: this.windowed(_conv(first, this), 3), scale, first.out_channels))
+        units.append(Local(first, lambda this: this.windowed(_conv(first, this), 3), scale, first.out_channels))
     for stage in encoder.down_blocks:
         for block in stage:
             if hasattr(block, "group_size"):
@@ -444,7 +451,7 @@ def encoder_units(encoder: nn.Module) -> list[Unit]:
             else:
                 units += _block_units(block, scale)
     group_size = encoder.out_shortcut_average_group_size if encoder.out_shortcut else 0
-    units.append(Local(lambda this: conv_with_mean(final, group_size, this), scale, final.in_channels))
+    units.append(Local(final, lambda this: conv_with_mean(final, group_size, this), scale, final.in_channels))
     return units
 
 
@@ -470,6 +477,18 @@ class Sweep:
             round(unit.channels * width * (unit.in_scale * unit.factor) ** 2 / self.in_scale) * element_bytes
             for unit in units
         )
+
+    def map_bytes(self, height: int, width: int, element_bytes: int) -> int:
+        """The map that the sweep starts from; nothing for the first, whose input is the caller's."""
+        if self.attention is None:
+            return 0
+        return round(height * width * self.in_scale**2) * self.attention.module.to_out.out_features * element_bytes
+
+    @property
+    def weight_bytes(self) -> int:
+        """The weights that the sweep uses, which it holds once more in a layout of its own."""
+        units = [*self.local, self.attention] if self.attention is not None else self.local
+        return sum(p.numel() * p.element_size() for unit in units for p in unit.module.parameters())
 
 
 def cut_at_barriers(units: Sequence[Unit], height: int, width: int) -> list[Sweep]:
@@ -531,7 +550,7 @@ def stream(
 
 
 def decode_rows(
-    decoder: nn.Module,
+    decoder: Any,
     latent: Tensor,
     strip_rows: int | None = None,
     *,
@@ -553,7 +572,7 @@ def decode_rows(
 
 
 def encode(
-    encoder: nn.Module,
+    encoder: Any,
     image: Tensor,
     strip_rows: int | None = None,
     *,

@@ -1,0 +1,390 @@
+"""The way from a prompt to a picture file: text -> latent -> rows -> file, one stage in memory at a time."""
+
+from __future__ import annotations
+
+import dataclasses
+import secrets
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from handscroll.errors import CheckpointError, SizeError
+from handscroll.events import OnEvent, Progress, ignore
+from handscroll.image_file import Target, check_target, parameters_text, write_image
+from handscroll.latent_file import check_latent_target, load_latent, save_latent
+from handscroll.plan.plan import Plan, make_plan
+from handscroll.request import DEFAULT_MODEL, Request, indexed
+from handscroll.runtime.checkpoint import load_scheduler, load_tokenizer, open_checkpoint
+from handscroll.runtime.decode import decode_rows
+from handscroll.runtime.denoise import denoise, starting_noise
+from handscroll.runtime.devices import find_hardware
+from handscroll.runtime.memory import Meter
+from handscroll.runtime.stages import Stages
+from handscroll.runtime.text import Text, encode_prompt, instruction_of
+from handscroll.spec import CheckpointSpec
+from handscroll.version import __version__
+
+STAGES = ("text", "denoise", "decode")
+
+
+@dataclass(frozen=True)
+class Result:
+    """One picture that was written, and what it took. `as_dict` is the JSON of the command line."""
+
+    path: Path
+    width: int
+    height: int
+    seed: int
+    steps: int
+    guidance: float
+    model: str
+    precision: str
+    decode: str
+    exact: bool
+    memory: dict[str, Any]
+    seconds: dict[str, float]
+
+    def as_dict(self) -> dict[str, Any]:
+        return {**dataclasses.asdict(self), "path": str(self.path)}
+
+
+def generate(
+    request: Request,
+    path: Path,
+    *,
+    save_latent: Path | None = None,
+    quality: int | None = None,
+    on_event: OnEvent = ignore,
+) -> list[Result]:
+    """Makes the pictures of a request and writes them to `path` (`name-1.png`, ... for more than one).
+
+    Whatever can be refused is refused before a weight is read. Raises HandscrollError.
+    """
+    spec = open_checkpoint(request.model, on_progress=_on_fetch(on_event))
+    plan = make_plan(spec, request, find_hardware(request.device, request.precision), random_seed())
+    targets = _targets(path, plan)
+    latent_paths = _latent_targets(save_latent, plan)
+    meter = Meter(plan.device)
+    results = []
+    with torch.inference_mode(), Stages(spec, plan) as stage:
+        with meter.stage("text"):
+            on_event(Progress("text", 0, 1))
+            text, negative = encode_prompts(stage, request)
+            on_event(Progress("text", 1, 1))
+        with meter.stage("denoise"):
+            latents = [denoise_picture(stage, text, negative, index, on_event) for index in range(len(plan.seeds))]
+            for latent, latent_path, seed in zip(latents, latent_paths, plan.seeds, strict=True):
+                if latent_path is not None:
+                    write_latent(latent_path, latent, request, spec, plan, seed)
+        for index, (latent, target) in enumerate(zip(latents, targets, strict=True)):
+            with meter.stage("decode"):
+                write_picture(
+                    stage, latent, target, _facts(request, spec, plan, plan.seeds[index]), index, quality, on_event
+                )
+            results.append(_result(target.path, spec, plan, plan.seeds[index], meter))
+    return results
+
+
+def decode_latent(
+    latent: Path,
+    path: Path,
+    *,
+    model: str | None = None,
+    precision: str = "auto",
+    device: str = "auto",
+    decode: str = "rows",
+    patches: int = 32,
+    strip_rows: int | None = None,
+    quality: int | None = None,
+    on_event: OnEvent = ignore,
+) -> Result:
+    """Decodes a latent that `generate` saved to a picture file, without denoising again. Raises HandscrollError."""
+    tensor, facts = load_latent(latent)
+    request = _request_of(latent, facts, model, precision, device, decode, patches, strip_rows)
+    spec = open_checkpoint(request.model, on_progress=_on_fetch(on_event))
+    plan = make_plan(spec, _sized(request, tensor, spec, latent), find_hardware(device, precision), 0)
+    target = check_target(path, plan.width, plan.height)
+    meter = Meter(plan.device)
+    with torch.inference_mode(), Stages(spec, plan) as stage, meter.stage("decode"):
+        write_picture(stage, tensor, target, _facts(request, spec, plan, plan.seeds[0]), 0, quality, on_event)
+    return _result(target.path, spec, plan, plan.seeds[0], meter)
+
+
+class Handscroll:
+    """A checkpoint that is ready to make pictures; its modules stay in memory between calls.
+
+    scroll = Handscroll.from_pretrained("tiny-landscape")
+    scroll("snowy mountains at dusk, a red sun", width=1024, height=1024, seed=7).save("dusk.png")
+    """
+
+    def __init__(self, spec: CheckpointSpec, device: str = "auto", precision: str = "auto") -> None:
+        self.spec, self.device, self.precision = spec, device, precision
+        self._loaded: dict[str, Any] = {}
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model: str | Path = DEFAULT_MODEL,
+        *,
+        device: str = "auto",
+        precision: str = "auto",
+        on_event: OnEvent = ignore,
+    ) -> Handscroll:
+        """A model by short name, checkpoint folder or hub id, fetched first if need be. Raises HandscrollError."""
+        return cls(open_checkpoint(model, on_progress=_on_fetch(on_event)), device, precision)
+
+    def __call__(
+        self,
+        prompt: str,
+        *,
+        width: int | None = None,
+        height: int | None = None,
+        negative: str = "",
+        steps: int | None = None,
+        guidance: float | None = None,
+        seed: int | None = None,
+        decode: str = "rows",
+        strip_rows: int | None = None,
+        on_event: OnEvent = ignore,
+    ) -> Picture:
+        """Denoises a prompt; the rows are decoded when the picture is saved or read. Raises HandscrollError."""
+        request = Request(
+            prompt,
+            negative=negative,
+            width=width,
+            height=height,
+            steps=steps,
+            guidance=guidance,
+            seed=seed,
+            precision=self.precision,
+            device=self.device,
+            decode=decode,
+            strip_rows=strip_rows,
+        )
+        plan = make_plan(self.spec, request, find_hardware(self.device, self.precision), random_seed())
+        stage = self._stages(plan)
+        with torch.inference_mode():
+            text, negative_text = encode_prompts(stage, request)
+            latent = denoise_picture(stage, text, negative_text, 0, on_event)
+        return Picture(stage, latent, _facts(request, self.spec, plan, plan.seeds[0]))
+
+    def _stages(self, plan: Plan) -> Stages:
+        stage = Stages(self.spec, plan, keep=True)
+        stage.loaded = self._loaded
+        return stage
+
+
+class Picture:
+    """A denoised picture. Its rows are decoded each time they are asked for and never all held but by `numpy`."""
+
+    def __init__(self, stage: Stages, latent: Tensor, facts: dict[str, Any]) -> None:
+        self._stage, self.latent, self._facts = stage, latent, facts
+        self.width, self.height = stage.plan.width, stage.plan.height
+        self.seed = stage.plan.seeds[0]
+
+    def rows(self) -> Iterator[np.ndarray]:
+        """The picture from top to bottom as strips [rows, width, 3] uint8."""
+        with torch.inference_mode():
+            yield from decode_rows(self._stage.decoder, self.latent, self._stage.plan)
+
+    def numpy(self) -> np.ndarray:
+        """The whole picture, [height, width, 3] uint8."""
+        return np.concatenate(list(self.rows()))
+
+    def save(self, path: str | Path, *, quality: int | None = None, on_event: OnEvent = ignore) -> Path:
+        """Writes the picture row by row in the format of the path's ending. Raises as `check_target`."""
+        target = check_target(Path(path), self.width, self.height)
+        with torch.inference_mode():
+            write_picture(self._stage, self.latent, target, self._facts, 0, quality, on_event)
+        return target.path
+
+
+# The stages, one function each
+
+
+def encode_prompts(stage: Stages, request: Request) -> tuple[Text, Text | None]:
+    """The prompt's embeddings, and the negative prompt's where guidance needs them."""
+    tokenizer = load_tokenizer(stage.spec)
+    text = encode_prompt(stage.spec, stage.text, tokenizer, request.prompt, instruction_of(stage.spec))
+    if stage.spec.is_sprint or not stage.plan.guided:
+        return text, None
+    return text, encode_prompt(stage.spec, stage.text, tokenizer, request.negative)
+
+
+def denoise_picture(stage: Stages, text: Text, negative: Text | None, index: int, on_event: OnEvent) -> Tensor:
+    """Picture `index` of the plan: its seed's noise to its latent [1, C, h, w] fp32."""
+    plan = stage.plan
+    noise, generator = starting_noise(
+        stage.spec.transformer.in_channels, plan.latent_height, plan.latent_width, plan.seeds[index]
+    )
+    transformer = stage.dit
+    on_event(Progress("denoise", 0, plan.steps, index))
+    return denoise(
+        transformer,
+        load_scheduler(stage.spec),
+        noise,
+        generator,
+        text,
+        negative,
+        steps=plan.steps,
+        guidance=plan.guidance,
+        on_step=lambda done, total: on_event(Progress("denoise", done, total, index)),
+    )
+
+
+def write_picture(
+    stage: Stages,
+    latent: Tensor,
+    target: Target,
+    facts: dict[str, Any],
+    index: int,
+    quality: int | None,
+    on_event: OnEvent,
+) -> None:
+    """Decodes a latent straight into its file, strip by strip."""
+    on_event(Progress("decode", 0, target.height, index))
+    strips = decode_rows(stage.decoder, latent, stage.plan)
+    write_image(
+        target,
+        strips,
+        parameters_text(**facts),
+        quality=quality,
+        on_rows=lambda rows: on_event(Progress("decode", rows, target.height, index)),
+    )
+    on_event(Progress("write", 1, 1, index))
+
+
+def write_latent(path: Path, latent: Tensor, request: Request, spec: CheckpointSpec, plan: Plan, seed: int) -> None:
+    """Keeps a finished latent, with all that decoding and labelling it takes."""
+    facts = _facts(request, spec, plan, seed)
+    facts["model"] = str(request.model)
+    save_latent(path, latent, {name: str(value) for name, value in facts.items()})
+
+
+# Small decisions
+
+
+def random_seed() -> int:
+    """A seed for those who gave none, short enough to be typed again."""
+    return secrets.randbelow(2**32)
+
+
+def _on_fetch(on_event: OnEvent) -> Callable[[Any], None]:
+    return lambda progress: on_event(
+        Progress("fetch", progress.done_bytes, progress.total_bytes, detail=progress.hub_id)
+    )
+
+
+def _targets(path: Path, plan: Plan) -> list[Target]:
+    count = len(plan.seeds)
+    return [check_target(indexed(path, index, count), plan.width, plan.height) for index in range(count)]
+
+
+def _latent_targets(path: Path | None, plan: Plan) -> list[Path | None]:
+    count = len(plan.seeds)
+    if path is None:
+        return [None] * count
+    paths = [indexed(path, index, count) for index in range(count)]
+    for one in paths:
+        check_latent_target(one)
+    return list(paths)
+
+
+def _facts(request: Request, spec: CheckpointSpec, plan: Plan, seed: int) -> dict[str, Any]:
+    """What the file says about itself: the arguments of `parameters_text`."""
+    return {
+        "prompt": request.prompt,
+        "negative": request.negative,
+        "steps": plan.steps,
+        "sampler": spec.scheduler.class_name.removesuffix("Scheduler"),
+        "guidance": plan.guidance,
+        "seed": seed,
+        "width": plan.width,
+        "height": plan.height,
+        "model": spec.name,
+        "version": __version__,
+        "memory_mode": plan.decode,
+        "exact": plan.exact,
+    }
+
+
+def _request_of(
+    file: Path,
+    facts: dict[str, str],
+    model: str | None,
+    precision: str,
+    device: str,
+    decode: str,
+    patches: int,
+    strip_rows: int | None,
+) -> Request:
+    """The request that a saved latent came from, to be decoded as is now asked for."""
+    named = model or facts.get("model")
+    if named is None:
+        raise CheckpointError(f"{file}: does not say which model made it; name it with --model")
+    try:
+        return Request(
+            prompt=facts.get("prompt") or "unknown",
+            negative=facts.get("negative", ""),
+            model=named,
+            width=int(facts["width"]) if "width" in facts else None,
+            height=int(facts["height"]) if "height" in facts else None,
+            steps=int(facts["steps"]) if "steps" in facts else None,
+            guidance=float(facts["guidance"]) if "guidance" in facts else None,
+            seed=int(facts.get("seed", 0)),
+            precision=precision,
+            device=device,
+            decode=decode,
+            patches=patches,
+            strip_rows=strip_rows,
+        )
+    except ValueError as error:
+        raise CheckpointError(f"{file}: its metadata is broken: {error}") from error
+
+
+def _sized(request: Request, latent: Tensor, spec: CheckpointSpec, file: Path) -> Request:
+    """The request with the picture's size, which is at most what the latent holds."""
+    factor = spec.autoencoder.spatial_compression_ratio
+    _, channels, rows, columns = latent.shape
+    if channels != spec.autoencoder.latent_channels:
+        raise CheckpointError(
+            f"{file}: the latent has {channels} channels and {spec.name} decodes {spec.autoencoder.latent_channels}; "
+            "name the model that made it with --model"
+        )
+    width, height = request.width or columns * factor, request.height or rows * factor
+    if -(-width // factor) != columns or -(-height // factor) != rows:
+        raise SizeError(f"{file}: the latent of {columns}x{rows} does not hold a picture of {width}x{height}")
+    return dataclasses.replace(request, width=width, height=height)
+
+
+def _result(path: Path, spec: CheckpointSpec, plan: Plan, seed: int, meter: Meter) -> Result:
+    stages = {
+        name: {"planned_bytes": None, "measured_bytes": meter.stage_peak_bytes.get(name)}
+        for name in STAGES
+        if name in meter.seconds
+    }
+    seconds = {name: round(meter.seconds[name], 3) for name in STAGES if name in meter.seconds}
+    return Result(
+        path=path,
+        width=plan.width,
+        height=plan.height,
+        seed=seed,
+        steps=plan.steps,
+        guidance=plan.guidance,
+        model=spec.name,
+        precision=str(plan.precision),
+        decode=plan.decode,
+        exact=plan.exact,
+        memory={
+            "budget_bytes": None,
+            "planned_peak_bytes": None,
+            "measured_peak_bytes": meter.peak_bytes,
+            "stages": stages,
+        },
+        seconds={**seconds, "total": round(sum(seconds.values()), 3)},
+    )

@@ -1,0 +1,57 @@
+"""Which precision each component computes in. The sampler's state and every attention sum are fp32 whatever it is."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from handscroll.spec import CheckpointSpec
+
+
+@dataclass(frozen=True)
+class Precision:
+    """One of fp32, bf16, fp16 for each component; `note` is a remark for the user, or empty."""
+
+    text_encoder: str
+    transformer: str
+    autoencoder: str
+    note: str = ""
+
+    def __str__(self) -> str:
+        parts = {
+            "text encoder": self.text_encoder,
+            "transformer": self.transformer,
+            "autoencoder": self.autoencoder,
+        }
+        if len(set(parts.values())) == 1:
+            return self.transformer
+        return ", ".join(f"{name} {precision}" for name, precision in parts.items())
+
+
+def resolve_precision(spec: CheckpointSpec, requested: str, device: str, bf16_is_faster: bool) -> Precision:
+    """`requested` is auto or a precision; `device` a device name; `bf16_is_faster` what was measured on a CPU.
+
+    auto follows the checkpoint on an accelerator, and on a CPU computes in fp32 unless bf16 is faster there. Text
+    encoder and autoencoder are never fp16: their activations pass its 65,504 and the picture turns black.
+    """
+    published = {name: spec.weights_of(name).dtype or "fp32" for name in ("text_encoder", "transformer", "vae")}
+    if requested != "auto":
+        wanted = dict.fromkeys(published, requested)
+    elif device == "cpu" and not bf16_is_faster:
+        wanted = dict.fromkeys(published, "fp32")
+    elif device == "cpu":
+        wanted = {name: "bf16" if dtype == "bf16" else "fp32" for name, dtype in published.items()}
+    else:
+        wanted = published
+    note = ""
+    if wanted["transformer"] == "bf16" and published["transformer"] == "fp16":
+        note = "this checkpoint was published in fp16 and gives poor pictures in bf16; prefer its BF16 version"
+    return Precision(
+        text_encoder=_never_fp16(wanted["text_encoder"]),
+        transformer=wanted["transformer"],
+        autoencoder=_never_fp16(wanted["vae"]),
+        note=note,
+    )
+
+
+def _never_fp16(dtype: str) -> str:
+    return "bf16" if dtype == "fp16" else dtype
