@@ -1,0 +1,66 @@
+"""Progress bars on stderr for whoever watches a job: one a stage, gone when the job is done."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from handscroll import events
+
+TITLES = {
+    "fetch": "fetching",
+    "text": "reading the prompt",
+    "denoise": "painting",
+    "decode": "unrolling",
+    "write": "writing",
+}
+
+
+@contextmanager
+def progress_bars(pictures: int = 1, console: Console | None = None) -> Iterator[events.OnEvent]:
+    """A listener that draws. `pictures` is how many the job will make."""
+    progress = Progress(
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        TextColumn("{task.fields[amount]}", markup=False),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        console=console or Console(stderr=True),
+        transient=True,
+    )
+    with progress:
+        yield _Bars(progress, pictures)
+
+
+class _Bars:
+    def __init__(self, progress: Progress, pictures: int) -> None:
+        self._progress = progress
+        self._pictures = pictures
+        self._shown: dict[str, tuple[TaskID, int]] = {}  # stage -> its bar, and the picture it is at
+
+    def __call__(self, event: events.Progress) -> None:
+        bar, picture = self._shown.get(event.stage) or (self._progress.add_task("", amount=""), event.picture)
+        if picture != event.picture:
+            self._progress.reset(bar)
+        self._shown[event.stage] = bar, event.picture
+        self._progress.update(
+            bar,
+            description=self._title(event),
+            completed=event.done,
+            total=event.total,
+            amount=_amount(event),
+        )
+
+    def _title(self, event: events.Progress) -> str:
+        which = f" {event.picture + 1}/{self._pictures}" if self._pictures > 1 and event.stage != "fetch" else ""
+        return f"{TITLES[event.stage]}{which}{f' ({event.detail})' if event.detail else ''}"
+
+
+def _amount(event: events.Progress) -> str:
+    if event.stage == "fetch":
+        return f"{event.done / 2**20:,.0f}/{event.total / 2**20:,.0f} MiB"
+    unit = {"denoise": " steps", "decode": " rows"}.get(event.stage, "")
+    return f"{event.done:,}/{event.total:,}{unit}"
