@@ -26,9 +26,9 @@ def attach(target: Any, strip_rows: int | None = None, memory: str | int | None 
 
     The results are those of the whole network up to the order of summation, in the autoencoder's dtype and on its
     device; tiling is not used while attached. strip_rows: rows of the map at the last attention to take at a time.
-    memory: bytes, or text such as '1GiB', that decoding may take above weights, latent and result; the strip height follows from it.
-    Attaching again changes the settings. Raises UsageError if there is no AutoencoderDC, BudgetError (when called) if
-    the memory is too little for the size.
+    memory: bytes, or text such as '1GiB', that decoding may take above weights, latent and result; the strip height
+    follows from it. Attaching again changes the settings. Raises UsageError if there is no AutoencoderDC; decoding and
+    encoding raise BudgetError where the memory is too little for the size.
     """
     autoencoder = _autoencoder(target)
     check_range("strip_rows", strip_rows, 1, 1_000_000)

@@ -24,7 +24,7 @@ _CACHED_BYTES = 2**20
 
 
 def _has_onednn(weight: Tensor) -> bool:
-    return (
+    return bool(
         weight.device.type == "cpu"
         and weight.dtype in (torch.float32, torch.bfloat16)
         and torch.backends.mkldnn.is_available()

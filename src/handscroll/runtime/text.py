@@ -43,8 +43,8 @@ def encode_prompt(spec: CheckpointSpec, encoder: nn.Module, tokenizer: Any, prom
 
     The pipeline pads to instruction tokens + max - 2, runs, then keeps the first token and the last max - 1. The
     encoder is causal and padding comes last, so real tokens never see it; cross-attention masks it out. Both are
-    left out here, which changes no value. (A tokenizer that gives an empty prompt no token at all is the exception: then every
-    position is padding, attention is spread over all of them, and so they are kept.)
+    left out here, which changes no value. (A tokenizer that gives an empty prompt no token at all is the exception:
+    then every position is padding, attention is spread over all of them, and so they are kept.)
 
     encoder: `Gemma2Model` whose embedding table may have been left on the meta device; rows come from the file then.
     """
