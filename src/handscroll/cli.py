@@ -55,7 +55,7 @@ StripRows = Annotated[
     ),
 ]
 Quality = Annotated[
-    int | None, typer.Option(metavar="1..100", min=1, max=100, help="Of JPEG, WebP and Deep Zoom; others are lossless.")
+    int | None, typer.Option(metavar="N", min=1, max=100, help="Of JPEG, WebP and Deep Zoom; others are lossless.")
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON value on stdout, for programs.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Say nothing on stderr but errors.")]
@@ -87,8 +87,8 @@ def handscroll(
       handscroll generate "a bay in fog" --model sana-1.6b-4k --size 4096 -o bay.webp
       handscroll doctor
 
-    Results are printed on stdout, everything else on stderr. Exit codes: 0 done, 1 failed, 2 bad usage, 3 does not fit
-    the memory budget, 130 interrupted.
+    Results are printed on stdout, everything else on stderr. Exit codes: 0 done, 1 failed, 2 bad usage,
+    130 interrupted.
     """
     if context.invoked_subcommand is None:
         print(context.get_help())

@@ -10,13 +10,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 
 from handscroll import events
 
-TITLES = {
-    "fetch": "fetching",
-    "text": "reading the prompt",
-    "denoise": "painting",
-    "decode": "unrolling",
-    "write": "writing",
-}
+TITLES = {"fetch": "fetching", "text": "reading the prompt", "denoise": "painting", "decode": "unrolling"}
 
 
 @contextmanager
@@ -36,31 +30,43 @@ def progress_bars(pictures: int = 1, console: Console | None = None) -> Iterator
 
 
 class _Bars:
+    """Until the first event, which comes after seconds of importing, one bar says that something goes on."""
+
     def __init__(self, progress: Progress, pictures: int) -> None:
         self._progress = progress
         self._pictures = pictures
+        self._loading = progress.add_task("loading", total=None, amount="")
         self._shown: dict[str, tuple[TaskID, int]] = {}  # stage -> its bar, and the picture it is at
 
     def __call__(self, event: events.Progress) -> None:
+        if event.stage not in TITLES:
+            return
+        self._progress.update(self._loading, visible=False)
         bar, picture = self._shown.get(event.stage) or (self._progress.add_task("", amount=""), event.picture)
         if picture != event.picture:
             self._progress.reset(bar)
         self._shown[event.stage] = bar, event.picture
+        unknown = event.stage == "text" and event.done == 0
         self._progress.update(
             bar,
             description=self._title(event),
             completed=event.done,
-            total=event.total,
+            total=None if unknown else event.total,
             amount=_amount(event),
         )
 
     def _title(self, event: events.Progress) -> str:
-        which = f" {event.picture + 1}/{self._pictures}" if self._pictures > 1 and event.stage != "fetch" else ""
+        of_one = self._pictures > 1 and event.stage in ("denoise", "decode")
+        which = f" {event.picture + 1}/{self._pictures}" if of_one else ""
         return f"{TITLES[event.stage]}{which}{f' ({event.detail})' if event.detail else ''}"
 
 
 def _amount(event: events.Progress) -> str:
-    if event.stage == "fetch":
-        return f"{event.done / 2**20:,.0f}/{event.total / 2**20:,.0f} MiB"
-    unit = {"denoise": " steps", "decode": " rows"}.get(event.stage, "")
-    return f"{event.done:,}/{event.total:,}{unit}"
+    match event.stage:
+        case "fetch":
+            return f"{event.done / 2**20:,.0f}/{event.total / 2**20:,.0f} MiB"
+        case "denoise":
+            return f"{event.done:,}/{event.total:,} steps"
+        case "decode":
+            return f"{event.done:,}/{event.total:,} rows"
+    return ""
