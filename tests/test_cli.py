@@ -321,6 +321,20 @@ def test_names_of_odd_prompts(shell: Shell, asked: list[Any], prompt: str, name:
     assert shell("generate", "--seed", 1, "--", prompt).stdout == f"{name}\n"
 
 
+def test_a_name_that_stdout_cannot_spell_is_no_failure(tmp_path: Path) -> None:
+    code = """
+import sys, types
+sys.modules["handscroll.pipeline"] = types.SimpleNamespace(
+    generate=lambda request, path, **_: [types.SimpleNamespace(path=path)]
+)
+sys.stdout.reconfigure(encoding="ascii", errors="strict")
+from handscroll import cli
+cli.main()
+"""
+    ran = _python("-c", code, "generate", "雪", "--seed", 1, "--quiet", cwd=tmp_path)
+    assert (ran.returncode, ran.stdout, ran.stderr) == (0, "\\u96ea-1.png\n", "")
+
+
 def test_a_random_seed_is_told(shell: Shell, asked: list[Any]) -> None:
     ran = shell("generate", "a lake")
     seed = re.search(r"seed (\d+)", ran.stderr)
@@ -387,6 +401,11 @@ def test_bad_usage_is_refused_before_the_libraries_are_loaded(
 
 def test_a_prompt_that_is_no_text_is_refused(shell: Shell) -> None:
     assert "UTF-8" in _refused(shell, "generate", "-", stdin=b"\xff\xfe\x00", exit_code=2)
+
+
+def test_a_closed_stdin_holds_no_prompt(shell: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cli.sys, "stdin", None)
+    assert cli.run(["generate", "-"]) == 2
 
 
 def test_a_device_that_is_not_here_is_refused(shell: Shell, tiny: tuple[object, ...]) -> None:

@@ -7,6 +7,7 @@ what a command needs, it imports itself.
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import os
 import re
@@ -240,6 +241,8 @@ def doctor(as_json: Json = False) -> None:
 
 
 def _read_stdin() -> str:
+    if sys.stdin is None:
+        raise PromptError("there is no standard input to read the prompt from")
     try:
         return sys.stdin.buffer.read().decode()
     except UnicodeDecodeError as error:
@@ -344,6 +347,8 @@ _USAGE_FAULTS: tuple[Any, ...] = typer.BadParameter.__bases__
 
 def main() -> None:
     """The `handscroll` command."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a path may hold what the terminal cannot show
     sys.exit(run(sys.argv[1:]))
 
 
