@@ -271,7 +271,8 @@ def _shuffled_source(strip: Tensor, repeats: int, phase: int) -> Tensor:
     """What pixel_shuffle of the repeated channels puts at one of the four phases: channel (4c + phase) // repeats."""
     if 4 % repeats == 0:
         return strip[..., phase // repeats :: 4 // repeats]
-    return strip[..., phase // repeats :: 1].repeat_interleave(repeats // 4, dim=-1)
+    shuffled = torch.arange(phase, strip.shape[-1] * repeats, 4, device=strip.device)
+    return strip.index_select(-1, shuffled // repeats)
 
 
 def down_block(block: Any, this: Pass) -> RowOp:
@@ -534,6 +535,7 @@ def stream(
         ops: list[RowOp] = []
         if step.attention is not None and sums is not None:
             ops.append(step.attention.apply(sums, this))
+            sums = None  # with its buffers, and the last pass's workspace
         ops += [unit.build(this) for unit in step.local]
         following = sweeps[index + 1] if index + 1 < len(sweeps) else None
         if following is None or following.attention is None:
@@ -544,11 +546,13 @@ def stream(
             result = RowMap(round(height * following.in_scale))
             for strip in sweep(source(strip_rows), Chain(ops)):
                 result.write(strip)
+                del strip
             source = result.strips
         if on_sweep is not None:
             on_sweep(index + 1, len(sweeps))
 
 
+@torch.no_grad()
 def decode_rows(
     decoder: Any,
     latent: Tensor,
@@ -571,6 +575,7 @@ def decode_rows(
         yield strip.permute(0, 3, 1, 2)
 
 
+@torch.no_grad()
 def encode(
     encoder: Any,
     image: Tensor,

@@ -92,6 +92,7 @@ class Windowed(RowOp):
         pad: int | None = None,
         workspace: Workspace | None = None,
     ) -> None:
+        assert step <= size, "rows between two windows would be lost count of"
         self.function = function
         self.size, self.step = size, step
         self.pad = size // 2 if pad is None else pad
@@ -112,6 +113,8 @@ class Windowed(RowOp):
             pieces.append(strip)
         if last and self.pad:
             pieces.append(torch.zeros_like(self.buffer[:, : self.pad]))
+        if not pieces:
+            return None
         rows = pieces[0] if len(pieces) == 1 else self.workspace.join(pieces)
         del pieces, strip
         windows = max(0, (rows.shape[1] - self.size) // self.step + 1)
