@@ -1,0 +1,318 @@
+"""Streaming gives what diffusers' own forward gives, for every configuration, strip height and size."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+from diffusers import AutoencoderDC
+from torch import Tensor, nn
+
+from handscroll.banded import dcae
+
+EXACT = 2e-5
+STRIP_ROWS = (1, 2, 3, 7, None)
+# height x width of the latent. With head_dim 4, 1x1 and 2x2 attend quadratically at the deepest stage, 1x9 does not.
+SIZES = ((1, 1), (1, 9), (9, 1), (2, 2), (5, 7))
+R, E = "ResBlock", "EfficientViTBlock"
+
+F32 = {
+    "latent_channels": 4,
+    "attention_head_dim": 4,
+    "encoder_block_types": (R, R, R, E, E, E),
+    "decoder_block_types": (R, R, R, E, E, E),
+    "encoder_block_out_channels": (8, 8, 8, 8, 16, 16),
+    "decoder_block_out_channels": (8, 8, 8, 8, 16, 16),
+    "encoder_layers_per_block": (1, 1, 1, 1, 1, 1),
+    "decoder_layers_per_block": (1, 1, 1, 2, 1, 1),
+    "upsample_block_type": "interpolate",
+    "downsample_block_type": "Conv",
+}
+
+
+def stages(
+    count: int,
+    channels: tuple[int, ...],
+    encoder_layers: tuple[int, ...],
+    decoder_layers: tuple[int, ...],
+    scales: tuple[int, ...] = (5,),
+) -> dict[str, Any]:
+    """Three stages of ResBlocks, then attention, as the deeper published models have them."""
+    types, multiscales = (R,) * 3 + (E,) * (count - 3), ((),) * 3 + (scales,) * (count - 3)
+    return {
+        "encoder_block_types": types,
+        "decoder_block_types": types,
+        "encoder_block_out_channels": channels,
+        "decoder_block_out_channels": channels,
+        "encoder_layers_per_block": encoder_layers,
+        "decoder_layers_per_block": decoder_layers,
+        "encoder_qkv_multiscales": multiscales,
+        "decoder_qkv_multiscales": multiscales,
+    }
+
+
+SHUFFLE = {"upsample_block_type": "pixel_shuffle", "downsample_block_type": "pixel_unshuffle"}
+BATCH_NORM = {
+    "decoder_norm_types": ("batch_norm",) * 3 + ("rms_norm",) * 3,
+    "decoder_act_fns": ("relu",) * 3 + ("silu",) * 3,
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A configuration as its difference from `F32`."""
+
+    config: dict[str, Any] = field(default_factory=dict)
+    sizes: tuple[tuple[int, int], ...] = SIZES
+
+
+CASES = {
+    "f32": Case(),
+    "f32 by shuffling": Case(SHUFFLE),
+    "f32 with batch norm and relu": Case(BATCH_NORM | SHUFFLE),
+    "batch norm in attention": Case({"decoder_norm_types": "batch_norm", "decoder_conv_act_fn": "silu"}),
+    "f64": Case(
+        stages(7, (8, 8, 8, 8, 16, 16, 16), (0, 1, 1, 1, 1, 1, 1), (0, 2, 1, 1, 1, 1, 1)) | SHUFFLE,
+        ((1, 1), (1, 3), (2, 2), (3, 2)),
+    ),
+    "f128": Case(
+        stages(8, (8, 8, 8, 8, 8, 16, 16, 16), (0, 1, 1, 1, 1, 1, 1, 1), (0, 1, 2, 1, 1, 1, 1, 1)),
+        ((1, 1), (1, 3), (3, 1)),
+    ),
+    "no layers in the first stage": Case(
+        {"encoder_layers_per_block": (0, 1, 1, 1, 1, 1), "decoder_layers_per_block": (0, 1, 1, 1, 1, 1)}
+    ),
+    "no layers in a middle stage": Case(
+        stages(6, (8, 8, 8, 8, 8, 16), (1, 1, 0, 1, 1, 1), (1, 1, 0, 1, 1, 1)) | SHUFFLE, ((1, 1), (2, 2), (5, 7))
+    ),
+    "no layers in the last stage": Case(stages(4, (8, 8, 8, 8), (1, 1, 1, 0), (1, 1, 1, 0)), ((1, 1), (4, 9), (9, 4))),
+    "without shortcuts": Case({"encoder_out_shortcut": False, "decoder_in_shortcut": False}),
+    "one scale": Case(stages(6, (8, 8, 8, 8, 16, 16), (1,) * 6, (1,) * 6, scales=())),
+    "three scales": Case(stages(6, (8, 8, 8, 8, 16, 16), (1,) * 6, (1,) * 6, scales=(3, 5))),
+    "ResBlocks only": Case({"encoder_block_types": R, "decoder_block_types": R}),
+    "mixed stages": Case(
+        {
+            "encoder_block_types": (E, R, E, R, E, R),
+            "decoder_block_types": (R, E, R, E, R, E),
+            "encoder_qkv_multiscales": ((3,), (), (), (), (5,), ()),
+            "decoder_qkv_multiscales": ((), (5,), (), (), (), (3,)),
+        },
+        ((1, 1), (1, 3), (2, 2)),
+    ),
+    "heads of eight": Case({"attention_head_dim": 8}),
+    "heads of sixteen, in a stage of 24 channels": Case(
+        stages(5, (6, 12, 24, 24, 24), (1,) * 5, (1,) * 5) | {"attention_head_dim": 16}, ((1, 1), (4, 4), (3, 6))
+    ),
+    "channels that grow by odd ratios": Case(
+        {"decoder_block_out_channels": (12, 16, 16, 16, 8, 16), "encoder_block_out_channels": (8, 32, 16, 8, 8, 16)}
+    ),
+}
+
+
+@functools.cache
+def autoencoder(name: str) -> AutoencoderDC:
+    """Random weights; norms, biases and statistics as a training might leave them rather than as they start."""
+    torch.manual_seed(0)
+    model = AutoencoderDC(**{**F32, **CASES[name].config}).eval().requires_grad_(False)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean.normal_(0, 0.5)
+            module.running_var.uniform_(0.5, 2)
+    for parameter in model.parameters():
+        if parameter.ndim == 1:
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    return model
+
+
+def latent_of(model: AutoencoderDC, height: int, width: int, batch: int = 2, seed: int = 1) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(batch, model.config.latent_channels, height, width, generator=generator)
+
+
+def streamed(decoder: nn.Module, latent: Tensor, strip_rows: int | None = None, **options: Any) -> Tensor:
+    return torch.cat(list(dcae.decode_rows(decoder, latent, strip_rows, **options)), dim=2)
+
+
+def decode(model: AutoencoderDC, latent: Tensor, strip_rows: int | None = None, **options: Any) -> Tensor:
+    return streamed(model.decoder, latent, strip_rows, **options)
+
+
+EACH = [
+    pytest.param(name, height, width, id=f"{name}-{height}x{width}")
+    for name, case in CASES.items()
+    for height, width in case.sizes
+]
+
+
+@pytest.mark.parametrize(("name", "height", "width"), EACH)
+def test_decode_is_the_whole_decode(name: str, height: int, width: int) -> None:
+    model = autoencoder(name)
+    latent = latent_of(model, height, width)
+    given = latent.clone()
+    whole = model.decoder(latent)
+    assert whole.std() > 1e-2
+    results = [decode(model, latent, strip_rows) for strip_rows in STRIP_ROWS]
+    results.append(decode(model, latent, 3, plain=True))
+    for strip_rows, result in zip([*STRIP_ROWS, "plain"], results, strict=True):
+        assert result.shape == whole.shape
+        assert (result - whole).abs().max() <= EXACT, strip_rows
+        assert (result - results[0]).abs().max() <= EXACT, strip_rows
+    assert torch.equal(latent, given)
+
+
+@pytest.mark.parametrize(("name", "height", "width"), EACH)
+def test_encode_is_the_whole_encode(name: str, height: int, width: int) -> None:
+    model = autoencoder(name)
+    scale = model.decoder(latent_of(model, 1, 1, batch=1)).shape[-1]
+    image = torch.randn(2, 3, height * scale, width * scale, generator=torch.Generator().manual_seed(2))
+    given = image.clone()
+    whole = model.encoder(image)
+    assert whole.std() > 1e-2
+    results = [dcae.encode(model.encoder, image, strip_rows) for strip_rows in (2, None)]
+    results.append(dcae.encode(model.encoder, image, 3, plain=True))
+    for result in results:
+        assert result.shape == whole.shape
+        assert (result - whole).abs().max() <= EXACT
+        assert (result - results[0]).abs().max() <= EXACT
+    assert torch.equal(image, given)
+
+
+@pytest.mark.parametrize("repeats", [1, 2, 3, 4, 6, 8, 12])
+@pytest.mark.parametrize("plain", [False, True])
+@pytest.mark.parametrize("interpolate", [True, False])
+def test_an_up_block_of_any_ratio(repeats: int, plain: bool, interpolate: bool) -> None:
+    from diffusers.models.autoencoders.autoencoder_dc import DCUpBlock2d
+
+    torch.manual_seed(0)
+    block = DCUpBlock2d(16, 4 * repeats, interpolate=interpolate).requires_grad_(False)
+    assert block.repeats == repeats
+    map_ = torch.randn(2, 16, 5, 3)
+    op = dcae.up_block(block, dcae.Pass(plain))
+    rows = list(dcae.sweep(dcae.cut(map_.permute(0, 2, 3, 1), 2), op))
+    torch.testing.assert_close(torch.cat(rows, dim=1).permute(0, 3, 1, 2), block(map_), atol=EXACT, rtol=0)
+
+
+LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "channels last": lambda x: x.contiguous(memory_format=torch.channels_last),
+    "transposed": lambda x: x.transpose(2, 3).contiguous().transpose(2, 3),
+    "every second of": lambda x: x.repeat_interleave(2, dim=3)[..., ::2],
+    "expanded": lambda x: x[:1].expand_as(x),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_any_layout_of_the_input(layout: str) -> None:
+    model = autoencoder("f32")
+    latent = LAYOUTS[layout](latent_of(model, 3, 2))
+    image = LAYOUTS[layout](torch.randn(2, 3, 32, 64))
+    assert (decode(model, latent, 3) - model.decoder(latent)).abs().max() <= EXACT
+    assert (dcae.encode(model.encoder, image, 3) - model.encoder(image)).abs().max() <= EXACT
+
+
+def test_no_graph_is_built_where_gradients_are_enabled() -> None:
+    model = autoencoder("f32")
+    model.requires_grad_(True)
+    try:
+        with torch.enable_grad():
+            latent = latent_of(model, 3, 2).requires_grad_()
+            rows = list(dcae.decode_rows(model.decoder, latent, 2))
+            quadratic = list(dcae.decode_rows(model.decoder, latent[:, :, :1, :1], 2))
+            encoded = dcae.encode(model.encoder, torch.randn(1, 3, 32, 64).requires_grad_())
+            assert torch.is_grad_enabled()
+        assert not any(result.requires_grad for result in [*rows, *quadratic, encoded])
+    finally:
+        model.requires_grad_(False)
+
+
+def test_the_caller_keeps_its_gradient_mode_between_rows() -> None:
+    model = autoencoder("f32")
+    rows = dcae.decode_rows(model.decoder, latent_of(model, 3, 2), 1)
+    with torch.enable_grad():
+        next(rows)
+        assert torch.is_grad_enabled()
+        rows.close()
+        assert torch.is_grad_enabled()
+
+
+def test_rows_stay_as_they_were_given() -> None:
+    """A consumer may keep a strip, or write over it: no strip is memory that the decoder uses again."""
+    model = autoencoder("f32")
+    latent = latent_of(model, 3, 2)
+    kept, copies = [], []
+    for strip in dcae.decode_rows(model.decoder, latent, 2):
+        kept.append(strip)
+        copies.append(strip.clone())
+    assert all(torch.equal(strip, copy) for strip, copy in zip(kept, copies, strict=True))
+
+    overwritten = []
+    for strip in dcae.decode_rows(model.decoder, latent, 2):
+        overwritten.append(strip.clone())
+        strip.fill_(float("nan"))
+    assert torch.equal(torch.cat(overwritten, dim=2), torch.cat(copies, dim=2))
+
+
+def test_it_may_be_left_early_and_run_twice_at_once() -> None:
+    model = autoencoder("f32")
+    latent = latent_of(model, 3, 2)
+    expected = decode(model, latent, 2)
+    left = dcae.decode_rows(model.decoder, latent, 2)
+    next(left)
+    left.close()
+    with pytest.raises(StopIteration):
+        next(left)
+    pairs = zip(dcae.decode_rows(model.decoder, latent, 2), dcae.decode_rows(model.decoder, -latent, 2), strict=True)
+    assert torch.equal(torch.cat([first for first, _ in pairs], dim=2), expected)
+
+
+def test_the_model_is_left_as_it_was() -> None:
+    model = autoencoder("f32 with batch norm and relu")
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    decode(model, latent_of(model, 3, 2), 2)
+    dcae.encode(model.encoder, torch.randn(1, 3, 32, 64))
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_sweeps_are_counted() -> None:
+    model = autoencoder("f32")
+    told: list[tuple[int, int]] = []
+    list(dcae.decode_rows(model.decoder, latent_of(model, 3, 2), 2, on_sweep=lambda done, of: told.append((done, of))))
+    assert told == [(done, 5) for done in range(1, 6)]  # four attentions part five sweeps
+
+
+def test_a_layer_it_cannot_stream_is_refused() -> None:
+    class Quantised(nn.Conv2d):
+        pass
+
+    model = AutoencoderDC(**F32).eval()
+    model.decoder.conv_in = Quantised(4, 16, 3, padding=1)
+    with pytest.raises(TypeError, match="Quantised"):
+        decode(model, latent_of(model, 2, 2))
+
+
+@pytest.mark.parametrize(
+    "name", ["f32", "f32 with batch norm and relu", "batch norm in attention", "without shortcuts"]
+)
+def test_bf16_is_as_near_to_fp32_as_the_whole_decode(name: str) -> None:
+    model = autoencoder(name)
+    half = copy.deepcopy(model.decoder).to(torch.bfloat16)
+    # The reference has the weights that bf16 can hold: what is compared is the arithmetic.
+    rounded = copy.deepcopy(half).float()
+    errors = {"whole": 0.0, "rows": 0.0, "plain": 0.0}
+    for seed in range(4):
+        latent = latent_of(model, 4, 5, seed=seed).to(torch.bfloat16)
+        reference = rounded(latent.float())
+        results = {
+            "whole": half(latent),
+            "rows": streamed(half, latent, 4),
+            "plain": streamed(half, latent, 4, plain=True),
+        }
+        for way, result in results.items():
+            assert result.dtype == torch.bfloat16
+            errors[way] += (result.float() - reference).abs().mean().item()
+    assert errors["rows"] <= 1.1 * errors["whole"], errors
+    assert errors["plain"] <= 1.1 * errors["whole"], errors
