@@ -46,7 +46,7 @@ def test_only_tiles_are_another_picture(decode_bench: Any, tmp_path: Path) -> No
     for mode in decode_bench.MODES:
         found = decode_bench.measure(mode, 544, arguments)  # the smallest size that diffusers tiles
         assert found["seconds"] > 0
-        assert (found["max_difference"] <= 2e-5) == (mode != "tiled")
+        assert (found["max_difference"] <= 1e-3) == (mode != "tiled")
 
 
 def test_a_failed_mode_is_reported(decode_bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
