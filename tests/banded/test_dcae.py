@@ -281,6 +281,19 @@ def test_the_model_is_left_as_it_was() -> None:
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
+@pytest.mark.parametrize("size", [(48, 64), (64, 33), (31, 32)])
+def test_sides_that_do_not_halve_are_refused(size: tuple[int, int]) -> None:
+    with pytest.raises(ValueError, match="multiples of 32"):
+        dcae.encode(autoencoder("f32").encoder, torch.randn(1, 3, *size))
+
+
+@pytest.mark.parametrize("strip_rows", [0, -1])
+def test_strips_have_rows(strip_rows: int) -> None:
+    model = autoencoder("f32")
+    with pytest.raises(ValueError, match="rows"):
+        decode(model, latent_of(model, 3, 2), strip_rows)
+
+
 def test_sweeps_are_counted() -> None:
     model = autoencoder("f32")
     told: list[tuple[int, int]] = []

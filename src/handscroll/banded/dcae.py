@@ -509,6 +509,8 @@ def strip_heights(sweeps: Sequence[Sweep], width: int, element_bytes: int, strip
     `strip_rows` is the height in the last sweep, that is in rows of the map at the last barrier; the others get strips
     of the same bytes. None stands for what makes the largest activation about DEFAULT_STRIP_BYTES.
     """
+    if strip_rows is not None and strip_rows < 1:
+        raise ValueError(f"strips of {strip_rows} rows end nowhere")
     row_bytes = [sweep.row_bytes(width, element_bytes) for sweep in sweeps]
     strip_bytes = DEFAULT_STRIP_BYTES if strip_rows is None else strip_rows * row_bytes[-1]
     heights = [max(1, strip_bytes // one_row) for one_row in row_bytes]
@@ -589,7 +591,11 @@ def encode(
     strip_rows: rows of the map at the last attention to take at a time, as in `decode_rows`.
     """
     _, _, height, width = image.shape
-    sweeps = cut_at_barriers(encoder_units(encoder), height, width)
+    units = encoder_units(encoder)
+    ratio = round(1 / units[-1].in_scale)
+    if height % ratio or width % ratio:
+        raise ValueError(f"an image of {width}x{height} cannot be encoded: its sides must be multiples of {ratio}")
+    sweeps = cut_at_barriers(units, height, width)
     heights = strip_heights(sweeps, width, image.element_size(), strip_rows)
     rows = image.permute(0, 2, 3, 1)
     strips = stream(

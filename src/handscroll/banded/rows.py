@@ -205,7 +205,10 @@ class Join(RowOp):
         if not rows:
             return None
         columns = [list(queue.take(rows)) for _, queue in self.branches]
-        return torch.cat([torch.cat(pieces, dim=1) if len(pieces) > 1 else pieces[0] for pieces in columns], dim=-1)
+        joined = torch.cat([torch.cat(pieces, dim=1) if len(pieces) > 1 else pieces[0] for pieces in columns], dim=-1)
+        for _, queue in self.branches:
+            queue.settle()
+        return joined
 
 
 class Tee(RowOp):
