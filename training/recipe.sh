@@ -16,9 +16,9 @@ if [ "$device" = auto ]; then
     device=$(python -c 'import torch; print("cuda" if torch.cuda.is_available() else "cpu")')
 fi
 if [ "$device" = cpu ]; then
-    pictures=1 autoencoder_steps=4000 autoencoder_batch=8 steps=9000 tokens=1280
+    pictures=1 autoencoder_steps=4000 autoencoder_batch=8 steps=8000 tokens=1024 workers=$(nproc)
 else
-    pictures=8 autoencoder_steps=40000 autoencoder_batch=32 steps=60000 tokens=16384
+    pictures=8 autoencoder_steps=40000 autoencoder_batch=32 steps=60000 tokens=16384 workers=1
 fi
 processes=$(nproc)
 
@@ -34,7 +34,7 @@ python -m training.autoencoder --work "$work" --device "$device" \
 python -m training.latents --work "$work" --device "$device" --scale "$pictures" --processes "$processes"
 
 # 4. The transformer and its text encoder. CPU: 90 minutes. CUDA: 1 hour.
-python -m training.transformer --work "$work" --device "$device" --steps "$steps" --tokens "$tokens"
+python -m training.transformer --work "$work" --device "$device" --steps "$steps" --tokens "$tokens" --workers "$workers"
 
 # 5. The folder that ships, and what it is worth. CPU: 10 minutes.
 python -m training.export --work "$work"

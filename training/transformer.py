@@ -10,6 +10,7 @@ import argparse
 import signal
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -90,7 +91,7 @@ class Painter(nn.Module):
         """Start the text encoder as little more than its word embeddings.
 
         Gemma's norms give every sublayer's output unit size, four times that of a fresh embedding: the words drown in
-        what all of them share, and the projection of the captions collapses onto one direction before it has learnt any.
+        what all share, and the projection of the captions collapses onto one direction before it has learnt any.
         """
         nn.init.normal_(self.text_encoder.embed_tokens.weight, std=TEXT_WIDTH**-0.5)
         for layer in self.text_encoder.layers:
@@ -207,7 +208,8 @@ class TransformerTraining:
             self.average.updates = self.step
             self.optimiser.load_state_dict(saved["optimiser"])
         self.rng = np.random.default_rng((6, self.step))
-        self.generator = torch.Generator().manual_seed(7 + self.step)
+        self.parameters = list(self.model.parameters())
+        self.pool = ThreadPoolExecutor(options.workers)
         self.stopping = False
 
     def save(self) -> None:
@@ -261,18 +263,29 @@ class TransformerTraining:
         self.report()
         self.save()
 
+    def _gradients(self, batch: Batch, seed: int) -> tuple[float, tuple[Tensor, ...]]:
+        loss = flow_loss(self.model, batch, torch.Generator().manual_seed(seed), self.device)
+        return float(loss.detach()), torch.autograd.grad(loss, self.parameters, materialize_grads=True)
+
     def _step(self, files: CaptionedLatents) -> float:
+        """One step on a batch for each worker.
+
+        A worker is a thread whose operations are not themselves parallel: on a machine that is busy with other work, an
+        operation split over the cores waits each time for the part that has lost its core, and a whole batch does not.
+        """
         options = self.options
         for group in self.optimiser.param_groups:
             group["lr"] = plateau(self.step, options.steps, options.rate, warmup=100)
-        batch = files.draw(max(1, options.tokens // files.bucket.tokens), self.rng)
-        loss = flow_loss(self.model, batch, self.generator, self.device)
-        self.optimiser.zero_grad(set_to_none=True)
-        loss.backward()
-        nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        size = max(1, options.tokens // files.bucket.tokens)
+        batches = [files.draw(size, self.rng) for _ in range(options.workers)]
+        seeds = [int(seed) for seed in self.rng.integers(2**31, size=options.workers)]
+        losses, gradients = zip(*self.pool.map(self._gradients, batches, seeds), strict=True)
+        for parameter, *parts in zip(self.parameters, *gradients, strict=True):
+            parameter.grad = torch.stack(parts).mean(dim=0) if len(parts) > 1 else parts[0]
+        nn.utils.clip_grad_norm_(self.parameters, 1.0)
         self.optimiser.step()
         self.average.update(self.model)
-        return float(loss.detach())
+        return float(np.mean(losses))
 
 
 def main() -> None:
@@ -280,11 +293,15 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True, help="folder that holds latents; checkpoints go there")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--steps", type=int, default=9000)
-    parser.add_argument("--tokens", type=int, default=1280, help="of latent, in one step")
+    parser.add_argument("--tokens", type=int, default=1024, help="of latent, in one worker's batch")
+    parser.add_argument("--workers", type=int, default=2, help="on a CPU as many as cores, on a GPU 1")
     parser.add_argument("--rate", type=float, default=1.0e-3)
     parser.add_argument("--horizon", type=int, default=500, help="of the running average, in steps")
+    options = parser.parse_args()
     torch.set_flush_denormal(True)
-    TransformerTraining(parser.parse_args()).run()
+    if options.workers > 1:
+        torch.set_num_threads(1)
+    TransformerTraining(options).run()
 
 
 if __name__ == "__main__":
