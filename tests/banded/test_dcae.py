@@ -287,6 +287,24 @@ def test_sides_that_do_not_halve_are_refused(size: tuple[int, int]) -> None:
         dcae.encode(autoencoder("f32").encoder, torch.randn(1, 3, *size))
 
 
+@pytest.mark.parametrize(
+    "latent",
+    [torch.zeros(1, 5, 3, 3), torch.zeros(1, 4, 3, 3, dtype=torch.bfloat16), torch.zeros(1, 4, 0, 3)],
+    ids=["channels", "type", "no rows"],
+)
+def test_a_latent_that_does_not_fit_is_refused(latent: Tensor) -> None:
+    with pytest.raises(ValueError, match="expected channels, type and device"):
+        decode(autoencoder("f32"), latent)
+    with pytest.raises(ValueError, match="expected channels, type and device"):
+        dcae.encode(autoencoder("no layers in the first stage").encoder, latent)
+
+
+def test_double_precision() -> None:
+    decoder = copy.deepcopy(autoencoder("batch norm in attention").decoder).double()
+    latent = latent_of(autoencoder("batch norm in attention"), 3, 4).double()
+    assert (streamed(decoder, latent, 4) - decoder(latent)).abs().max() <= EXACT
+
+
 @pytest.mark.parametrize("strip_rows", [0, -1])
 def test_strips_have_rows(strip_rows: int) -> None:
     model = autoencoder("f32")

@@ -554,6 +554,16 @@ def stream(
             on_sweep(index + 1, len(sweeps))
 
 
+def _check_input(first: Any, image: Tensor) -> None:
+    conv = getattr(first, "conv", first)
+    _check_dense(conv)
+    weight = conv.weight
+    expected = (weight.shape[1], weight.dtype, weight.device)
+    given = (image.shape[1], image.dtype, image.device)
+    if given != expected or not image.numel():
+        raise ValueError(f"expected channels, type and device {expected}, not {given} of shape {tuple(image.shape)}")
+
+
 @torch.no_grad()
 def decode_rows(
     decoder: Any,
@@ -569,6 +579,7 @@ def decode_rows(
     device, not scaled. strip_rows: rows of the map at the last attention to take at a time; None lets the size decide.
     Yields `[B, 3, rows, W]`; together the same values as `decoder(latent)` up to the order of summation.
     """
+    _check_input(decoder.conv_in, latent)
     _, _, height, width = latent.shape
     sweeps = cut_at_barriers(decoder_units(decoder), height, width)
     heights = strip_heights(sweeps, width, latent.element_size(), strip_rows)
@@ -590,6 +601,7 @@ def encode(
 
     strip_rows: rows of the map at the last attention to take at a time, as in `decode_rows`.
     """
+    _check_input(encoder.conv_in, image)
     _, _, height, width = image.shape
     units = encoder_units(encoder)
     ratio = round(1 / units[-1].in_scale)

@@ -96,9 +96,11 @@ def rms_norm_(strip: Tensor, weight: Tensor | None, bias: Tensor | None, eps: fl
     pixels = strip.view(-1, channels)
     step = max(1, _CACHED_BYTES // (channels * strip.element_size())) if strip.device.type == "cpu" else len(pixels)
     for piece in pixels.split(step):
-        scale = torch.linalg.vector_norm(piece, dim=-1, keepdim=True, dtype=torch.float32)
+        scale = torch.linalg.vector_norm(
+            piece, dim=-1, keepdim=True, dtype=torch.promote_types(piece.dtype, torch.float32)
+        )
         scale = scale.square_().div_(channels).add_(eps).rsqrt_()
-        if piece.dtype == torch.float32:
+        if piece.dtype == scale.dtype:
             piece.mul_(scale)
             if weight is not None:
                 piece.mul_(weight)
