@@ -140,6 +140,11 @@ def latent_of(model: AutoencoderDC, height: int, width: int, batch: int = 2, see
     return torch.randn(batch, model.config.latent_channels, height, width, generator=generator)
 
 
+def through(op: dcae.RowOp, strips: list[Tensor]) -> list[Tensor]:
+    ready = [op.push(strip, last=strip is strips[-1]) for strip in strips]
+    return [strip for strip in ready if strip is not None]
+
+
 def streamed(decoder: nn.Module, latent: Tensor, strip_rows: int | None = None, **options: Any) -> Tensor:
     return torch.cat(list(dcae.decode_rows(decoder, latent, strip_rows, **options)), dim=2)
 
@@ -197,7 +202,7 @@ def test_an_up_block_of_any_ratio(repeats: int, plain: bool, interpolate: bool) 
     assert block.repeats == repeats
     map_ = torch.randn(2, 16, 5, 3)
     op = dcae.up_block(block, dcae.Pass(plain))
-    rows = list(dcae.sweep(dcae.cut(map_.permute(0, 2, 3, 1), 2), op))
+    rows = through(op, list(dcae.cut(map_.permute(0, 2, 3, 1), 2)))
     torch.testing.assert_close(torch.cat(rows, dim=1).permute(0, 3, 1, 2), block(map_), atol=EXACT, rtol=0)
 
 
@@ -384,10 +389,10 @@ def test_bf16_layer_by_layer(layer: str) -> None:
         this = dcae.Pass(plain)
         if stream is None:
             sums = dcae.AttentionSums(half, this)
-            list(dcae.sweep(strips, sums))
+            through(sums, strips)
             op = dcae.apply_attention(half, sums, this)
         else:
             op = stream(half, this)
-        result = torch.cat(list(dcae.sweep(strips, op)), dim=1).permute(0, 3, 1, 2)
+        result = torch.cat(through(op, strips), dim=1).permute(0, 3, 1, 2)
         assert result.dtype == torch.bfloat16
         assert (result.float() - expected).abs().mean() <= bound * whole_error
