@@ -15,6 +15,7 @@ from torch import Tensor
 from handscroll.banded import dcae
 from handscroll.errors import BudgetError, UsageError
 from handscroll.request import check_range, parse_bytes
+from handscroll.runtime.memory import trim
 
 _METHODS = ("_decode", "_encode")
 # A sweep holds its input map, its weights in another layout, and strips of its largest activation at a few layers.
@@ -67,7 +68,7 @@ def _decode(autoencoder: Any, z: Tensor, *, strip_rows: int | None, memory_bytes
     batch, _, height, width = z.shape
     out = z.new_empty(batch, autoencoder.config.in_channels, height * factor, width * factor)
     row = 0
-    for strip in dcae.decode_rows(decoder, z, strip_rows):
+    for strip in dcae.decode_rows(decoder, z, strip_rows, on_sweep=lambda done, of: trim()):
         out[:, :, row : row + strip.shape[2]] = strip
         row += strip.shape[2]
     return out
@@ -79,7 +80,7 @@ def _encode(autoencoder: Any, x: Tensor, *, strip_rows: int | None, memory_bytes
     x = _moved(encoder, x)
     if memory_bytes is not None:
         strip_rows = _rows_within(dcae.encoder_units(encoder), x, memory_bytes)
-    return dcae.encode(encoder, x, strip_rows)
+    return dcae.encode(encoder, x, strip_rows, on_sweep=lambda done, of: trim())
 
 
 def _moved(module: torch.nn.Module, x: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -29,7 +30,7 @@ def save_latent(path: Path, latent: Tensor, facts: Mapping[str, str]) -> None:
     """Writes a latent [1, C, h, w] as fp32 and its facts, atomically. Raises OutputError."""
     from safetensors.torch import save
 
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    part = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.part")
     try:
         data = save({TENSOR_NAME: latent.float().cpu().contiguous()}, metadata=dict(facts))
         with open(part, "wb") as file:

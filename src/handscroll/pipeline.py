@@ -76,17 +76,19 @@ def generate(
             on_event(Progress("text", 0, 1))
             text, negative = encode_prompts(stage, request)
             on_event(Progress("text", 1, 1))
-        with meter.stage("denoise"):
-            latents = [denoise_picture(stage, text, negative, index, on_event) for index in range(len(plan.seeds))]
-            for latent, latent_path, seed in zip(latents, latent_paths, plan.seeds, strict=True):
+        meters = [meter.fork() for _ in plan.seeds]
+        latents = []
+        for index, latent_path in enumerate(latent_paths):
+            with meters[index].stage("denoise"):
+                latents.append(denoise_picture(stage, text, negative, index, on_event))
                 if latent_path is not None:
-                    write_latent(latent_path, latent, request, spec, plan, seed)
+                    write_latent(latent_path, latents[-1], request, spec, plan, plan.seeds[index])
         for index, (latent, target) in enumerate(zip(latents, targets, strict=True)):
-            with meter.stage("decode"):
+            with meters[index].stage("decode"):
                 write_picture(
                     stage, latent, target, _facts(request, spec, plan, plan.seeds[index]), index, quality, on_event
                 )
-            results.append(_result(target.path, spec, plan, plan.seeds[index], meter))
+            results.append(_result(target.path, spec, plan, plan.seeds[index], meters[index]))
     return results
 
 

@@ -51,6 +51,8 @@ class Request:
         check_range("guidance", self.guidance, 0, 1000)
         check_range("seed", self.seed, 0, MAX_SEED)
         check_range("count", self.count, 1, 10_000)
+        if self.seed is not None:
+            check_range("the last picture's seed", self.seed + self.count - 1, 0, MAX_SEED)
         check_range("patches", self.patches, 1, 65_536)
         check_range("strip rows", self.strip_rows, 1, 1_000_000)
         check_choice("precision", self.precision, PRECISIONS)

@@ -18,6 +18,8 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import product
+from math import ceil
 from typing import Any
 
 import torch
@@ -33,6 +35,7 @@ from handscroll.banded.rows import (
     Residual,
     RowMap,
     RowOp,
+    Stage,
     Strip,
     Tee,
     Whole,
@@ -206,7 +209,9 @@ def conv_with_mean(conv: nn.Conv2d, group_size: int, this: Pass) -> RowOp:
 
 def up_block(block: Any, this: Pass) -> RowOp:
     """`DCUpBlock2d`: doubles both sides. Lags one input row."""
-    if block.interpolate and block.interpolation_mode == "nearest" and not this.plain:
+    # In half precision the sums of taps are rounded once more, which nothing hides where there is no shortcut.
+    folds = block.shortcut or block.conv.weight.dtype == torch.float32
+    if block.interpolate and folds and not this.plain:
         return this.windowed(_upsample_by_phases(block), 3)
     run = _conv(block.conv, this)
 
@@ -231,20 +236,23 @@ def _upsample_by_phases(block: Any) -> Callable[[Tensor], Tensor]:
     """
     conv = block.conv
     _check_dense(conv)
-    weight = conv.weight.detach().float()  # [K, C, 3, 3]
+    weight = conv.weight.detach()  # [K, C, 3, 3]
+    taps = (((0,), (1, 2)), ((0, 1), (2,)))  # by phase: which of the three fall on either source
 
-    def fold(weight: Tensor, dim: int, phase: int) -> Tensor:
-        first, middle, final = weight.unbind(dim)
-        taps = (first, middle + final) if phase == 0 else (first + middle, final)
-        return torch.stack(taps, dim)
+    def folded(row_phase: int) -> Tensor:
+        """Both column phases of a row phase, [2K, C, 2, 2]."""
+        out = weight.new_empty(2, *weight.shape[:2], 2, 2)
+        for phase, source_row, source_column in product((0, 1), repeat=3):
+            cells = product(taps[row_phase][source_row], taps[phase][source_column])
+            total = sum(weight[:, :, row, column].float() for row, column in cells)
+            out[phase, :, :, source_row, source_column] = total
+        return out.flatten(0, 1)
 
     # One convolution for each row phase; it makes both column phases at once, as 2K channels.
     convs = []
     for row_phase in (0, 1):
-        rows_folded = fold(weight, 2, row_phase)
-        both = torch.cat([fold(rows_folded, 3, column_phase) for column_phase in (0, 1)]).to(conv.weight.dtype)
         bias = None if conv.bias is None else conv.bias.detach().repeat(2)
-        convs.append(Conv(both, bias, pad_columns=1))
+        convs.append(Conv(folded(row_phase), bias, pad_columns=1))
 
     repeats, channels = block.repeats, conv.out_channels
 
@@ -534,22 +542,26 @@ def stream(
     sums: AttentionSums | None = None
     for index, (step, strip_rows) in enumerate(zip(sweeps, heights, strict=True)):
         this = Pass(plain)
-        ops: list[RowOp] = []
+        stages: list[Stage] = []
         if step.attention is not None and sums is not None:
-            ops.append(step.attention.apply(sums, this))
+            stages.append(Stage(step.attention.apply(sums, this), strip_rows))
             sums = None  # with its buffers, and the last pass's workspace
-        ops += [unit.build(this) for unit in step.local]
+        for unit in step.local:
+            rows = strip_rows * unit.in_scale * unit.factor / step.in_scale
+            stages.append(Stage(unit.build(this), max(1, ceil(rows))))
         following = sweeps[index + 1] if index + 1 < len(sweeps) else None
         if following is None or following.attention is None:
-            yield from sweep(source(strip_rows), Chain(ops))
+            yield from sweep(source(strip_rows), stages)
         else:
+            result_height = round(height * following.in_scale)
             sums = following.attention.sums(this)
-            ops.append(Tee(sums))
-            result = RowMap(round(height * following.in_scale))
-            for strip in sweep(source(strip_rows), Chain(ops)):
+            stages.append(Stage(Tee(sums), result_height))
+            result = RowMap(result_height)
+            for strip in sweep(source(strip_rows), stages):
                 result.write(strip)
                 del strip
             source = result.strips
+        del stages, this  # before the listener, who may trim the heap
         if on_sweep is not None:
             on_sweep(index + 1, len(sweeps))
 

@@ -58,7 +58,11 @@ class Conv:
         self.stride, self.groups, self.activation = stride, groups, activation
         self.padding = [0, weight.shape[-1] // 2 if pad_columns is None else pad_columns]
         self.onednn = not plain and _has_onednn(weight)
-        self.packed: Tensor | None = None
+        if self.onednn:
+            # Laid out here, before the first strip, so that what lives for the whole pass lies together in the heap.
+            self.weight = torch.ops.mkldnn._reorder_convolution_weight(
+                self.weight, self.padding, [stride] * 2, [1, 1], groups, None
+            )
 
     def __call__(self, strip: Tensor) -> Tensor:
         # [B, n, W, C] -> [B, n', W', C']
@@ -70,14 +74,9 @@ class Conv:
         return out if self.activation is None else self.activation(out)
 
     def _onednn(self, image: Tensor) -> Tensor:
-        stride, dilation = [self.stride] * 2, [1, 1]
-        if self.packed is None:
-            self.packed = torch.ops.mkldnn._reorder_convolution_weight(
-                self.weight, self.padding, stride, dilation, self.groups, list(image.shape)
-            )
         fused = "none" if self.activation is None else _FUSED_NAMES.get(type(self.activation), "")
         out = torch.ops.mkldnn._convolution_pointwise(
-            image, self.packed, self.bias, self.padding, stride, dilation, self.groups, fused or "none", [], ""
+            image, self.weight, self.bias, self.padding, [self.stride] * 2, [1, 1], self.groups, fused or "none", [], ""
         )
         return out if fused or self.activation is None else self.activation(out)
 
@@ -88,11 +87,13 @@ def linear(weight: Tensor, bias: Tensor | None = None, **options: object) -> Con
 
 
 def rms_norm_(strip: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
-    """RMS norm over the channels of every pixel, in place, the sum of squares in fp32 (arXiv 1910.07467).
+    """RMS norm over the channels of every pixel, the sum of squares in fp32 (arXiv 1910.07467).
 
-    `strip` [B, rows, W, C] -> the same tensor, `x / sqrt(mean(x^2) + eps) * weight + bias`.
+    `strip` [B, rows, W, C] -> `x / sqrt(mean(x^2) + eps) * weight + bias`, in place where the strip is contiguous (part
+    of the rows of a batch is not).
     """
     channels = strip.shape[-1]
+    strip = strip.contiguous()
     pixels = strip.view(-1, channels)
     step = max(1, _CACHED_BYTES // (channels * strip.element_size())) if strip.device.type == "cpu" else len(pixels)
     for piece in pixels.split(step):

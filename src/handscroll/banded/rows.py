@@ -11,9 +11,11 @@ changes nothing but the order of evaluation.
 
 from __future__ import annotations
 
+import sys
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -263,16 +265,51 @@ class RowMap:
             yield strip
 
 
-def sweep(strips: Iterable[Tensor], op: RowOp) -> Iterator[Tensor]:
-    """Drives one op over a map from top to bottom. Yields what comes out, strip by strip."""
+@dataclass(frozen=True)
+class Stage:
+    """An op of a sweep, and the most rows of its output that are passed on at a time."""
+
+    op: RowOp
+    max_rows: int
+
+
+def sweep(strips: Iterable[Tensor], op: RowOp | Sequence[Stage]) -> Iterator[Tensor]:
+    """Drives an op, or several one after another, over a map from top to bottom. Yields what comes out.
+
+    At the last strip every op gives up the rows that it held back, and what all of them held back together may be many
+    strips tall; `max_rows` cuts it again on its way, so that the end takes no more memory than the middle.
+    """
+    stages = [Stage(op, sys.maxsize)] if isinstance(op, RowOp) else op
     source = iter(strips)
     strip: Strip = next(source)
     while strip is not None:
         following = next(source, None)
-        ready, strip = op.push(strip, last=following is None), following
-        if ready is not None:
-            yield ready
-            del ready
+        current, strip = strip, following
+        yield from _cascade(stages, current, last=following is None)
+        del current
+
+
+def _cascade(stages: Sequence[Stage], strip: Strip, last: bool) -> Iterator[Tensor]:
+    """Pushes one strip through all stages; `last` reaches each of them with the last piece."""
+    if not stages:
+        if strip is not None:
+            yield strip
+        return
+    stage, further = stages[0], stages[1:]
+    out = stage.op.push(strip, last)
+    del strip
+    if out is None:
+        if last:
+            yield from _cascade(further, None, last)
+        return
+    for top in range(0, out.shape[1], stage.max_rows):
+        ends = top + stage.max_rows >= out.shape[1]
+        piece = out[:, top : top + stage.max_rows]
+        if ends:
+            del out
+        yield from _cascade(further, piece, last and ends)
+        if ends:
+            return
 
 
 def cut(map_: Tensor, strip_rows: int) -> Iterator[Tensor]:

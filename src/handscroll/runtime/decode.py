@@ -12,6 +12,7 @@ from torch import Tensor
 from handscroll.banded import dcae
 from handscroll.errors import NumericsError
 from handscroll.plan.plan import Plan
+from handscroll.runtime.memory import trim
 
 
 def decode_rows(autoencoder: Any, latent: Tensor, plan: Plan) -> Iterator[np.ndarray]:
@@ -33,7 +34,7 @@ def _strips(autoencoder: Any, latent: Tensor, plan: Plan) -> Iterator[Tensor]:
     scaled = latent.to(parameter.device, parameter.dtype) / autoencoder.config.scaling_factor
     match plan.decode:
         case "rows":
-            yield from dcae.decode_rows(autoencoder.decoder, scaled, plan.strip_rows)
+            yield from dcae.decode_rows(autoencoder.decoder, scaled, plan.strip_rows, on_sweep=lambda done, of: trim())
         case "patch":
             from handscroll.banded.patches import decode_by_patches
 

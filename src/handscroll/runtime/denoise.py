@@ -58,6 +58,8 @@ def _set_timesteps(scheduler: Any, steps: int, **options: Any) -> Tensor:
         scheduler.set_timesteps(steps, **options)
     except (ValueError, AssertionError) as error:
         raise UsageError(f"{steps} steps do not suit this model's scheduler: {str(error).splitlines()[0]}") from error
+    if hasattr(scheduler, "set_begin_index"):
+        scheduler.set_begin_index(0)  # many steps repeat timesteps, and looking one up would then skip a step
     return scheduler.timesteps
 
 
@@ -124,7 +126,6 @@ def _denoise_scm(
         max_timesteps=SCM_MAX_TIMESTEP,
         intermediate_timesteps=SCM_INTERMEDIATE_TIMESTEP if steps == 2 else None,
     )[:-1]
-    scheduler.set_begin_index(0)
     latent = noise.to(device) * sigma_data
     denoised = latent
     scale = None

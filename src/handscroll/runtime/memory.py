@@ -22,6 +22,11 @@ def release(device: str) -> None:
     gc.collect()
     if device.startswith("cuda"):
         torch.cuda.empty_cache()
+    trim()
+
+
+def trim() -> None:
+    """Gives what the C heap holds of freed memory back to the system; nothing where there is no glibc."""
     if sys.platform == "linux":
         try:
             ctypes.CDLL(None).malloc_trim(0)
@@ -78,6 +83,12 @@ class Meter:
                 peak = after if after > before else sampler.peak_bytes
             self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
             self.stage_peak_bytes[name] = max(self.stage_peak_bytes.get(name, 0), peak)
+
+    def fork(self) -> Meter:
+        """A meter that goes on from here: for pictures that share a stage and then differ."""
+        meter = Meter(self.device)
+        meter.seconds, meter.stage_peak_bytes = dict(self.seconds), dict(self.stage_peak_bytes)
+        return meter
 
     @property
     def peak_bytes(self) -> int:

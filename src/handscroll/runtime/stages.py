@@ -33,6 +33,8 @@ class Stages:
 
     def free(self) -> None:
         """Forgets every module and gives its memory back."""
+        if not self.loaded:
+            return
         self.loaded.clear()
         release(self.plan.device)
 
