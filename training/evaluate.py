@@ -77,7 +77,10 @@ def report_loss(pipe: SanaPipeline) -> None:
         painted = [paint((Bucket(size, size), HELD_OUT_FROM + i)) for i in range(count)]
         latents = torch.from_numpy(encode(pipe.vae, [p for p, _ in painted], torch.device("cpu")).astype(np.float32))
         generator = torch.Generator().manual_seed(0)
-        sigma, noise = sample_sigma(count, generator), torch.randn(latents.shape, generator=generator)
+        sigma, noise = (
+            sample_sigma(count, latents[0, 0].numel(), generator),
+            torch.randn(latents.shape, generator=generator),
+        )
         text = pipe.tokenizer([c.split("\t")[0] for _, c in painted], padding=True, return_tensors="pt")
         embeddings = pipe.text_encoder(text.input_ids, attention_mask=text.attention_mask)[0]
         share = sigma.view(-1, 1, 1, 1)
