@@ -38,6 +38,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import machine
 from handscroll.banded.dcae import decode_rows
 from handscroll.banded.patches import decode_by_patches
+from handscroll.runtime.memory import trim
 from handscroll.spec import F32C32_SANA, AutoencoderSpec
 
 MODES = ("whole", "tiled", "patch", "rows")
@@ -137,7 +138,7 @@ def decode(mode: str, model: AutoencoderDC, latent: Tensor, strip_rows: int | No
         ratio = model.spatial_compression_ratio
         picture = torch.empty(1, 3, latent.shape[2] * ratio, latent.shape[3] * ratio)
         top = 0
-        for strip in decode_rows(model.decoder, latent, strip_rows):
+        for strip in decode_rows(model.decoder, latent, strip_rows, on_sweep=lambda done, of: trim()):
             picture[:, :, top : top + strip.shape[2]] = strip
             top += strip.shape[2]
         return picture

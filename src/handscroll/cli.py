@@ -305,7 +305,9 @@ def _summary(results: Sequence[Result]) -> str:
     """`4096x4096, 742 s, peak 2.9 GiB, seed 7`; several pictures are counted and share a line."""
     first, last = results[0], results[-1]
     pictures = f"{len(results)} pictures of " if len(results) > 1 else ""
-    seconds, peak_bytes = last.seconds["total"], last.memory["measured_peak_bytes"] or 0  # of all so far
+    shared_seconds = first.seconds.get("text", 0.0)  # one prompt, encoded once, counted with each picture
+    seconds = sum(result.seconds["total"] - shared_seconds for result in results) + shared_seconds
+    peak_bytes = max(result.memory["measured_peak_bytes"] or 0 for result in results)
     seeds = f"seed {first.seed}" if len(results) == 1 else f"seeds {first.seed} to {last.seed}"
     spent = f"{seconds:.1f} s" if seconds < 100 else f"{seconds:.0f} s"
     return f"{pictures}{first.width}x{first.height}, {spent}, peak {gibibytes(peak_bytes)}, {seeds}"

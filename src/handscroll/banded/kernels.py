@@ -58,31 +58,47 @@ class Conv:
         self.stride, self.groups, self.activation = stride, groups, activation
         self.padding = [0, weight.shape[-1] // 2 if pad_columns is None else pad_columns]
         self.onednn = not plain and _has_onednn(weight)
-        if self.onednn:
-            # Laid out here, before the first strip, so that what lives for the whole pass lies together in the heap.
+        self.is_linear = self.onednn and groups == stride == 1 and tuple(weight.shape[2:]) == (1, 1)
+        # Laid out here, before the first strip, so that what lives for the whole pass lies together in the heap. No
+        # shape is promised: convolutions keep their speed without it, a 1x1 one only as a linear layer.
+        if self.is_linear:
+            self.weight = torch.ops.mkldnn._reorder_linear_weight(self.weight.flatten(1), None)
+        elif self.onednn:
             self.weight = torch.ops.mkldnn._reorder_convolution_weight(
                 self.weight, self.padding, [stride] * 2, [1, 1], groups, None
             )
 
     def __call__(self, strip: Tensor) -> Tensor:
         # [B, n, W, C] -> [B, n', W', C']
-        image = strip.permute(0, 3, 1, 2)
-        if self.onednn:
-            return self._onednn(image).permute(0, 2, 3, 1).contiguous()
-        out = F.conv2d(image, self.weight, self.bias, self.stride, self.padding, groups=self.groups)
-        out = out.permute(0, 2, 3, 1).contiguous()
-        return out if self.activation is None else self.activation(out)
-
-    def _onednn(self, image: Tensor) -> Tensor:
+        if not self.onednn:
+            image = strip.permute(0, 3, 1, 2)
+            out = F.conv2d(image, self.weight, self.bias, self.stride, self.padding, groups=self.groups)
+            out = out.permute(0, 2, 3, 1).contiguous()
+            return out if self.activation is None else self.activation(out)
         fused = "none" if self.activation is None else _FUSED_NAMES.get(type(self.activation), "")
-        out = torch.ops.mkldnn._convolution_pointwise(
-            image, self.weight, self.bias, self.padding, [self.stride] * 2, [1, 1], self.groups, fused or "none", [], ""
-        )
+        out = self._onednn(strip, fused or "none")
         return out if fused or self.activation is None else self.activation(out)
+
+    def _onednn(self, strip: Tensor, fused: str) -> Tensor:
+        if self.is_linear:
+            return torch.ops.mkldnn._linear_pointwise(strip, self.weight, self.bias, fused, [], "")
+        out = torch.ops.mkldnn._convolution_pointwise(
+            strip.permute(0, 3, 1, 2),
+            self.weight,
+            self.bias,
+            self.padding,
+            [self.stride] * 2,
+            [1, 1],
+            self.groups,
+            fused,
+            [],
+            "",
+        )
+        return out.permute(0, 2, 3, 1).contiguous()
 
 
 def linear(weight: Tensor, bias: Tensor | None = None, **options: object) -> Conv:
-    """A linear layer on every pixel, `weight [C', C]`: a 1x1 convolution, which oneDNN runs faster than MKL's GEMM."""
+    """A linear layer on every pixel, `weight [C', C]`."""
     return Conv(weight[:, :, None, None], bias, **options)  # type: ignore[arg-type]
 
 
