@@ -188,7 +188,7 @@ def main() -> None:
     parser.add_argument("--sizes", nargs="*", type=_size, default=[(512, 512), (1024, 1024)])
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--guidance", type=float, default=4.5)
+    parser.add_argument("--guidance", type=float, default=3.0)
     options = parser.parse_args()
     pipe = load(options.folder)
     if "fidelity" in options.only:

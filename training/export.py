@@ -19,7 +19,7 @@ ABOUT = {
     "complex_human_instruction": None,
     "licence": "Apache-2.0",
     "default_steps": 20,
-    "default_guidance": 4.5,
+    "default_guidance": 3.0,
     "max_prompt_tokens": 300,
 }
 
