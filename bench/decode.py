@@ -6,7 +6,7 @@
 whole   diffusers' AutoencoderDC.decode
 tiled   the same with enable_tiling, tiles of 512 px every 448 px: another picture
 patch   every convolution split into 32 patches of rows: whole activations
-rows    handscroll: rows of the picture as they are made, into one output
+rows    handscroll: rows of the picture as they are made, into one output (fp32 beside a whole decode, else 8 bits)
 
 The decoder has the shape of f32c32-sana and random weights, fp32. Each measurement runs in a process of its own, the
 modes in turns, so that neither memory nor a busy spell of the machine is carried from one to the next. Memory is what
@@ -71,7 +71,9 @@ def main() -> None:
     report["sizes"] = [compare(size, arguments, report["convolution_gflops"]) for size in arguments.sizes]
     print_table(report)
     if arguments.save:
-        path = Path(__file__).parent / "results" / f"{report['date']}-decode-{machine.slug(report['machine'])}.json"
+        sizes = "-".join(map(str, arguments.sizes))
+        name = f"{report['date']}-decode-{sizes}px-{machine.slug(report['machine'])}.json"
+        path = Path(__file__).parent / "results" / name
         path.parent.mkdir(exist_ok=True)
         path.write_text(json.dumps(report, indent=2) + "\n")
     print(json.dumps(report))
@@ -84,7 +86,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--strip-rows", type=int, help="rows of the map at the last attention; default: by size")
     parser.add_argument("--repeats", type=int, default=1)
     parser.add_argument("--miniature", action="store_true", help="a few channels, to try the benchmark itself")
-    parser.add_argument("--save", action="store_true", help="write bench/results/DATE-decode-MACHINE.json")
+    parser.add_argument("--save", action="store_true", help="write bench/results/DATE-decode-SIZES-MACHINE.json")
     parser.add_argument("--child", choices=MODES, help=argparse.SUPPRESS)
     parser.add_argument("--reference", type=Path, help=argparse.SUPPRESS)
     return parser.parse_args()
@@ -114,13 +116,16 @@ def measure(mode: str, size: int, arguments: argparse.Namespace) -> dict[str, An
     """Decodes once. The first whole decode leaves its result in `arguments.reference`, the others are held to it."""
     model = random_autoencoder(arguments.miniature)
     generator = torch.Generator().manual_seed(1)
+    exact_output = arguments.reference is not None and arguments.reference.exists()
     latent = torch.randn(1, model.config.latent_channels, size // 32, size // 32, generator=generator)
-    decode(mode, model, latent[:, :, :2, :2], arguments.strip_rows)  # loads what libraries load at first use
+    decode(
+        mode, model, latent[:, :, :2, :2], arguments.strip_rows, exact_output
+    )  # loads what libraries load at first use
     gc.collect()
 
     loaded_bytes = reset_peak()
     begun = time.perf_counter()
-    picture = decode(mode, model, latent, arguments.strip_rows)
+    picture = decode(mode, model, latent, arguments.strip_rows, exact_output)
     seconds = time.perf_counter() - begun
     peak_bytes = None if loaded_bytes is None else memory_status("VmHWM") - loaded_bytes
 
@@ -133,12 +138,16 @@ def measure(mode: str, size: int, arguments: argparse.Namespace) -> dict[str, An
     return {"seconds": seconds, "peak_bytes": peak_bytes, "max_difference": difference}
 
 
-def decode(mode: str, model: AutoencoderDC, latent: Tensor, strip_rows: int | None) -> Tensor:
+def decode(mode: str, model: AutoencoderDC, latent: Tensor, strip_rows: int | None, exact_output: bool) -> Tensor:
     if mode == "rows":
         ratio = model.spatial_compression_ratio
-        picture = torch.empty(1, 3, latent.shape[2] * ratio, latent.shape[3] * ratio)
+        # Beside a reference the output stays fp32, as the other modes give it; alone it is 8 bits, as in a picture.
+        dtype = torch.float32 if exact_output else torch.uint8
+        picture = torch.empty(1, 3, latent.shape[2] * ratio, latent.shape[3] * ratio, dtype=dtype)
         top = 0
         for strip in decode_rows(model.decoder, latent, strip_rows, on_sweep=lambda done, of: trim()):
+            if not exact_output:
+                strip = (strip * 127.5 + 127.5).clamp_(0, 255)
             picture[:, :, top : top + strip.shape[2]] = strip
             top += strip.shape[2]
         return picture

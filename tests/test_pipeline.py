@@ -100,7 +100,7 @@ def test_sprint_steps_are_diffusers(miniature: Miniature, steps: int, tmp_path: 
 
 @pytest.mark.parametrize(("width", "height"), [(256, 256), (512, 320)])
 def test_the_built_in_model_paints_what_diffusers_paints(width: int, height: int, tmp_path: Path) -> None:
-    request = Request(PROMPT, width=width, height=height, steps=4, guidance=4.5, seed=7, precision="fp32")
+    request = Request(PROMPT, width=width, height=height, steps=4, guidance=4.5, seed=7)
     (result,) = generate(request, tmp_path / "ours.png")
     theirs = diffusers_picture(BUILTIN, width, height, 7, 4, 4.5, complex_human_instruction=None)
     assert_same_picture(read_pixels(result.path), theirs)

@@ -84,7 +84,7 @@ def handscroll(
     """Pictures of any size from text, row by row, exactly, in the memory you have.
 
     \b
-      handscroll generate "snowy mountains at dusk, a red sun" -o dusk.png
+      handscroll generate "snowy mountains at dusk" -o dusk.png
       handscroll generate "a bay in fog" --model sana-1.6b-4k --size 4096 -o bay.webp
       handscroll doctor
 
@@ -133,7 +133,7 @@ def generate(
     """Paint a picture from a prompt and print where it was written.
 
     \b
-      handscroll generate "snowy mountains at dusk, a red sun" -o dusk.png
+      handscroll generate "snowy mountains at dusk" -o dusk.png
       handscroll generate "a quiet lake" --size 2048x1024 --seed 7 --count 3 -o lake.jpg
       handscroll generate - --json < prompt.txt
     """

@@ -23,7 +23,7 @@ from math import ceil
 from typing import Any
 
 import torch
-import torch.nn.functional as F
+from diffusers.models.normalization import RMSNorm
 from torch import Tensor, nn
 
 from handscroll.banded import kernels
@@ -148,8 +148,8 @@ def _norm_(norm: Any) -> Callable[[Tensor], Tensor]:
         if norm.bias is not None:
             shift = shift + norm.bias.float()
         return lambda strip: torch.addcmul(shift, strip, scale).to(strip.dtype)
-    if isinstance(norm, nn.LayerNorm):
-        return lambda strip: F.layer_norm(strip, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
+    if not isinstance(norm, RMSNorm):
+        raise TypeError(f"rows can only be streamed through RMS and batch norms, not {type(norm)}")
     weight, bias, eps = norm.weight, norm.bias, norm.eps
     return lambda strip: kernels.rms_norm_(strip, weight, bias, eps)
 
@@ -592,11 +592,11 @@ def decode_rows(
     Yields `[B, 3, rows, W]`; together the same values as `decoder(latent)` up to the order of summation.
     """
     _check_input(decoder.conv_in, latent)
-    _, _, height, width = latent.shape
+    batch, _, height, width = latent.shape
     sweeps = cut_at_barriers(decoder_units(decoder), height, width)
-    heights = strip_heights(sweeps, width, latent.element_size(), strip_rows)
-    rows = latent.permute(0, 2, 3, 1).contiguous()
-    for strip in stream(sweeps, lambda strip_rows: cut(rows, strip_rows), height, heights, on_sweep, plain):
+    heights = strip_heights(sweeps, width, batch * latent.element_size(), strip_rows)
+    map_ = latent.permute(0, 2, 3, 1).contiguous()
+    for strip in stream(sweeps, lambda rows: cut(map_, rows), height, heights, on_sweep, plain):
         yield strip.permute(0, 3, 1, 2)
 
 
@@ -614,17 +614,17 @@ def encode(
     strip_rows: rows of the map at the last attention to take at a time, as in `decode_rows`.
     """
     _check_input(encoder.conv_in, image)
-    _, _, height, width = image.shape
+    batch, _, height, width = image.shape
     units = encoder_units(encoder)
     ratio = round(1 / units[-1].in_scale)
     if height % ratio or width % ratio:
         raise ValueError(f"an image of {width}x{height} cannot be encoded: its sides must be multiples of {ratio}")
     sweeps = cut_at_barriers(units, height, width)
-    heights = strip_heights(sweeps, width, image.element_size(), strip_rows)
-    rows = image.permute(0, 2, 3, 1)
+    heights = strip_heights(sweeps, width, batch * image.element_size(), strip_rows)
+    map_ = image.permute(0, 2, 3, 1)
     strips = stream(
         sweeps,
-        lambda strip_rows: (strip.contiguous() for strip in cut(rows, strip_rows)),
+        lambda rows: (strip.contiguous() for strip in cut(map_, rows)),
         height,
         heights,
         on_sweep,

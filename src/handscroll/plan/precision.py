@@ -6,6 +6,10 @@ from dataclasses import dataclass
 
 from handscroll.spec import CheckpointSpec
 
+# Narrower transformers spend their time elsewhere than in matrices: the built-in model, 192 wide, takes 3.5 s for a
+# 1024x1024 picture in either precision where bf16 multiplies twice as fast.
+BF16_MIN_WIDTH = 1024
+
 
 @dataclass(frozen=True)
 class Precision:
@@ -34,6 +38,7 @@ def resolve_precision(spec: CheckpointSpec, requested: str, device: str, bf16_is
     encoder and autoencoder are never fp16: their activations pass its 65,504 and the picture turns black.
     """
     published = {name: spec.weights_of(name).dtype or "fp32" for name in ("text_encoder", "transformer", "vae")}
+    bf16_is_faster = bf16_is_faster and spec.transformer.width >= BF16_MIN_WIDTH
     if requested != "auto":
         wanted = dict.fromkeys(published, requested)
     elif device == "cpu" and not bf16_is_faster:

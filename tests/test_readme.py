@@ -1,0 +1,65 @@
+"""The README's commands, run as they stand."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import pyvips
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+
+
+def test_there_are_two_commands_to_install_it_with() -> None:
+    installs = [line for block in blocks("sh") for line in block.splitlines() if line.startswith("pip install")]
+    assert len(installs) == 2
+    assert installs[0].startswith("pip install . && handscroll generate ")
+    assert installs[1] == "pip install -e '.[dev]' && pytest"
+    assert "README.md" in (ROOT / ".ci" / "run").read_text(), "CI runs the second as it stands here"
+
+
+def test_the_first_command_makes_a_picture(tmp_path: Path) -> None:
+    command = next(line for block in blocks("sh") for line in block.splitlines() if line.startswith("pip install ."))
+    arguments = shlex.split(command.partition("&& ")[2])
+    assert arguments.pop(0) == "handscroll"
+    done = subprocess.run(
+        [sys.executable, "-m", "handscroll", *arguments], cwd=tmp_path, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    picture = tmp_path / done.stdout.strip()
+    image = pyvips.Image.new_from_file(str(picture))
+    assert (image.width, image.height, image.bands) == (1024, 1024, 3)
+    assert image.deviate() > 10
+    assert list(tmp_path.iterdir()) == [picture]
+
+
+def test_the_python_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (example,) = [block for block in blocks("python") if "Handscroll.from_pretrained" in block]
+    exec(compile(example, "README.md", "exec"), {})
+    assert (tmp_path / "hills.png").stat().st_size > 10_000
+
+
+def test_the_models_that_are_named_exist() -> None:
+    from handscroll.registry import BY_HUB_ID, BY_NAME
+
+    for name in re.findall(r"--model (\S+)", README):
+        assert name in BY_NAME
+    for hub_id in re.findall(r'from_pretrained\("(\S+/\S+)"\)', README):
+        assert hub_id in BY_HUB_ID
+
+
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "docs/architecture.md"])
+def test_links_lead_somewhere(page: str) -> None:
+    file = ROOT / page
+    for link in re.findall(r"\]\((?!https?:)([^)#]+)\)", file.read_text()):
+        assert (file.parent / link).exists(), f"{page} links to {link}"
