@@ -13,6 +13,7 @@ os.environ["HF_HOME"] = _cache.name
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_XET"] = "1"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+os.environ["HANDSCROLL_CACHE"] = os.path.join(_cache.name, "handscroll")
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 for _name in ("HF_TOKEN", "HF_HUB_CACHE", "HF_ENDPOINT", "HUGGINGFACE_HUB_CACHE"):
     os.environ.pop(_name, None)

@@ -13,7 +13,7 @@ import torch
 
 import handscroll
 from handscroll import Handscroll, Request, decode_latent, generate
-from handscroll.errors import CheckpointError, UsageError
+from handscroll.errors import CheckpointError, PromptError, UsageError
 from handscroll.events import Progress
 from handscroll.image_file import read_parameters
 from handscroll.runtime.checkpoint import open_checkpoint
@@ -114,6 +114,7 @@ def test_every_exact_way_to_decode_gives_the_same_picture(miniature: Miniature, 
         (result,) = generate(request, tmp_path / f"{decode}.png")
         assert result.exact is (decode != "tiled")
         assert f"Exact: {str(result.exact).lower()}" in read_parameters(result.path)
+        assert "Precision: fp32" in read_parameters(result.path)
         pictures[decode] = read_pixels(result.path)
     assert_same_picture(pictures["rows"], pictures["whole"])
     assert_same_picture(pictures["patch"], pictures["whole"])
@@ -157,6 +158,30 @@ def test_the_class_makes_the_same_picture_and_keeps_its_modules(miniature: Minia
     kept = dict(scroll._loaded)
     scroll(PROMPT, width=128, height=160, steps=1, seed=1).numpy()
     assert scroll._loaded == kept
+
+
+def test_tiling_once_does_not_stick(miniature: Miniature) -> None:
+    scroll = Handscroll.from_pretrained(miniature("1.6b"))
+    tiled = scroll(PROMPT, width=640, height=608, steps=1, seed=2, decode="tiled").numpy()
+    whole = scroll(PROMPT, width=640, height=608, steps=1, seed=2, decode="whole").numpy()
+    assert_same_picture(scroll(PROMPT, width=640, height=608, steps=1, seed=2).numpy(), whole)
+    assert not np.array_equal(tiled, whole)
+
+
+def test_rows_leave_the_callers_grad_mode_alone(miniature: Miniature) -> None:
+    for _ in Handscroll.from_pretrained(miniature("1.6b"))(PROMPT, width=64, height=64, steps=1, seed=2).rows():
+        assert torch.is_grad_enabled()
+        assert not torch.is_inference_mode_enabled()
+
+
+def test_a_prompt_that_is_not_utf8_is_refused() -> None:
+    with pytest.raises(PromptError, match="UTF-8"):
+        Request("caf\udce9")
+
+
+def test_many_steps_do_not_run_off_the_schedule(miniature: Miniature, tmp_path: Path) -> None:
+    request = Request(PROMPT, model=str(miniature("1.6b-4k")), width=32, height=32, steps=600, guidance=1, seed=2)
+    assert generate(request, tmp_path / "p.png")[0].steps == 600
 
 
 def test_events_and_the_result_tell_the_whole_story(miniature: Miniature, tmp_path: Path) -> None:

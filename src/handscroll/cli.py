@@ -298,6 +298,8 @@ def _print_results(results: Sequence[Result], as_json: bool, quiet: bool) -> Non
         print(result.path)
     if not quiet:
         sys.stdout.flush()
+        for note in {result.note for result in results if result.note}:
+            print(f"note: {note}", file=sys.stderr)
         print(_summary(results), file=sys.stderr)
 
 

@@ -429,6 +429,7 @@ def parameters_text(
     version: str,
     memory_mode: str,
     exact: bool,
+    precision: str = "",
 ) -> str:
     """How a picture was made, in the lines that image tools read. `version` is handscroll's own, such as 0.1.0."""
     fields = {
@@ -438,6 +439,7 @@ def parameters_text(
         "Seed": seed,
         "Size": f"{width}x{height}",
         "Model": model,
+        **({"Precision": precision} if precision else {}),
         "Version": f"handscroll {version}",
         "Memory mode": memory_mode,
         "Exact": "true" if exact else "false",

@@ -18,6 +18,7 @@ from handscroll.events import OnEvent, Progress, ignore
 from handscroll.image_file import Target, check_target, parameters_text, write_image
 from handscroll.latent_file import check_latent_target, load_latent, save_latent
 from handscroll.plan.plan import Plan, make_plan
+from handscroll.registry import resolve
 from handscroll.request import DEFAULT_MODEL, Request, indexed
 from handscroll.runtime.checkpoint import load_scheduler, load_tokenizer, open_checkpoint
 from handscroll.runtime.decode import decode_rows
@@ -48,6 +49,7 @@ class Result:
     exact: bool
     memory: dict[str, Any]
     seconds: dict[str, float]
+    note: str = ""
 
     def as_dict(self) -> dict[str, Any]:
         return {**dataclasses.asdict(self), "path": str(self.path)}
@@ -109,7 +111,8 @@ def decode_latent(
     tensor, facts = load_latent(latent)
     request = _request_of(latent, facts, model, precision, device, decode, patches, strip_rows)
     spec = open_checkpoint(request.model, on_progress=_on_fetch(on_event))
-    plan = make_plan(spec, _sized(request, tensor, spec, latent), find_hardware(device, precision), 0)
+    sized = dataclasses.replace(_sized(request, tensor, spec, latent), negative="")
+    plan = make_plan(spec, sized, find_hardware(device, precision), 0)
     target = check_target(path, plan.width, plan.height)
     meter = Meter(plan.device)
     with torch.inference_mode(), Stages(spec, plan) as stage, meter.stage("decode"):
@@ -189,10 +192,10 @@ class Picture:
         self.width, self.height = stage.plan.width, stage.plan.height
         self.seed = stage.plan.seeds[0]
 
+    @torch.inference_mode()
     def rows(self) -> Iterator[np.ndarray]:
         """The picture from top to bottom as strips [rows, width, 3] uint8."""
-        with torch.inference_mode():
-            yield from decode_rows(self._stage.decoder, self.latent, self._stage.plan)
+        yield from decode_rows(self._stage.decoder, self.latent, self._stage.plan)
 
     def numpy(self) -> np.ndarray:
         """The whole picture, [height, width, 3] uint8."""
@@ -264,7 +267,8 @@ def write_picture(
 def write_latent(path: Path, latent: Tensor, request: Request, spec: CheckpointSpec, plan: Plan, seed: int) -> None:
     """Keeps a finished latent, with all that decoding and labelling it takes."""
     facts = _facts(request, spec, plan, seed)
-    facts["model"] = str(request.model)
+    found = resolve(request.model)
+    facts["model"] = str(found.resolve()) if isinstance(found, Path) else request.model
     save_latent(path, latent, {name: str(value) for name, value in facts.items()})
 
 
@@ -309,6 +313,7 @@ def _facts(request: Request, spec: CheckpointSpec, plan: Plan, seed: int) -> dic
         "width": plan.width,
         "height": plan.height,
         "model": spec.name,
+        "precision": str(plan.precision),
         "version": __version__,
         "memory_mode": plan.decode,
         "exact": plan.exact,
@@ -359,7 +364,8 @@ def _sized(request: Request, latent: Tensor, spec: CheckpointSpec, file: Path) -
             "name the model that made it with --model"
         )
     width, height = request.width or columns * factor, request.height or rows * factor
-    if -(-width // factor) != columns or -(-height // factor) != rows:
+    patch = spec.transformer.patch_size
+    if -(-width // (factor * patch)) * patch != columns or -(-height // (factor * patch)) * patch != rows:
         raise SizeError(f"{file}: the latent of {columns}x{rows} does not hold a picture of {width}x{height}")
     return dataclasses.replace(request, width=width, height=height)
 
@@ -389,4 +395,5 @@ def _result(path: Path, spec: CheckpointSpec, plan: Plan, seed: int, meter: Mete
             "stages": stages,
         },
         seconds={**seconds, "total": round(sum(seconds.values()), 3)},
+        note=plan.precision.note,
     )

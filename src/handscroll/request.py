@@ -43,8 +43,7 @@ class Request:
 
     def __post_init__(self) -> None:
         check_prompt(self.prompt)
-        if len(self.negative) > MAX_PROMPT_CHARACTERS:
-            raise PromptError(_too_long("negative prompt", self.negative))
+        check_text("negative prompt", self.negative)
         check_side("width", self.width)
         check_side("height", self.height)
         check_range("steps", self.steps, 1, 1000)
@@ -64,15 +63,20 @@ def check_prompt(prompt: str) -> None:
     """Raises PromptError for a prompt that says nothing, or more than any text encoder reads."""
     if not prompt.strip():
         raise PromptError("the prompt is empty; say in a few words what the picture should show")
-    if len(prompt) > MAX_PROMPT_CHARACTERS:
-        raise PromptError(_too_long("prompt", prompt))
+    check_text("prompt", prompt)
 
 
-def _too_long(what: str, text: str) -> str:
-    return (
-        f"the {what} has {len(text):,} characters; at most {MAX_PROMPT_CHARACTERS:,} are taken "
-        "(models read about the first 300 tokens, some 1,500 characters)"
-    )
+def check_text(what: str, text: str) -> None:
+    """Raises PromptError for a text that is too long, or was not UTF-8 where it came from."""
+    if len(text) > MAX_PROMPT_CHARACTERS:
+        raise PromptError(
+            f"the {what} has {len(text):,} characters; at most {MAX_PROMPT_CHARACTERS:,} are taken "
+            "(models read about the first 300 tokens, some 1,500 characters)"
+        )
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise PromptError(f"the {what} is not valid UTF-8 text") from None
 
 
 def check_side(name: str, side_px: int | None) -> None:

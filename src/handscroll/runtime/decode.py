@@ -41,7 +41,11 @@ def _strips(autoencoder: Any, latent: Tensor, plan: Plan) -> Iterator[Tensor]:
             yield decode_by_patches(autoencoder.decoder, scaled, plan.patches)
         case "tiled":
             autoencoder.enable_tiling()
-            yield autoencoder.decode(scaled, return_dict=False)[0]
+            try:
+                whole = autoencoder.decode(scaled, return_dict=False)[0]
+            finally:
+                autoencoder.disable_tiling()
+            yield whole
         case _:
             yield autoencoder.decode(scaled, return_dict=False)[0]
 

@@ -100,7 +100,7 @@ def _denoise_flow(
             prediction = baseline + guidance * (prediction - baseline)
         if transformer.config.out_channels // 2 == channels:
             prediction = prediction.chunk(2, dim=1)[0]  # a learned variance is not used
-        latent = scheduler.step(prediction, t, latent, return_dict=False)[0]
+        latent = scheduler.step(prediction, t, latent, generator=generator, return_dict=False)[0]
         on_step(index + 1, len(timesteps))
     return latent
 

@@ -68,6 +68,7 @@ class Meter:
         sampler = _Sampler()
         before = peak_resident_bytes()
         if on_cuda:
+            torch.cuda.init()  # resetting, unlike reading, does not do it
             torch.cuda.reset_peak_memory_stats(self.device)
         else:
             sampler.start()

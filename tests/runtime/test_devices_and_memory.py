@@ -1,0 +1,54 @@
+"""What a machine is measured to be, and what a stage is measured to take."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from handscroll.errors import UsageError
+from handscroll.runtime.devices import find_hardware, remembered
+from handscroll.runtime.memory import Meter, release
+
+
+def test_a_measurement_is_taken_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HANDSCROLL_CACHE", str(tmp_path / "cache"))
+    answers = iter([True, False])
+    assert remembered("thing", lambda: next(answers)) is True
+    assert remembered("thing", lambda: next(answers)) is True
+    (file,) = (tmp_path / "cache").iterdir()
+    file.write_text("not json")
+    assert remembered("thing", lambda: next(answers)) is False
+
+
+def test_without_a_cache_folder_it_is_measured_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("HANDSCROLL_CACHE", str(tmp_path / "file" / "cache"))
+    assert remembered("thing", lambda: True) is True
+
+
+def test_devices(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert find_hardware("cpu", "fp32").device == "cpu"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert find_hardware("auto", "fp32").device == "cpu"
+    with pytest.raises(UsageError, match="--device cpu"):
+        find_hardware("cuda:1", "auto")
+
+
+def test_a_stage_is_measured_by_itself() -> None:
+    meter = Meter("cpu")
+    with meter.stage("large"):
+        block = torch.ones(64 * 2**20)
+        large_bytes = block.nbytes
+        del block
+    release("cpu")
+    with meter.stage("small"):
+        pass
+    assert meter.stage_peak_bytes["large"] >= large_bytes
+    assert meter.stage_peak_bytes["small"] <= meter.stage_peak_bytes["large"] - large_bytes // 2
+    assert meter.peak_bytes >= meter.stage_peak_bytes["large"]
+    forked = meter.fork()
+    with forked.stage("other"):
+        pass
+    assert "other" not in meter.seconds
