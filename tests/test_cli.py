@@ -226,7 +226,7 @@ def test_several_pictures(shell: Shell, tiny: tuple[object, ...]) -> None:
 def test_several_pictures_are_one_path_a_line_and_one_summary(shell: Shell, asked: list[Any]) -> None:
     ran = shell("generate", "suns", "--seed", 5, "--count", 3, "-o", "sun.png")
     assert ran.stdout == "sun-1.png\nsun-2.png\nsun-3.png\n"
-    assert ran.stderr == "3 pictures of 64x32, 1.2 s, peak 3.0 GiB, seeds 5 to 7\n"
+    assert ran.stderr == "3 pictures of 64x32, 3.8 s, peak 3.0 GiB, seeds 5 to 7\n"
     assert shell("generate", "suns", "--count", 3, "-o", "sun.png", "--quiet").stderr == ""
 
 

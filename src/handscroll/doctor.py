@@ -23,7 +23,7 @@ from handscroll.version import __version__
 NEEDED: dict[str, tuple[str, tuple[str, ...]]] = {
     "torch": ("torch>=2.9,<2.14", ("nn",)),
     "diffusers": ("diffusers>=0.36", ("AutoencoderDC", "SanaTransformer2DModel", "DPMSolverMultistepScheduler")),
-    "transformers": ("transformers>=5.0", ("Gemma2Model", "AutoTokenizer")),
+    "transformers": ("transformers>=5.4", ("Gemma2Model", "AutoTokenizer")),
     "tokenizers": ("tokenizers>=0.21", ("Tokenizer",)),
     "safetensors": ("safetensors>=0.5", ("safe_open",)),
     "huggingface_hub": ("huggingface_hub>=1.0", ("snapshot_download",)),
