@@ -63,12 +63,21 @@ def _name_tokenizer(folder: Path) -> None:
     index.write_text(json.dumps(parts, indent=2) + "\n")
 
 
+def _forget_paths(folder: Path) -> None:
+    """Configs remember the folder that a module was loaded from, which means nothing elsewhere."""
+    for file in folder.glob("*/config.json"):
+        config = json.loads(file.read_text())
+        if config.pop("_name_or_path", None) is not None:
+            file.write_text(json.dumps(config, indent=2) + "\n")
+
+
 def export(work: Path, folder: Path) -> int:
     """Replace `folder` by the current weights and return its size in bytes."""
     part = folder.with_name(folder.name + ".part")
     shutil.rmtree(part, ignore_errors=True)
     assemble(work).to(dtype=torch.bfloat16).save_pretrained(part)
     _name_tokenizer(part)
+    _forget_paths(part)
     (part / "handscroll.json").write_text(json.dumps(ABOUT, indent=2) + "\n")
     for path in part.rglob("*.safetensors"):
         path.chmod(0o644)
