@@ -22,7 +22,7 @@ from handscroll.registry import resolve
 from handscroll.request import DEFAULT_MODEL, Request, indexed
 from handscroll.runtime.checkpoint import load_scheduler, load_tokenizer, open_checkpoint
 from handscroll.runtime.decode import decode_rows
-from handscroll.runtime.denoise import denoise, starting_noise
+from handscroll.runtime.denoise import Sampling, denoise, starting_noise
 from handscroll.runtime.devices import find_hardware
 from handscroll.runtime.memory import Meter
 from handscroll.runtime.stages import Stages
@@ -229,7 +229,7 @@ def denoise_picture(stage: Stages, text: Text, negative: Text | None, index: int
     )
     transformer = stage.dit
     on_event(Progress("denoise", 0, plan.steps, index))
-    return denoise(
+    job = Sampling(
         transformer,
         load_scheduler(stage.spec),
         noise,
@@ -240,6 +240,7 @@ def denoise_picture(stage: Stages, text: Text, negative: Text | None, index: int
         guidance=plan.guidance,
         on_step=lambda done, total: on_event(Progress("denoise", done, total, index)),
     )
+    return denoise(job)
 
 
 def write_picture(

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from handscroll.errors import NumericsError, UsageError
 from handscroll.runtime.text import Text
@@ -24,28 +25,32 @@ def starting_noise(channels: int, height: int, width: int, seed: int) -> tuple[T
     return torch.randn((1, channels, height, width), generator=generator, dtype=torch.float32), generator
 
 
-def denoise(
-    transformer: nn.Module,
-    scheduler: Any,
-    noise: Tensor,
-    generator: torch.Generator,
-    text: Text,
-    negative: Text | None,
-    *,
-    steps: int,
-    guidance: float,
-    on_step: OnStep,
-) -> Tensor:
-    """The sampling loop. noise [1, C, h, w] fp32 -> latent [1, C, h, w] fp32, on the transformer's device.
+@dataclass(frozen=True)
+class Sampling:
+    """What it takes to denoise one picture. `noise` [1, C, h, w] fp32 was drawn from `generator`, which goes on.
 
     With `negative`, classifier-free guidance by two forwards a step; without, one. A few-step model (SCMScheduler)
-    takes its guidance as an input. The sampler's state stays fp32; the transformer sees its own dtype.
-    Raises NumericsError if the latent is not finite.
+    takes its guidance as an input. `on_step(done, of)` is told of each step.
     """
-    sampler = _denoise_scm if hasattr(scheduler.config, "sigma_data") else _denoise_flow
-    latent = sampler(
-        transformer, scheduler, noise, generator, text, negative, steps=steps, guidance=guidance, on_step=on_step
-    )
+
+    transformer: Any
+    scheduler: Any
+    noise: Tensor
+    generator: torch.Generator
+    text: Text
+    negative: Text | None
+    steps: int
+    guidance: float
+    on_step: OnStep
+
+
+def denoise(job: Sampling) -> Tensor:
+    """The sampling loop: the job's noise -> latent [1, C, h, w] fp32, on the transformer's device.
+
+    The sampler's state stays fp32; the transformer sees its own dtype. Raises NumericsError if the latent is not
+    finite.
+    """
+    latent = _denoise_scm(job) if hasattr(job.scheduler.config, "sigma_data") else _denoise_flow(job)
     if not torch.isfinite(latent).all():
         raise NumericsError(
             "the transformer gave numbers that are not finite; try --precision fp32 (in fp16 some overflow)"
@@ -75,62 +80,41 @@ def _forward(transformer: Any, latent: Tensor, text: Text, timestep: Tensor, gui
     )[0]
 
 
-def _denoise_flow(
-    transformer: Any,
-    scheduler: Any,
-    noise: Tensor,
-    generator: torch.Generator,
-    text: Text,
-    negative: Text | None,
-    *,
-    steps: int,
-    guidance: float,
-    on_step: OnStep,
-) -> Tensor:
+def _denoise_flow(job: Sampling) -> Tensor:
     """As `SanaPipeline.__call__`."""
-    device = transformer.device
-    timesteps = _set_timesteps(scheduler, steps, device=device)
-    channels = noise.shape[1]
-    latent = noise.to(device)
+    transformer, scheduler, text, device = job.transformer, job.scheduler, job.text, job.transformer.device
+    timesteps = _set_timesteps(scheduler, job.steps, device=device)
+    channels = job.noise.shape[1]
+    latent = job.noise.to(device)
     for index, t in enumerate(timesteps):
         timestep = t.expand(1) * transformer.config.timestep_scale
         prediction = _forward(transformer, latent, text, timestep).float()
-        if negative is not None:
-            baseline = _forward(transformer, latent, negative, timestep).float()
-            prediction = baseline + guidance * (prediction - baseline)
+        if job.negative is not None:
+            baseline = _forward(transformer, latent, job.negative, timestep).float()
+            prediction = baseline + job.guidance * (prediction - baseline)
         if transformer.config.out_channels // 2 == channels:
             prediction = prediction.chunk(2, dim=1)[0]  # a learned variance is not used
-        latent = scheduler.step(prediction, t, latent, generator=generator, return_dict=False)[0]
-        on_step(index + 1, len(timesteps))
+        latent = scheduler.step(prediction, t, latent, generator=job.generator, return_dict=False)[0]
+        job.on_step(index + 1, len(timesteps))
     return latent
 
 
-def _denoise_scm(
-    transformer: Any,
-    scheduler: Any,
-    noise: Tensor,
-    generator: torch.Generator,
-    text: Text,
-    negative: Text | None,
-    *,
-    steps: int,
-    guidance: float,
-    on_step: OnStep,
-) -> Tensor:
+def _denoise_scm(job: Sampling) -> Tensor:
     """As `SanaSprintPipeline.__call__`: the trigonometric flow, converted to and from the transformer's linear one."""
-    device, sigma_data = transformer.device, scheduler.config.sigma_data
+    transformer, scheduler, text, device = job.transformer, job.scheduler, job.text, job.transformer.device
+    sigma_data = scheduler.config.sigma_data
     timesteps = _set_timesteps(
         scheduler,
-        steps,
+        job.steps,
         device=device,
         max_timesteps=SCM_MAX_TIMESTEP,
-        intermediate_timesteps=SCM_INTERMEDIATE_TIMESTEP if steps == 2 else None,
+        intermediate_timesteps=SCM_INTERMEDIATE_TIMESTEP if job.steps == 2 else None,
     )[:-1]
-    latent = noise.to(device) * sigma_data
+    latent = job.noise.to(device) * sigma_data
     denoised = latent
     scale = None
     if transformer.config.guidance_embeds:
-        scale = torch.full([1], guidance, device=device).to(text.embeddings.dtype)
+        scale = torch.full([1], job.guidance, device=device).to(text.embeddings.dtype)
         scale = scale * transformer.config.guidance_embeds_scale
     for index, t in enumerate(timesteps):
         timestep = t.expand(1)
@@ -141,7 +125,7 @@ def _denoise_scm(
         s = s.view(-1, 1, 1, 1)
         prediction = ((1 - 2 * s) * model_input + (1 - 2 * s + 2 * s**2) * prediction) / norm
         latent, denoised = scheduler.step(
-            prediction.float() * sigma_data, timestep, latent, generator=generator, return_dict=False
+            prediction.float() * sigma_data, timestep, latent, generator=job.generator, return_dict=False
         )
-        on_step(index + 1, len(timesteps))
+        job.on_step(index + 1, len(timesteps))
     return denoised / sigma_data
