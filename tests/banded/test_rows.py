@@ -199,6 +199,30 @@ def test_row_map(partition: list[int], strip_rows: int, chunk_bytes: int, batch:
     assert not kept.chunks
 
 
+@given(PARTITIONS, st.lists(st.integers(1, 9), min_size=1, max_size=3), st.integers(1, 200))
+def test_a_kept_row_map_is_read_again(partition: list[int], strip_rows: list[int], chunk_bytes: int) -> None:
+    map_ = numbered(sum(partition))
+    kept = RowMap(map_.shape[1], chunk_bytes)
+    for strip in strips_of(map_, partition):
+        kept.write(strip)
+    for rows in strip_rows:
+        assert torch.equal(torch.cat(list(kept.strips(rows, keep=True)), dim=1), map_)
+    assert torch.equal(torch.cat(list(kept.strips(strip_rows[0])), dim=1), map_)
+    assert not kept.chunks
+
+
+def test_a_closed_row_map_holds_nothing() -> None:
+    kept = RowMap(6)
+    kept.write(numbered(6))
+    chunk = weakref.ref(kept.chunks[0])
+    reader = kept.strips(2, keep=True)
+    next(reader)
+    reader.close()
+    for _ in range(2):
+        kept.close()
+        assert chunk() is None
+
+
 def test_a_row_map_copies_and_frees_as_it_is_read() -> None:
     map_ = numbered(6)
     row_bytes = map_[:, 0].nbytes

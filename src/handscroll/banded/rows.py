@@ -225,11 +225,11 @@ class Tee(RowOp):
 
 
 class RowMap:
-    """A whole feature map `[B, H, W, C]` between two sweeps, held in chunks of rows.
+    """A whole feature map `[B, H, W, C]` between two sweeps: this one in memory, in chunks of rows.
 
-    Written from top to bottom and read from top to bottom, each row once. A chunk is allocated when its first row is
-    written and freed when its last row has been read, so that a sweep that reads one map and writes the next holds
-    little more than one of them.
+    Written from top to bottom and read from top to bottom. A chunk is allocated when its first row is written and freed
+    when its last row has been read, so that a sweep that reads one map and writes the next holds little more than one
+    of them. Subclasses hold the rows elsewhere.
     """
 
     def __init__(self, height: int, chunk_bytes: int = MAP_CHUNK_BYTES) -> None:
@@ -239,7 +239,7 @@ class RowMap:
         self.rows_written = 0
 
     def write(self, strip: Strip) -> None:
-        """Appends rows `[B, rows, W, C]`; the strip is copied."""
+        """Appends rows `[B, rows, W, C]`, all of one shape but for their number; the strip is copied."""
         while strip is not None and strip.shape[1]:
             batch, rows, width, channels = strip.shape
             row_bytes = batch * width * channels * strip.element_size()
@@ -253,16 +253,25 @@ class RowMap:
             self.rows_written += min(room, rows)
             strip = strip[:, room:]
 
-    def strips(self, strip_rows: int) -> Iterator[Tensor]:
-        """Yields the map in strips of `strip_rows` rows (the last may be shorter) and frees what was read."""
+    def strips(self, strip_rows: int, keep: bool = False) -> Iterator[Tensor]:
+        """Yields the map in strips of `strip_rows` rows (the last may be shorter), and frees what was read.
+
+        A strip is valid until the next one is asked for, and must not be written to: it may be the map's own memory.
+        keep: nothing is freed, and the map may be read again.
+        """
         queue = RowQueue()
-        while self.chunks or queue.rows:
-            while self.chunks and queue.rows < strip_rows:
-                queue.put(self.chunks.popleft())
+        chunks = deque(self.chunks) if keep else self.chunks
+        while chunks or queue.rows:
+            while chunks and queue.rows < strip_rows:
+                queue.put(chunks.popleft())
             pieces = list(queue.take(min(strip_rows, queue.rows)))
             strip = pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=1)
             del pieces
             yield strip
+
+    def close(self) -> None:
+        """Frees whatever the map holds; it can be neither written nor read any more. May be called again."""
+        self.chunks.clear()
 
 
 @dataclass(frozen=True)
