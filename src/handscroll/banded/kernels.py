@@ -10,7 +10,7 @@ instead of at every call, and the activation applied while the result is still i
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -151,3 +151,65 @@ def pixel_shuffle(strip: Tensor) -> Tensor:
     batch, rows, width, channels = strip.shape
     blocks = strip.reshape(batch, rows, width, channels // 4, 2, 2)
     return blocks.permute(0, 1, 4, 2, 5, 3).reshape(batch, rows * 2, width * 2, channels // 4)
+
+
+class LinearAttentionSums:
+    """What ReLU linear attention keeps of a map, in fp32: `sum_i relu(k_i) v_i^T` and `sum_i relu(k_i)` of every head.
+
+    On the CPU its sums, and what is made of them, are the same to the bit however the rows were cut into strips: each
+    row of the map is multiplied by itself, by the same calls on the same shapes, and added to the rows above it, from
+    top to bottom. Strips must therefore come in order; they may be of any height. A row is converted to fp32 while it
+    is in cache, so that no strip exists in fp32. (Elsewhere a strip is taken at once: a launch a row would cost more.)
+
+    `products` is [B, heads, head_dim of k, head_dim of v], `keys` [B, heads, head_dim of k]; None before the first row.
+    """
+
+    def __init__(self) -> None:
+        self.products: Tensor | None = None
+        self.keys: Tensor | None = None
+
+    def add(self, keys: Tensor, values: Tensor) -> None:
+        """Takes the next rows: keys (before their ReLU) and values `[B, rows, W, heads, head_dim]`, of any strides."""
+        batch, _, _, heads, key_dim = keys.shape
+        if self.products is None or self.keys is None:
+            self.products = keys.new_zeros(batch, heads, key_dim, values.shape[-1], dtype=torch.float32)
+            self.keys = keys.new_zeros(batch, heads, key_dim, dtype=torch.float32)
+        for index, row_keys, row_values in zip(_indices(keys), _rows(keys), _rows(values), strict=True):
+            row_keys = _positive(row_keys)
+            # [heads, k, pixels] @ [heads, pixels, v]
+            self.products[index].baddbmm_(row_keys.permute(1, 2, 0), row_values.float().transpose(0, 1))
+            self.keys[index] += row_keys.sum(dim=0)
+
+    def apply_(self, queries: Tensor, eps: float = 1e-15) -> Tensor:
+        """The attention's output for queries (before their ReLU) `[B, rows, W, heads, head_dim]`, in their shape.
+
+        Written over the queries where values have as many channels.
+        """
+        assert self.products is not None
+        assert self.keys is not None
+        out = queries
+        if self.products.shape[-1] != queries.shape[-1]:
+            out = queries.new_empty(*queries.shape[:-1], self.products.shape[-1])
+        for index, row, target in zip(_indices(queries), _rows(queries), _rows(out), strict=True):
+            row = _positive(row)
+            weights = (row * self.keys[index]).sum(dim=-1, keepdim=True).add_(eps)
+            mixed = torch.bmm(row.transpose(0, 1), self.products[index])  # [heads, pixels, v]
+            target.copy_(mixed.transpose(0, 1).div_(weights))
+        return out
+
+
+def _indices(strip: Tensor) -> Iterator[int]:
+    """For each of `_rows`, which of the batch it is of."""
+    rows = strip.shape[1] if strip.device.type == "cpu" else 1
+    return (index for index in range(strip.shape[0]) for _ in range(rows))
+
+
+def _rows(strip: Tensor) -> Iterator[Tensor]:
+    """`[B, rows, W, heads, d]` as rows `[W, heads, d]` one after another; where launches cost, as one for each B."""
+    for image in strip:
+        yield from image if strip.device.type == "cpu" else [image.flatten(0, 1)]
+
+
+def _positive(row: Tensor) -> Tensor:
+    """ReLU in fp32, in memory of its own."""
+    return row.relu() if row.dtype == torch.float32 else row.float().relu_()
