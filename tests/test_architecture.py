@@ -18,7 +18,7 @@ LEAVES = {"errors", "events", "version", "weight_files", "request", "spec", "reg
 MAY_IMPORT = {
     "banded": set(),
     "plan": LEAVES,
-    "runtime": LEAVES | {"banded", "plan"},
+    "runtime": LEAVES | {"banded", "plan", "latent_file"},
     "image_file": LEAVES,
     "latent_file": LEAVES,
     "pipeline": LEAVES | {"plan", "runtime", "image_file", "latent_file"},

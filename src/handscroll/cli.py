@@ -14,7 +14,7 @@ import re
 import secrets
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import count as numbers
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -27,6 +27,7 @@ from handscroll.request import DECODES, DEFAULT_MODEL, PRECISIONS, Request, inde
 from handscroll.version import __version__
 
 if TYPE_CHECKING:
+    from handscroll.events import OnEvent, Progress
     from handscroll.pipeline import Result
     from handscroll.runtime.inventory import Model
 
@@ -146,7 +147,8 @@ def generate(
         height=height,
         steps=steps,
         guidance=guidance,
-        seed=secrets.randbelow(RANDOM_SEEDS) if seed is None else seed,
+        # A name of the prompt's wants the seed now; for a given file, an unfinished run may remember the one it drew.
+        seed=secrets.randbelow(RANDOM_SEEDS) if seed is None and output is None else seed,
         count=count,
         precision=precision,
         device=device,
@@ -203,6 +205,35 @@ def decode(
             quality=quality,
         )
     _print_results([result], as_json, quiet)
+
+
+@app.command()
+def resume(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="The run folder, such as dusk.png.run, or its picture.")],
+    device: Annotated[
+        str | None, typer.Option(metavar="auto|cpu|cuda|cuda:N", help="What to compute on. Left out, as before.")
+    ] = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Go on with a run that was interrupted, to the same picture.
+
+    \b
+      handscroll resume dusk.png.run
+      handscroll resume dusk.png --json
+
+    While a picture is made, what is finished of it is kept beside it. `handscroll generate` with the same options goes
+    on too. The folder goes once the picture is written.
+    """
+    from handscroll.runtime.run_folder import find_run, read_job
+
+    job = read_job(find_run(run))
+    resolve(job.request.model)
+    with _watching(quiet, job.request.count) as on_event:
+        from handscroll import pipeline
+
+        results = pipeline.resume(run, device=device, on_event=on_event)
+    _print_results(results, as_json, quiet)
 
 
 @app.command()
@@ -275,15 +306,31 @@ def _refuse_early(
         check_latent_target(latent)
 
 
-def _watching(quiet: bool, pictures: int = 1) -> contextlib.AbstractContextManager[Any]:
-    """The job's listener: progress bars where somebody watches."""
+@contextlib.contextmanager
+def _watching(quiet: bool, pictures: int = 1) -> Iterator[OnEvent]:
+    """The job's listener: its notices on stderr, and progress bars where somebody watches."""
     from handscroll.events import ignore
 
-    if quiet or not sys.stderr.isatty():
-        return contextlib.nullcontext(ignore)
+    if quiet:
+        yield ignore
+        return
+    if not sys.stderr.isatty():
+        yield _print_notice
+        return
     from handscroll.progress_bars import progress_bars
 
-    return progress_bars(pictures)
+    with progress_bars(pictures) as draw:
+
+        def listen(event: Progress) -> None:
+            _print_notice(event)
+            draw(event)
+
+        yield listen
+
+
+def _print_notice(event: Progress) -> None:
+    if event.stage == "notice":
+        print(f"note: {_one_line(event.detail)}", file=sys.stderr)
 
 
 # What a command prints.
@@ -387,15 +434,20 @@ def _attempt(arguments: Sequence[str]) -> int:
 
 
 def _told(error: Any) -> tuple[int, str, dict[str, Any]]:
-    """Exit code, the line for stderr, and the error as `--json` shows it."""
+    """Exit code, the line for stderr, and the error as `--json` shows it. What can be gone on with is said last."""
+    exit_code, opening, facts = _described(error)
+    facts["message"] = "; ".join([facts["message"], *getattr(error, "__notes__", ())])
+    return exit_code, opening + _one_line(facts["message"]), facts
+
+
+def _described(error: Any) -> tuple[int, str, dict[str, Any]]:
     if isinstance(error, HandscrollError):
-        facts = error.as_dict()
-        return error.exit_code, f"error: {_one_line(facts['message'])}", facts
+        return error.exit_code, "error: ", error.as_dict()
     if isinstance(error, _USAGE_FAULTS):
         message = _one_line(error.format_message()).rstrip(".")
-        return 2, f"error: {message}", {"code": "bad_usage", "message": message}
+        return 2, "error: ", {"code": "bad_usage", "message": message}
     if isinstance(error, KeyboardInterrupt):
-        return INTERRUPTED, "interrupted", {"code": "interrupted", "message": "interrupted"}
+        return INTERRUPTED, "", {"code": "interrupted", "message": "interrupted"}
     if os.environ.get("HANDSCROLL_TRACEBACK"):
         traceback.print_exception(error)
     if _is_out_of_memory(error):
@@ -404,7 +456,7 @@ def _told(error: Any) -> tuple[int, str, dict[str, Any]]:
     else:
         code = "unexpected"
         message = _one_line(f"{type(error).__name__}: {error}; HANDSCROLL_TRACEBACK=1 shows where")
-    return 1, f"error: {message}", {"code": code, "message": message}
+    return 1, "error: ", {"code": code, "message": message}
 
 
 def _is_out_of_memory(error: BaseException) -> bool:

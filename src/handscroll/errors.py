@@ -9,6 +9,8 @@ HandscrollError                   exit 1   something failed; the message says wh
 ├── CheckpointError               exit 1   a checkpoint's files are missing, truncated, mismatched or not safetensors
 │   └── FetchError                         the hub could not be reached and the files are not here
 ├── OutputError                   exit 1   the picture cannot be written where it was asked for
+├── RunFolderError                exit 1   a run folder is broken, foreign, or of another job
+│   └── BusyError                          another process works on the same run
 ├── NumericsError                 exit 1   a stage produced NaN or infinity
 └── BudgetError                   exit 3   does not fit the memory budget; carries minimum_bytes
 
@@ -78,6 +80,18 @@ class OutputError(HandscrollError):
     """The picture cannot be written where it was asked for."""
 
     code = "cannot_write"
+
+
+class RunFolderError(HandscrollError):
+    """A run folder that is broken, foreign, or cannot be gone on from."""
+
+    code = "bad_run_folder"
+
+
+class BusyError(RunFolderError):
+    """Another process works on the same run."""
+
+    code = "busy"
 
 
 class NumericsError(HandscrollError):

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-Stage = Literal["fetch", "text", "denoise", "decode", "write"]
+Stage = Literal["fetch", "text", "denoise", "decode", "write", "notice"]
 
 
 @dataclass(frozen=True)
@@ -18,6 +18,7 @@ class Progress:
     """`done` of `total` in one stage: bytes when fetching, steps when denoising, rows of the picture when decoding.
 
     `picture` counts the pictures of a request from 0. `detail` is a short remark, such as the name of a checkpoint.
+    A `notice` is no stage: its `detail` is one line that the user should read.
     """
 
     stage: Stage
@@ -25,6 +26,11 @@ class Progress:
     total: int
     picture: int = 0
     detail: str = ""
+
+
+def notice(line: str, picture: int = 0) -> Progress:
+    """One line that the user should read, such as that a run goes on from where it was."""
+    return Progress("notice", 0, 0, picture, line)
 
 
 OnEvent = Callable[[Progress], None]

@@ -32,6 +32,7 @@ import numpy as np
 
 from handscroll.errors import FormatError, OutputError, SizeError
 
+EXCHANGING = ".exchanging"  # in a folder of Deep Zoom tiles: its index is gone, or not there yet
 KEYWORD = "parameters"  # the PNG text chunk that image tools look for
 EXIF_TEXT_UNITS = 32_000  # UTF-16 code units of a JPEG or WebP comment: one JPEG segment is at most 65533 bytes
 DEFAULT_QUALITY = {"jpeg": 95, "webp": 90, "dzi": 90}
@@ -96,6 +97,12 @@ class Target:
         return self.path.with_name(f"{self.path.stem}_files")
 
     @property
+    def final_path(self) -> Path:
+        """Where the file really goes: behind a symbolic link, the file it points to is the one to replace."""
+        path = self.path.absolute()
+        return path if self.format == "dzi" else Path(os.path.realpath(path))
+
+    @property
     def _known(self) -> Format:
         return FORMATS[self.path.suffix.lower()]
 
@@ -150,7 +157,7 @@ def _check_place(target: Target) -> None:
         if target.format == "dzi":
             _check_files_folder(target, path)
     # Permission bits say little to root, on network shares and on read-only mounts: try it.
-    with tempfile.NamedTemporaryFile(prefix=".handscroll-", dir=_final_path(target).parent):
+    with tempfile.TemporaryFile(dir=target.final_path.parent):  # without a name, where the system can
         pass
     _check_free(path, folder, target.needed_bytes)
     if target.format == "tiff" and target.scratch_bytes // 4 > TIFF_LEVEL_IN_MEMORY_BYTES:
@@ -159,7 +166,8 @@ def _check_place(target: Target) -> None:
 
 def _check_files_folder(target: Target, index: Path) -> None:
     files = target.files_folder
-    if os.path.lexists(files) and (not files.is_dir() or files.is_symlink() or not index.exists()):
+    ours = files.is_dir() and not files.is_symlink() and (index.exists() or (files / EXCHANGING).exists())
+    if os.path.lexists(files) and not ours:
         raise OutputError(f"cannot write {target.path}: {files} is in the way and is not its older picture; move it")
 
 
@@ -177,6 +185,7 @@ def write_image(
     *,
     quality: int | None = None,
     on_rows: Callable[[int], None] | None = None,
+    part: Path | None = None,
 ) -> Path:
     """Write `strips` (uint8 [rows, width, 3], top to bottom, any number of rows each) and return the file's path.
 
@@ -185,16 +194,20 @@ def write_image(
 
     The file appears whole or not at all; an older one stays until then. Raises ValueError for strips that do not make
     up the picture, OutputError where it cannot be written; what `strips` or `on_rows` raise passes through unchanged.
+    Until it is whole it is called `part`, a name on the same file system that nobody else uses, and the scratch has
+    that name with the suffix `.rows`; what a killed process left there is replaced. Left out, hidden names beside it.
     """
     if quality is not None and not 1 <= quality <= 100:
         raise ValueError(f"quality is 1 to 100, not {quality}")
     vips = _vips()
-    final = _final_path(target)
+    final = target.final_path
     # The name is shortened because the file system may hold no longer one than the target's own.
-    part = final.with_name(f".{final.name[:40]}.{os.getpid()}-{secrets.token_hex(6)}.part")
+    part = part or final.with_name(f".{final.name[:40]}.{os.getpid()}-{secrets.token_hex(6)}.part")
     parameters = parameters.replace("\0", "").encode("utf-8", "replace").decode()
     with contextlib.ExitStack() as cleanup:
         with _output_errors(target):
+            for leftover in (part, part.with_suffix(".rows")):
+                _discard(leftover)
             scratch, scratch_name = _open_scratch(part.with_suffix(".rows"), cleanup)
         _receive(target, strips, scratch, on_rows)
         cleanup.callback(_discard, part)
@@ -202,12 +215,6 @@ def write_image(
             _encode(_picture(scratch_name, target), target, part, parameters, quality)
             _publish(target, part, final)
     return target.path
-
-
-def _final_path(target: Target) -> Path:
-    """Where the file really goes: behind a symbolic link, the file it points to is the one to replace."""
-    path = target.path.absolute()
-    return path if target.format == "dzi" else Path(os.path.realpath(path))
 
 
 def _open_scratch(path: Path, cleanup: contextlib.ExitStack) -> tuple[int, str]:
@@ -336,7 +343,10 @@ def _publish(target: Target, part: Path, final: Path) -> None:
 
 
 def _publish_pair(target: Target, part: Path, final: Path) -> None:
-    """Move the tiles into place, then the index. At no time does an index stand beside another picture's tiles."""
+    """Move the tiles into place, then the index. At no time does an index stand beside another picture's tiles.
+
+    Meanwhile the tiles are marked, so that whoever comes after a killed process knows them for ours.
+    """
     files = final.with_name(target.files_folder.name)
     _check_files_folder(target, final)
     moves = [
@@ -346,11 +356,16 @@ def _publish_pair(target: Target, part: Path, final: Path) -> None:
         (part / "picture.dzi", final),
     ]
     with contextlib.ExitStack() as undo:
+        for tiles in (files, part / "picture_files"):
+            if tiles.is_dir():
+                (tiles / EXCHANGING).touch()
+                undo.callback((tiles / EXCHANGING).unlink, missing_ok=True)
         for source, destination in moves:
             if os.path.lexists(source):
                 os.rename(source, destination)
                 undo.callback(os.rename, destination, source)
         undo.pop_all()
+    (files / EXCHANGING).unlink()
 
 
 @contextlib.contextmanager

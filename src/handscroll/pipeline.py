@@ -16,15 +16,15 @@ from torch import Tensor
 from handscroll.errors import CheckpointError, SizeError
 from handscroll.events import OnEvent, Progress, ignore
 from handscroll.image_file import Target, check_target, parameters_text, write_image
-from handscroll.latent_file import check_latent_target, load_latent, save_latent
+from handscroll.latent_file import check_latent_target, load_latent
 from handscroll.plan.plan import Plan, make_plan
-from handscroll.registry import resolve
 from handscroll.request import DEFAULT_MODEL, Request, indexed
 from handscroll.runtime.checkpoint import load_scheduler, load_tokenizer, open_checkpoint
 from handscroll.runtime.decode import decode_rows
 from handscroll.runtime.denoise import Sampling, denoise, starting_noise
 from handscroll.runtime.devices import find_hardware
 from handscroll.runtime.memory import Meter
+from handscroll.runtime.run_folder import Job, RunFolder, find_run, read_job, resolved_name
 from handscroll.runtime.stages import Stages
 from handscroll.runtime.text import Text, encode_prompt, instruction_of
 from handscroll.spec import CheckpointSpec
@@ -50,9 +50,13 @@ class Result:
     memory: dict[str, Any]
     seconds: dict[str, float]
     note: str = ""
+    resumed_from_step: int | None = None
 
     def as_dict(self) -> dict[str, Any]:
-        return {**dataclasses.asdict(self), "path": str(self.path)}
+        facts = {**dataclasses.asdict(self), "path": str(self.path)}
+        if self.resumed_from_step is None:
+            del facts["resumed_from_step"]
+        return facts
 
 
 def generate(
@@ -62,36 +66,65 @@ def generate(
     save_latent: Path | None = None,
     quality: int | None = None,
     on_event: OnEvent = ignore,
+    must_go_on: bool = False,
 ) -> list[Result]:
     """Makes the pictures of a request and writes them to `path` (`name-1.png`, ... for more than one).
 
-    Whatever can be refused is refused before a weight is read. Raises HandscrollError.
+    Whatever can be refused is refused before a weight is read. What is finished is kept in a run folder beside `path`
+    until the pictures are written: the same request goes on from there, another starts over (`must_go_on` refuses to).
+    Seconds and memory in the results are this session's. Raises HandscrollError.
     """
     spec = open_checkpoint(request.model, on_progress=_on_fetch(on_event))
     plan = make_plan(spec, request, find_hardware(request.device, request.precision), random_seed())
     targets = _targets(path, plan)
     latent_paths = _latent_targets(save_latent, plan)
     meter = Meter(plan.device)
-    results = []
-    with torch.inference_mode(), Stages(spec, plan) as stage:
-        with meter.stage("text"):
-            on_event(Progress("text", 0, 1))
-            text, negative = encode_prompts(stage, request)
-            on_event(Progress("text", 1, 1))
-        meters = [meter.fork() for _ in plan.seeds]
-        latents = []
-        for index, latent_path in enumerate(latent_paths):
-            with meters[index].stage("denoise"):
-                latents.append(denoise_picture(stage, text, negative, index, on_event))
+    job = Job.of(request, spec, plan, path, save_latent, quality)
+    with torch.inference_mode(), RunFolder.open(job, on_event, must_go_on=must_go_on) as run:
+        plan = dataclasses.replace(plan, seeds=run.seeds)
+        facts = [_facts(request, spec, plan, seed) for seed in plan.seeds]
+        with Stages(spec, plan) as stage:
+            if run.to_denoise():
+                with meter.stage("text"):
+                    on_event(Progress("text", 0, 1))
+                    text, negative = encode_prompts(stage, request)
+                    on_event(Progress("text", 1, 1))
+            meters = [meter.fork() for _ in plan.seeds]
+            for index in run.to_denoise():
+                with meters[index].stage("denoise"):
+                    latent = denoise_picture(stage, text, negative, index, on_event, run)
+                    run.keep_latent(index, latent, _latent_facts(request, facts[index]))
+            for index, latent_path in enumerate(latent_paths):
                 if latent_path is not None:
-                    write_latent(latent_path, latents[-1], request, spec, plan, plan.seeds[index])
-        for index, (latent, target) in enumerate(zip(latents, targets, strict=True)):
-            with meters[index].stage("decode"):
-                write_picture(
-                    stage, latent, target, _facts(request, spec, plan, plan.seeds[index]), index, quality, on_event
-                )
-            results.append(_result(target.path, spec, plan, plan.seeds[index], meters[index]))
-    return results
+                    run.keep_copy(index, latent_path)
+            for index in run.to_decode():
+                with meters[index].stage("decode"):
+                    part = run.part_for(targets[index].final_path)
+                    write_picture(
+                        stage, run.latent(index), targets[index], facts[index], index, quality, on_event, part
+                    )
+                    run.mark_done(index)
+    return [
+        _result(target.path, spec, plan, seed, meters[index], run.resumed_from(index))
+        for index, (target, seed) in enumerate(zip(targets, plan.seeds, strict=True))
+    ]
+
+
+def resume(run: Path, *, device: str | None = None, on_event: OnEvent = ignore) -> list[Result]:
+    """Goes on with an unfinished run, given by its folder or by its picture's path, to the same pictures.
+
+    Raises RunFolderError for what is no run of this version, or whose model or device is another now; BusyError where
+    another process is at it; and as `generate`.
+    """
+    job = read_job(find_run(run))
+    return generate(
+        job.resumed(device),
+        job.output,
+        save_latent=job.save_latent,
+        quality=job.quality,
+        on_event=on_event,
+        must_go_on=True,
+    )
 
 
 def decode_latent(
@@ -221,14 +254,17 @@ def encode_prompts(stage: Stages, request: Request) -> tuple[Text, Text | None]:
     return text, encode_prompt(stage.spec, stage.text, tokenizer, request.negative)
 
 
-def denoise_picture(stage: Stages, text: Text, negative: Text | None, index: int, on_event: OnEvent) -> Tensor:
-    """Picture `index` of the plan: its seed's noise to its latent [1, C, h, w] fp32."""
+def denoise_picture(
+    stage: Stages, text: Text, negative: Text | None, index: int, on_event: OnEvent, run: RunFolder | None = None
+) -> Tensor:
+    """Picture `index` of the plan: its seed's noise to its latent [1, C, h, w] fp32, by way of a run's saved states."""
     plan = stage.plan
     noise, generator = starting_noise(
         stage.spec.transformer.in_channels, plan.latent_height, plan.latent_width, plan.seeds[index]
     )
     transformer = stage.dit
-    on_event(Progress("denoise", 0, plan.steps, index))
+    start = run.state(index) if run else None
+    on_event(Progress("denoise", start.steps_done if start else 0, plan.steps, index))
     job = Sampling(
         transformer,
         load_scheduler(stage.spec),
@@ -239,6 +275,8 @@ def denoise_picture(stage: Stages, text: Text, negative: Text | None, index: int
         steps=plan.steps,
         guidance=plan.guidance,
         on_step=lambda done, total: on_event(Progress("denoise", done, total, index)),
+        start=start,
+        on_state=(lambda state: run.keep_state(index, state)) if run else None,
     )
     return denoise(job)
 
@@ -251,8 +289,9 @@ def write_picture(
     index: int,
     quality: int | None,
     on_event: OnEvent,
+    part: Path | None = None,
 ) -> None:
-    """Decodes a latent straight into its file, strip by strip."""
+    """Decodes a latent straight into its file, strip by strip. `part` is the file's name until it is whole."""
     on_event(Progress("decode", 0, target.height, index))
     strips = decode_rows(stage.decoder, latent, stage.plan)
     write_image(
@@ -261,16 +300,9 @@ def write_picture(
         parameters_text(**facts),
         quality=quality,
         on_rows=lambda rows: on_event(Progress("decode", rows, target.height, index)),
+        part=part,
     )
     on_event(Progress("write", 1, 1, index))
-
-
-def write_latent(path: Path, latent: Tensor, request: Request, spec: CheckpointSpec, plan: Plan, seed: int) -> None:
-    """Keeps a finished latent, with all that decoding and labelling it takes."""
-    facts = _facts(request, spec, plan, seed)
-    found = resolve(request.model)
-    facts["model"] = str(found.resolve()) if isinstance(found, Path) else request.model
-    save_latent(path, latent, {name: str(value) for name, value in facts.items()})
 
 
 # Small decisions
@@ -319,6 +351,11 @@ def _facts(request: Request, spec: CheckpointSpec, plan: Plan, seed: int) -> dic
         "memory_mode": plan.decode,
         "exact": plan.exact,
     }
+
+
+def _latent_facts(request: Request, facts: dict[str, Any]) -> dict[str, str]:
+    """What a latent's file says about itself: all that decoding and labelling it takes, from any folder."""
+    return {name: str(value) for name, value in {**facts, "model": resolved_name(request.model)}.items()}
 
 
 def _request_of(
@@ -371,7 +408,9 @@ def _sized(request: Request, latent: Tensor, spec: CheckpointSpec, file: Path) -
     return dataclasses.replace(request, width=width, height=height)
 
 
-def _result(path: Path, spec: CheckpointSpec, plan: Plan, seed: int, meter: Meter) -> Result:
+def _result(
+    path: Path, spec: CheckpointSpec, plan: Plan, seed: int, meter: Meter, resumed_from_step: int | None = None
+) -> Result:
     stages = {
         name: {"planned_bytes": None, "measured_bytes": meter.stage_peak_bytes.get(name)}
         for name in STAGES
@@ -397,4 +436,5 @@ def _result(path: Path, spec: CheckpointSpec, plan: Plan, seed: int, meter: Mete
         },
         seconds={**seconds, "total": round(sum(seconds.values()), 3)},
         note=plan.precision.note,
+        resumed_from_step=resumed_from_step,
     )

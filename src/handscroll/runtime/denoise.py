@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -9,12 +10,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from handscroll.errors import NumericsError, UsageError
+from handscroll.errors import NumericsError, RunFolderError, UsageError
 from handscroll.runtime.text import Text
 
 # SanaSprintPipeline's defaults: the first timestep of the trigonometric flow, pi/2 rounded, and the one between two.
 SCM_MAX_TIMESTEP = 1.57080
 SCM_INTERMEDIATE_TIMESTEP = 1.3
+
+# A state is worth saving when this much would be lost without it, and saving takes no more than this share of the time.
+SAVE_AFTER_SECONDS = 10.0
+SAVE_SHARE = 0.02
 
 OnStep = Callable[[int, int], None]
 
@@ -26,11 +31,30 @@ def starting_noise(channels: int, height: int, width: int, seed: int) -> tuple[T
 
 
 @dataclass(frozen=True)
+class SamplerState:
+    """A sampler between two steps, on the CPU: all that its next steps depend on beside the `Sampling` itself.
+
+    `latent` [1, C, h, w] fp32 is the sample after `steps_done` steps. `timesteps` is the whole schedule, kept to be
+    compared. `model_outputs` are the newest of a multistep solver, oldest first (none for others), `lower_order_nums`
+    counts its steps up to its order. `generator` is the noise generator's state, uint8.
+    """
+
+    steps_done: int
+    latent: Tensor
+    timesteps: Tensor
+    generator: Tensor
+    model_outputs: tuple[Tensor, ...] = ()
+    lower_order_nums: int = 0
+
+
+@dataclass(frozen=True)
 class Sampling:
     """What it takes to denoise one picture. `noise` [1, C, h, w] fp32 was drawn from `generator`, which goes on.
 
     With `negative`, classifier-free guidance by two forwards a step; without, one. A few-step model (SCMScheduler)
-    takes its guidance as an input. `on_step(done, of)` is told of each step.
+    takes its guidance as an input. `on_step(done, of)` is told of each step. From `start` the sampling goes on, with
+    the same bits as if it had never stopped. `on_state` is given a state where that is worth saving, and after the
+    last step; it comes before that step's `on_step`.
     """
 
     transformer: Any
@@ -42,13 +66,15 @@ class Sampling:
     steps: int
     guidance: float
     on_step: OnStep
+    start: SamplerState | None = None
+    on_state: Callable[[SamplerState], None] | None = None
 
 
 def denoise(job: Sampling) -> Tensor:
     """The sampling loop: the job's noise -> latent [1, C, h, w] fp32, on the transformer's device.
 
     The sampler's state stays fp32; the transformer sees its own dtype. Raises NumericsError if the latent is not
-    finite.
+    finite, RunFolderError if `start` is a state of another schedule.
     """
     latent = _denoise_scm(job) if hasattr(job.scheduler.config, "sigma_data") else _denoise_flow(job)
     if not torch.isfinite(latent).all():
@@ -68,6 +94,67 @@ def _set_timesteps(scheduler: Any, steps: int, **options: Any) -> Tensor:
     return scheduler.timesteps
 
 
+def worth_saving(unsaved_seconds: float, last_save_seconds: float, is_last: bool) -> bool:
+    """Whether to save after this step, `unsaved_seconds` after the last save, which took `last_save_seconds`."""
+    return is_last or unsaved_seconds >= max(SAVE_AFTER_SECONDS, last_save_seconds / SAVE_SHARE)
+
+
+class _Journey:
+    """Where a sampler is on its schedule: puts it back where it was, and hands out its states."""
+
+    def __init__(self, job: Sampling, timesteps: Tensor) -> None:
+        self.job, self.timesteps = job, timesteps
+        self.saved_at, self.save_seconds = time.perf_counter(), 0.0
+        self.steps_done = 0
+        if job.start is not None:
+            self._return_to(job.start)
+
+    def steps(self) -> list[tuple[int, Tensor]]:
+        """The steps still to do: each one's number from 0, and its timestep."""
+        return list(enumerate(self.timesteps))[self.steps_done :]
+
+    def step_done(self, index: int, latent: Tensor) -> None:
+        """Step `index` gave `latent`: save it if that is worth it, and tell."""
+        done, total = index + 1, len(self.timesteps)
+        unsaved_seconds = time.perf_counter() - self.saved_at
+        # A state that is not finite is no use to anybody: going on from it would fail again.
+        if (
+            self.job.on_state is not None
+            and worth_saving(unsaved_seconds, self.save_seconds, done == total)
+            and torch.isfinite(latent).all()
+        ):
+            start = time.perf_counter()
+            self.job.on_state(self._state(done, latent))
+            self.saved_at = time.perf_counter()
+            self.save_seconds = self.saved_at - start
+        self.job.on_step(done, total)
+
+    def _state(self, steps_done: int, latent: Tensor) -> SamplerState:
+        scheduler = self.job.scheduler
+        # The next step first drops the oldest output: of a solver of order n, n - 1 matter.
+        outputs = [output for output in getattr(scheduler, "model_outputs", [])[1:] if output is not None]
+        return SamplerState(
+            steps_done,
+            latent.float().cpu(),
+            scheduler.timesteps.cpu(),
+            self.job.generator.get_state(),
+            tuple(output.cpu() for output in outputs),
+            getattr(scheduler, "lower_order_nums", 0),
+        )
+
+    def _return_to(self, state: SamplerState) -> None:
+        scheduler = self.job.scheduler
+        if not torch.equal(state.timesteps, scheduler.timesteps.cpu()) or state.steps_done > len(self.timesteps):
+            raise RunFolderError("the saved state belongs to another schedule; delete the run folder to start over")
+        self.steps_done = state.steps_done
+        scheduler._step_index = state.steps_done
+        if hasattr(scheduler, "model_outputs"):
+            outputs = [output.to(self.timesteps.device) for output in state.model_outputs]
+            scheduler.model_outputs = [None] * (scheduler.config.solver_order - len(outputs)) + outputs
+            scheduler.lower_order_nums = state.lower_order_nums
+        self.job.generator.set_state(state.generator)
+
+
 def _forward(transformer: Any, latent: Tensor, text: Text, timestep: Tensor, guidance: Tensor | None = None) -> Tensor:
     dtype = transformer.dtype
     return transformer(
@@ -85,8 +172,9 @@ def _denoise_flow(job: Sampling) -> Tensor:
     transformer, scheduler, text, device = job.transformer, job.scheduler, job.text, job.transformer.device
     timesteps = _set_timesteps(scheduler, job.steps, device=device)
     channels = job.noise.shape[1]
-    latent = job.noise.to(device)
-    for index, t in enumerate(timesteps):
+    journey = _Journey(job, timesteps)
+    latent = (job.noise if job.start is None else job.start.latent).to(device)
+    for index, t in journey.steps():
         timestep = t.expand(1) * transformer.config.timestep_scale
         prediction = _forward(transformer, latent, text, timestep).float()
         if job.negative is not None:
@@ -95,7 +183,7 @@ def _denoise_flow(job: Sampling) -> Tensor:
         if transformer.config.out_channels // 2 == channels:
             prediction = prediction.chunk(2, dim=1)[0]  # a learned variance is not used
         latent = scheduler.step(prediction, t, latent, generator=job.generator, return_dict=False)[0]
-        job.on_step(index + 1, len(timesteps))
+        journey.step_done(index, latent)
     return latent
 
 
@@ -110,13 +198,13 @@ def _denoise_scm(job: Sampling) -> Tensor:
         max_timesteps=SCM_MAX_TIMESTEP,
         intermediate_timesteps=SCM_INTERMEDIATE_TIMESTEP if job.steps == 2 else None,
     )[:-1]
-    latent = job.noise.to(device) * sigma_data
-    denoised = latent
+    journey = _Journey(job, timesteps)
+    latent = job.noise.to(device) * sigma_data if job.start is None else job.start.latent.to(device)
     scale = None
     if transformer.config.guidance_embeds:
         scale = torch.full([1], job.guidance, device=device).to(text.embeddings.dtype)
         scale = scale * transformer.config.guidance_embeds_scale
-    for index, t in enumerate(timesteps):
+    for index, t in journey.steps():
         timestep = t.expand(1)
         s = torch.sin(timestep) / (torch.cos(timestep) + torch.sin(timestep))
         norm = torch.sqrt(s**2 + (1 - s) ** 2).view(-1, 1, 1, 1)
@@ -127,5 +215,7 @@ def _denoise_scm(job: Sampling) -> Tensor:
         latent, denoised = scheduler.step(
             prediction.float() * sigma_data, timestep, latent, generator=job.generator, return_dict=False
         )
-        job.on_step(index + 1, len(timesteps))
-    return denoised / sigma_data
+        if index + 1 == len(timesteps):
+            latent = denoised
+        journey.step_done(index, latent)
+    return latent / sigma_data

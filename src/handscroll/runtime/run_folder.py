@@ -1,0 +1,576 @@
+"""A run's folder beside its picture: what is finished so far, so that no crash, Ctrl-C or power cut loses it.
+
+    dusk.png.run/
+        job.json                       what is being made, its seed, and which pictures are done
+        state-1.safetensors            picture 1 between two steps; state-1.previous.safetensors is the one before
+        latent-1.safetensors           picture 1 denoised; `handscroll decode` takes it as it is
+        lock                           held by the process that works here
+        *.part, *.rows                 unfinished files
+
+Every file appears whole or not at all, and names the run that wrote it, so that states of two jobs never mix. The
+folder goes when all pictures are written, or when there is nothing in it worth keeping.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import errno
+import hashlib
+import importlib.metadata
+import json
+import os
+import re
+import secrets
+import shlex
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self
+
+from handscroll.errors import BusyError, CheckpointError, HandscrollError, OutputError, RunFolderError
+from handscroll.events import OnEvent, ignore, notice
+from handscroll.latent_file import load_latent, read_tensors, save_latent, sync_folder, write_tensors, write_whole
+from handscroll.plan.plan import Plan
+from handscroll.registry import resolve
+from handscroll.request import Request, indexed
+from handscroll.spec import CheckpointSpec
+from handscroll.version import __version__
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from handscroll.runtime.denoise import SamplerState
+
+FORMAT, FORMAT_VERSION = "handscroll run", 1
+MAX_NAME_BYTES = 255  # what common file systems hold
+_OURS = re.compile(r"job\.json|lock|(state|latent)-\d+(\.previous)?\.safetensors|[a-z]+\.(part|rows)")
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a run makes. Two jobs whose `latents` are equal, and their seeds, may share latents and states.
+
+    `request` is as given, but for `model`, which is found again from any folder; `seed` None in it stands for a drawn
+    one. `latents` holds everything else that latents depend on, `pictures` what pictures depend on beyond their
+    latents; both are JSON values under names that a user understands.
+    """
+
+    request: Request
+    first_seed: int
+    steps: int
+    latents: Mapping[str, Any]
+    pictures: Mapping[str, Any]
+    output: Path
+    save_latent: Path | None = None
+    quality: int | None = None
+
+    @classmethod
+    def of(
+        cls,
+        request: Request,
+        spec: CheckpointSpec,
+        plan: Plan,
+        output: Path,
+        save_latent: Path | None,
+        quality: int | None,
+    ) -> Self:
+        """The job of a request as it was planned."""
+        import torch
+
+        latents = {
+            "model": str(spec.folder.resolve()),
+            "model files": _fingerprint(spec.folder),
+            "prompt": request.prompt,
+            "negative prompt": request.negative,
+            "size": f"{plan.width}x{plan.height}",
+            "steps": plan.steps,
+            "guidance": plan.guidance,
+            "count": request.count,
+            "text encoder's precision": plan.precision.text_encoder,
+            "transformer's precision": plan.precision.transformer,
+            "device": plan.device.partition(":")[0],
+            "handscroll version": __version__,
+            "torch version": str(torch.__version__),
+            "diffusers version": importlib.metadata.version("diffusers"),
+        }
+        return cls(
+            dataclasses.replace(request, model=resolved_name(request.model)),
+            plan.seeds[0],
+            plan.steps,
+            latents,
+            {"decode": plan.decode, "autoencoder's precision": plan.precision.autoencoder, "quality": quality},
+            output,
+            save_latent,
+            quality,
+        )
+
+    def difference(self, older: Job) -> str:
+        """What tells this job's latents from an older one's, in words; empty where nothing does."""
+        for name in dict.fromkeys([*self.latents, *older.latents]):
+            ours, theirs = self.latents.get(name), older.latents.get(name)
+            if ours != theirs:
+                told = len(f"{ours}{theirs}") < 80 and name != "model files"
+                return f"its {name} was {theirs!r}, now it is {ours!r}" if told else f"it was begun with another {name}"
+        if self.request.seed == older.first_seed or self.request.seed is older.request.seed is None:
+            return ""
+        now = "to be drawn" if self.request.seed is None else self.request.seed
+        return f"its seed was {older.first_seed}, now it is {now}"
+
+    def resumed(self, device: str | None) -> Request:
+        """The request that goes on with this job: with the seed that was drawn, and in what it computed in."""
+        precisions = {value for name, value in {**self.latents, **self.pictures}.items() if name.endswith("precision")}
+        kind = self.latents.get("device", "auto")
+        return dataclasses.replace(
+            self.request,
+            seed=self.first_seed,
+            device=device or (kind if self.request.device == "auto" else self.request.device),
+            precision=precisions.pop() if len(precisions) == 1 else self.request.precision,
+        )
+
+
+def run_folder_of(output: Path) -> Path:
+    """Where the run of an output file keeps its work: `dusk.png` -> `dusk.png.run`, beside the file itself."""
+    place = _place(output)
+    name = place.name
+    if len(os.fsencode(f"{name}.run")) > MAX_NAME_BYTES:
+        name = f"{name[:40]}-{hashlib.sha256(os.fsencode(name)).hexdigest()[:12]}"
+    return place.with_name(f"{name}.run")
+
+
+def resolved_name(model: str) -> str:
+    """A model's name as it is found again from any folder: a checkpoint folder becomes absolute."""
+    found = resolve(model)
+    return str(found.resolve()) if isinstance(found, Path) else model
+
+
+def _place(output: Path) -> Path:
+    """Behind a symbolic link, the file it points to."""
+    return Path(os.path.realpath(output)) if output.is_symlink() else output
+
+
+def find_run(path: Path) -> Path:
+    """The run folder that a user means by it or by its output file. Raises RunFolderError."""
+    folders = [path, run_folder_of(path)] if path.name else [path]
+    for folder in folders:
+        if (folder / "job.json").is_file():
+            return folder
+    if path.is_dir():
+        raise RunFolderError(f"{path}: not a run folder: it holds no job.json")
+    raise RunFolderError(f"{path}: no unfinished run is there; name the folder, such as dusk.png.run, or its picture")
+
+
+def read_job(folder: Path) -> Job:
+    """The job of a run folder. Raises RunFolderError where it is broken, foreign or of another version."""
+    job = _job_of(folder, _read_facts(folder))
+    expected = run_folder_of(job.output)
+    if folder.name != expected.name:
+        raise RunFolderError(f"{folder}: was renamed; call it {expected.name} again")
+    return job
+
+
+class RunFolder:
+    """The work of one job, on disk. A context manager, which holds the folder against other processes.
+
+    Pictures are counted from 0 here, from 1 in file names. Where saving fails, for want of disk or permission, the
+    user is told once and the run goes on: latents are then kept in memory.
+    """
+
+    def __init__(
+        self, folder: Path, job: Job, run_id: str, done: set[int], lock: int | None, on_event: OnEvent
+    ) -> None:
+        self.folder, self.job = folder, job
+        self.count = job.request.count
+        self._id, self._done, self._lock, self._on_event = run_id, done, lock, on_event
+        self._held: dict[int, tuple[Tensor, dict[str, str]]] = {}
+        self._latents = {index for index in range(self.count) if self._holds_latent(index)}
+        self._resumed = dict.fromkeys(done | self._latents, job.steps)
+        self._cannot_save = False
+
+    @classmethod
+    def open(cls, job: Job, on_event: OnEvent = ignore, *, must_go_on: bool = False) -> Self:
+        """The folder of `job.output`, made if need be. The same job goes on; another starts over, and says so.
+
+        `must_go_on` refuses to start over. Raises BusyError where another process works on it, RunFolderError for
+        what is not a run folder, OutputError where there can be none.
+        """
+        folder = run_folder_of(job.output)
+        lock = _take(folder)
+        try:
+            _tidy(folder)
+            older, reason = _older_run(folder, job)
+            if older is not None:
+                older_job, run_id, done = older
+                request = dataclasses.replace(job.request, seed=older_job.request.seed)
+                job = dataclasses.replace(job, request=request, first_seed=older_job.first_seed)
+                if older_job.pictures != job.pictures:
+                    done = set()
+                run = cls(folder, job, run_id, done & _written(job), lock, on_event)
+                if run._is_worth_keeping():
+                    on_event(notice(f"{folder} goes on {run._where()}"))
+            elif reason and must_go_on:
+                raise RunFolderError(f"{folder}: cannot go on: {reason}; `handscroll generate` starts over")
+            else:
+                if reason:
+                    on_event(notice(f"starting over in {folder}: {reason}"))
+                _clear(folder)
+                run = cls(folder, job, secrets.token_hex(8), set(), lock, on_event)
+            run._write_job()
+        except BaseException as error:
+            _leave(folder, lock)
+            if isinstance(error, OSError):
+                raise OutputError(f"cannot write the run folder {folder}: {error.strerror}") from error
+            raise
+        return run
+
+    @property
+    def seeds(self) -> tuple[int, ...]:
+        """The pictures' seeds: the job's, or those that the same job drew when it began."""
+        return tuple(self.job.first_seed + index for index in range(self.count))
+
+    # What is there
+
+    def to_denoise(self) -> list[int]:
+        """The pictures that have no latent yet and need one."""
+        return [index for index in range(self.count) if index not in self._done | self._latents]
+
+    def to_decode(self) -> list[int]:
+        """The pictures that are not written yet."""
+        return [index for index in range(self.count) if index not in self._done]
+
+    def state(self, index: int) -> SamplerState | None:
+        """Where denoising of a picture goes on; None for its beginning. A torn state is as good as none."""
+        for path in self._state_paths(index):
+            state = self._read_state(path)
+            if state is not None:
+                self._resumed[index] = state.steps_done
+                return state
+        return None
+
+    def latent(self, index: int) -> Tensor:
+        """The finished latent [1, C, h, w] fp32 of a picture. Raises CheckpointError."""
+        return self._held[index][0] if index in self._held else load_latent(self._latent_path(index))[0]
+
+    def resumed_from(self, index: int) -> int | None:
+        """How many steps of a picture were done in an earlier session; None if none were."""
+        return self._resumed.get(index)
+
+    # What is new
+
+    def keep_state(self, index: int, state: SamplerState) -> None:
+        """Saves a picture between two steps; the state before stays until this one is whole."""
+        newest, previous = self._state_paths(index)
+        tensors = {"latent": state.latent, "timesteps": state.timesteps, "generator": state.generator}
+        tensors |= {f"model_output.{number}": output for number, output in enumerate(state.model_outputs)}
+        facts = {"run": self._id, "steps_done": state.steps_done, "lower_order_nums": state.lower_order_nums}
+
+        def save() -> None:
+            if newest.exists():
+                os.replace(newest, previous)
+            write_tensors(newest, tensors, {key: str(value) for key, value in facts.items()}, part=self._part("state"))
+
+        self._try(save)
+
+    def keep_latent(self, index: int, latent: Tensor, facts: Mapping[str, str]) -> None:
+        """Saves a finished latent, with the facts that `handscroll decode` needs; its states have done their work."""
+        path = self._latent_path(index)
+        self._latents.add(index)
+        if self._try(lambda: save_latent(path, latent, {**facts, "run": self._id}, part=self._part("latent"))):
+            for state in self._state_paths(index):
+                _unlink(state)
+        else:
+            self._held[index] = latent, dict(facts)
+
+    def mark_done(self, index: int) -> None:
+        """The picture is written."""
+        self._held.pop(index, None)
+        self._done.add(index)
+        self._try(self._write_job)
+
+    def part_for(self, final: Path) -> Path:
+        """The name of a file until it is whole: in this folder, or hidden beside it if that is on another disk."""
+        with contextlib.suppress(OSError):
+            if final.parent.stat().st_dev == self.folder.stat().st_dev:
+                return self._part("picture")
+        return final.with_name(f".{final.name[:40]}.{self._id}.part")
+
+    def keep_copy(self, index: int, path: Path) -> None:
+        """Copies a latent to where the user wants one too. Raises OutputError."""
+        latent, facts = self._held.get(index) or load_latent(self._latent_path(index))
+        save_latent(path, latent, {k: v for k, v in facts.items() if k != "run"}, part=self.part_for(path.absolute()))
+
+    # The end
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if error is not None and self._is_worth_keeping():
+            with contextlib.suppress(MemoryError):  # it may be what has just happened
+                error.add_note(f"`handscroll resume {shlex.quote(str(self.folder))}` goes on {self._where()}")
+            _unlock(self._lock)
+            return
+        _clear(self.folder)
+        _unlink(self.folder / "job.json")
+        _leave(self.folder, self._lock)
+
+    def _is_worth_keeping(self) -> bool:
+        return any(
+            index in self._done or self._latent_path(index).exists() or any(map(Path.exists, self._state_paths(index)))
+            for index in range(self.count)
+        )
+
+    def _where(self) -> str:
+        """`from step 12 of 20`, and for which picture where there are several."""
+        left = self.to_decode()
+        if not left:
+            return "and finds all done"
+        without_latent = self.to_denoise()
+        index = without_latent[0] if without_latent else left[0]
+        which = f"with picture {index + 1} of {self.count}, " if self.count > 1 else ""
+        if not without_latent:
+            return f"{which}from the finished latent"
+        states = (self._read_state(path) for path in self._state_paths(index))
+        steps_done = next((state.steps_done for state in states if state is not None), 0)
+        return f"{which}from step {steps_done} of {self.job.steps}"
+
+    # Files
+
+    def _part(self, name: str) -> Path:
+        return self.folder / f"{name}.part"
+
+    def _latent_path(self, index: int) -> Path:
+        return self.folder / f"latent-{index + 1}.safetensors"
+
+    def _state_paths(self, index: int) -> tuple[Path, Path]:
+        """The newest state, and the one before."""
+        return (
+            self.folder / f"state-{index + 1}.safetensors",
+            self.folder / f"state-{index + 1}.previous.safetensors",
+        )
+
+    def _holds_latent(self, index: int) -> bool:
+        path = self._latent_path(index)
+        if not path.exists():
+            return False
+        try:
+            return load_latent(path)[1].get("run") == self._id
+        except CheckpointError:
+            return False
+
+    def _read_state(self, path: Path) -> SamplerState | None:
+        from handscroll.runtime.denoise import SamplerState
+
+        try:
+            tensors, facts = read_tensors(path)
+            outputs = [tensors[f"model_output.{number}"] for number in range(len(tensors) - 3)]
+            state = SamplerState(
+                steps_done=int(facts["steps_done"]),
+                latent=tensors["latent"],
+                timesteps=tensors["timesteps"],
+                generator=tensors["generator"],
+                model_outputs=tuple(outputs),
+                lower_order_nums=int(facts["lower_order_nums"]),
+            )
+        except (CheckpointError, KeyError, ValueError):
+            return None
+        return state if facts.get("run") == self._id else None
+
+    def _write_job(self) -> None:
+        facts = {
+            "format": FORMAT,
+            "format_version": FORMAT_VERSION,
+            "handscroll": __version__,
+            "id": self._id,
+            "output": str(_place(self.job.output).absolute()),
+            "save_latent": None if self.job.save_latent is None else str(self.job.save_latent.absolute()),
+            "quality": self.job.quality,
+            "first_seed": self.job.first_seed,
+            "steps": self.job.steps,
+            "request": dataclasses.asdict(self.job.request),
+            "latents": dict(self.job.latents),
+            "pictures": dict(self.job.pictures),
+            "done": sorted(index + 1 for index in self._done),
+        }
+        write_whole(self.folder / "job.json", [json.dumps(facts, indent=1).encode()], part=self._part("job"))
+
+    def _try(self, save: Callable[[], None]) -> bool:
+        """Saves; says so once where that fails, since a run that cannot be resumed is better than none."""
+        try:
+            save()
+        except (OSError, OutputError) as error:
+            if not self._cannot_save:
+                self._on_event(notice(f"cannot save progress in {self.folder}, the run goes on without: {error}"))
+            self._cannot_save = True
+            return False
+        return True
+
+
+# Reading what an earlier run left
+
+
+def _older_run(folder: Path, job: Job) -> tuple[tuple[Job, str, set[int]] | None, str]:
+    """The run that was here, its id and what it has done, if `job` may go on with it; else the reason why not."""
+    if not (folder / "job.json").exists():
+        return None, ""
+    try:
+        facts = _read_facts(folder)
+        older = _job_of(folder, facts)
+        run_id, done = str(facts["id"]), {int(number) - 1 for number in facts["done"]}
+    except (KeyError, TypeError, ValueError):
+        return None, "its job.json is broken"
+    except RunFolderError as error:
+        return None, str(error).partition(": ")[2]
+    difference = job.difference(older)
+    return (None, difference) if difference else ((older, run_id, done), "")
+
+
+def _written(job: Job) -> set[int]:
+    """The pictures whose files are still there."""
+    count = job.request.count
+    return {index for index in range(count) if indexed(job.output, index, count).exists()}
+
+
+def _read_facts(folder: Path) -> dict[str, Any]:
+    try:
+        facts = json.loads((folder / "job.json").read_bytes())
+    except (OSError, ValueError) as error:
+        raise RunFolderError(f"{folder}: its job.json is broken") from error
+    if not isinstance(facts, dict) or facts.get("format") != FORMAT:
+        raise RunFolderError(f"{folder}: not a run folder of handscroll")
+    if facts.get("format_version") != FORMAT_VERSION:
+        raise RunFolderError(f"{folder}: written by handscroll {facts.get('handscroll')}, this is {__version__}")
+    return facts
+
+
+def _job_of(folder: Path, facts: dict[str, Any]) -> Job:
+    try:
+        output = folder.with_name(Path(facts["output"]).name)
+        return Job(
+            request=Request(**facts["request"]),
+            first_seed=int(facts["first_seed"]),
+            steps=int(facts["steps"]),
+            latents=dict(facts["latents"]),
+            pictures=dict(facts["pictures"]),
+            output=output,
+            save_latent=None if facts["save_latent"] is None else Path(facts["save_latent"]),
+            quality=facts["quality"],
+        )
+    except (KeyError, TypeError, ValueError, HandscrollError) as error:
+        raise RunFolderError(f"{folder}: its job.json is broken") from error
+
+
+def _fingerprint(folder: Path) -> str:
+    """Of a checkpoint's files: names, sizes and times, not contents."""
+    files = [
+        (str(path.relative_to(folder)), path.stat().st_size, path.stat().st_mtime_ns)
+        for part in ("model_index.json", "tokenizer/*", "text_encoder/*", "transformer/*", "vae/*", "scheduler/*")
+        for path in sorted(folder.glob(part))
+        if path.is_file()
+    ]
+    return hashlib.sha256(json.dumps(files).encode()).hexdigest()[:32]
+
+
+# The folder itself
+
+
+def _take(folder: Path) -> int | None:
+    """Makes the folder if need be, and locks it. Returns the lock's descriptor, or None where there are no locks."""
+    try:
+        _refuse_foreign(folder)
+        while True:
+            with contextlib.suppress(FileExistsError):
+                folder.mkdir()
+                sync_folder(folder.parent)
+            try:
+                return _lock(folder)
+            except FileNotFoundError:
+                continue  # whoever had it has just removed it
+    except OSError as error:
+        raise OutputError(f"cannot make the run folder {folder}: {error.strerror}") from error
+
+
+def _refuse_foreign(folder: Path) -> None:
+    if os.path.lexists(folder) and not _is_ours(folder):
+        raise RunFolderError(
+            f"{folder}: in the way, and not a run folder of handscroll; move it or choose another name"
+        )
+
+
+def _is_ours(folder: Path) -> bool:
+    try:
+        facts = json.loads((folder / "job.json").read_bytes())
+        return isinstance(facts, dict) and facts.get("format") == FORMAT
+    except (OSError, ValueError):
+        return folder.is_dir() and all(_OURS.fullmatch(path.name) for path in _files(folder))
+
+
+def _lock(folder: Path) -> int | None:
+    try:
+        import fcntl
+    except ImportError:
+        return None
+    path = folder / "lock"
+    lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if os.stat(path).st_ino != os.fstat(lock).st_ino:
+            raise FileNotFoundError(errno.ENOENT, "the lock was removed", str(path))
+    except OSError as error:
+        os.close(lock)
+        if isinstance(error, BlockingIOError):
+            raise BusyError(
+                f"{folder}: another process is working on this picture; wait for it, or choose another file name"
+            ) from error
+        if isinstance(error, FileNotFoundError):
+            raise
+        return None  # a file system without locks
+    return lock
+
+
+def _unlock(lock: int | None) -> None:
+    if lock is not None:
+        os.close(lock)
+
+
+def _leave(folder: Path, lock: int | None) -> None:
+    """Removes the folder if nothing of worth is in it, and unlocks it."""
+    if not (folder / "job.json").exists():
+        _tidy(folder)
+        _unlink(folder / "lock")
+        with contextlib.suppress(OSError):
+            folder.rmdir()
+        sync_folder(folder.parent)
+    _unlock(lock)
+
+
+def _tidy(folder: Path) -> None:
+    """Removes what a killed process left half-written."""
+    for path in _files(folder):
+        if path.suffix in (".part", ".rows") and _OURS.fullmatch(path.name):
+            _unlink(path)
+
+
+def _clear(folder: Path) -> None:
+    """Removes states and latents, so that none is there when the next job's name is written."""
+    for path in _files(folder):
+        if _OURS.fullmatch(path.name) and path.name not in ("job.json", "lock"):
+            _unlink(path)
+    sync_folder(folder)
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    with contextlib.suppress(OSError):
+        yield from sorted(folder.iterdir())
+
+
+def _unlink(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with contextlib.suppress(OSError):
+            path.unlink(missing_ok=True)
