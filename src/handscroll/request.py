@@ -24,6 +24,7 @@ class Request:
     None stands for the checkpoint's own default (size, steps, guidance) or a random choice (seed). Sizes are pixels:
     those that are no multiple of the autoencoder's factor are rendered larger and cropped. `patches` is the number of
     row patches of decode='patch'. `strip_rows` is the strip height of decode='rows', None lets the size decide.
+    `memory_bytes` is the budget that the run has to stay within; None takes what is fastest on this machine.
     """
 
     prompt: str
@@ -40,6 +41,7 @@ class Request:
     decode: str = "rows"
     patches: int = 32
     strip_rows: int | None = None
+    memory_bytes: int | None = None
 
     def __post_init__(self) -> None:
         check_prompt(self.prompt)
@@ -54,6 +56,9 @@ class Request:
             check_range("the last picture's seed", self.seed + self.count - 1, 0, MAX_SEED)
         check_range("patches", self.patches, 1, 65_536)
         check_range("strip rows", self.strip_rows, 1, 1_000_000)
+        check_range("memory", self.memory_bytes, 1, 2**60)
+        if self.memory_bytes is not None and self.decode != "rows":
+            raise UsageError(f"a memory budget is kept by --decode rows alone; leave out --memory or --decode {self.decode}")
         check_choice("precision", self.precision, PRECISIONS)
         check_choice("decode", self.decode, DECODES)
         check_device(self.device)

@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from handscroll.errors import SizeError, UsageError
-from handscroll.plan.plan import Hardware, make_plan
+from handscroll.plan.hardware import Hardware
+from handscroll.plan.plan import make_plan
 from handscroll.plan.precision import resolve_precision
 from handscroll.request import MAX_SEED, Request, parse_bytes, parse_size
 from handscroll.spec import CheckpointSpec

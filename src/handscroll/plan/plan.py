@@ -5,17 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from handscroll.errors import SizeError, UsageError
+from handscroll.plan.hardware import Hardware
 from handscroll.plan.precision import Precision, resolve_precision
 from handscroll.request import MAX_SIDE_PX, Request
 from handscroll.spec import CheckpointSpec
-
-
-@dataclass(frozen=True)
-class Hardware:
-    """The device that a request resolved to: `cpu` or `cuda:N`, and whether a CPU multiplies bf16 faster than fp32."""
-
-    device: str
-    bf16_is_faster: bool = False
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 from handscroll.spec import CheckpointSpec
 
+BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
+
 # Narrower transformers spend their time elsewhere than in matrices: the built-in model, 192 wide, takes 3.5 s for a
 # 1024x1024 picture in either precision where bf16 multiplies twice as fast.
 BF16_MIN_WIDTH = 1024

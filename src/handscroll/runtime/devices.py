@@ -2,36 +2,126 @@
 
 from __future__ import annotations
 
+import dataclasses
+import importlib
 import json
 import os
 import platform
+import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from handscroll.errors import UsageError
-from handscroll.plan.plan import Hardware
+from handscroll.plan.hardware import Hardware, Rates
+from handscroll.runtime.memory import resident_bytes
 
 BF16_MUST_BE_FASTER = 1.3
 TIMINGS = 5
+CONVOLUTION_FLOP = 2 * 128 * 128 * 9 * 32 * 64
+HOST_SHARE = 0.7  # of the host's free memory, for maps that a device has no room for
+
+# What the stages import when they first need it.
+LIBRARIES = (
+    "diffusers.models.transformers.sana_transformer",
+    "diffusers.models.autoencoders.autoencoder_dc",
+    "diffusers.pipelines.sana.pipeline_sana",
+    "transformers.models.gemma2.modeling_gemma2",
+    "transformers.models.auto.tokenization_auto",
+    "pyvips",
+)
 
 
-def find_hardware(device: str, precision: str) -> Hardware:
+def find_hardware(device: str, precision: str, scratch: Path | None = None) -> Hardware:
     """Resolves `auto`, `cpu`, `cuda` or `cuda:N`. Raises UsageError for a device that is not here.
 
-    bf16 is timed against fp32 only where the answer matters: `precision` auto, on a CPU with bf16 instructions.
+    bf16 is timed against fp32 only where the answer matters: `precision` auto, on a CPU with bf16 instructions. Speeds
+    are measured once per device and remembered. `scratch` is the folder where maps may be put.
     """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    scratch_bytes = _free_disk_bytes(scratch or Path.cwd())
     if device.startswith("cuda"):
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
         index = int(device.partition(":")[2] or 0)
         if index >= count:
             raise UsageError(f"device {device} is not here: this machine has {count} CUDA devices; use --device cpu")
-        return Hardware(f"cuda:{index}")
-    return Hardware("cpu", bf16_is_faster=precision == "auto" and _cpu_bf16_is_faster())
+        device = f"cuda:{index}"
+        return Hardware(
+            device,
+            free_bytes=torch.cuda.mem_get_info(device)[0],
+            host_bytes=int((available_bytes() or 0) * HOST_SHARE),
+            scratch_bytes=scratch_bytes,
+            rates=_rates(device),
+        )
+    import_libraries()
+    base_bytes = resident_bytes()
+    available = available_bytes()
+    return Hardware(
+        "cpu",
+        bf16_is_faster=precision == "auto" and _cpu_bf16_is_faster(),
+        base_bytes=base_bytes,
+        free_bytes=None if available is None else base_bytes + available,
+        scratch_bytes=scratch_bytes,
+        rates=_rates("cpu"),
+    )
+
+
+def import_libraries() -> None:
+    """Imports what the stages will need, so that what the process holds before them can be measured."""
+    for name in LIBRARIES:
+        importlib.import_module(name)
+
+
+def available_bytes() -> int | None:
+    """What the system could still give to this process, or None where it does not tell."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)
+
+
+def _free_disk_bytes(folder: Path) -> int:
+    existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    try:
+        return shutil.disk_usage(existing).free
+    except OSError:
+        return 0
+
+
+# How fast the device is: for the seconds of a plan and the choices between its ways, never for the picture.
+
+
+def _rates(device: str) -> Rates:
+    threads = torch.get_num_threads() if device == "cpu" else 0
+    name = f"rates of {torch.cuda.get_device_name(device) if threads == 0 else f'{threads} threads'}"
+    found = remembered(name, lambda: dataclasses.asdict(_measure_rates(device)))
+    try:
+        return Rates(**found)
+    except TypeError:  # written by another version
+        return Rates()
+
+
+def _measure_rates(device: str) -> Rates:
+    flops = {}
+    for precision, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16), ("fp16", torch.float16)):
+        if device == "cpu" and dtype == torch.float16:
+            continue  # the transformer alone may be fp16, and nobody asks for it on a CPU
+        flops[f"{precision}_flops"] = CONVOLUTION_FLOP / min(
+            _convolution_seconds(dtype, device, time.perf_counter) for _ in range(TIMINGS)
+        )
+    if device == "cpu":
+        return Rates(**flops)
+    block = torch.ones(64 * 2**20, dtype=torch.uint8, pin_memory=True)
+    start = time.perf_counter()
+    block.to(device)
+    torch.cuda.synchronize(device)
+    host_bytes = block.nbytes / (time.perf_counter() - start)
+    return Rates(**flops, weight_bytes=host_bytes, host_bytes=host_bytes)
 
 
 def _cpu_bf16_is_faster() -> bool:
@@ -54,18 +144,22 @@ def _bf16_wins() -> bool:
     seconds = {torch.float32: float("inf"), torch.bfloat16: float("inf")}
     for _ in range(TIMINGS):
         for dtype in seconds:
-            seconds[dtype] = min(seconds[dtype], _convolution_seconds(dtype))
+            seconds[dtype] = min(seconds[dtype], _convolution_seconds(dtype, "cpu", time.thread_time))
     return seconds[torch.float32] > BF16_MUST_BE_FASTER * seconds[torch.bfloat16]
 
 
-def _convolution_seconds(dtype: torch.dtype) -> float:
-    """One run of a convolution like the decoder's, 0.6 GFLOP, after one that does not count."""
-    image = torch.ones(1, 128, 32, 64, dtype=dtype).contiguous(memory_format=torch.channels_last)
-    weight = torch.ones(128, 128, 3, 3, dtype=dtype).contiguous(memory_format=torch.channels_last)
+def _convolution_seconds(dtype: torch.dtype, device: str, clock: Callable[[], float]) -> float:
+    """One run of a convolution like the decoder's, after one that does not count, by a clock in seconds."""
+    image = torch.ones(1, 128, 32, 64, dtype=dtype, device=device).contiguous(memory_format=torch.channels_last)
+    weight = torch.ones(128, 128, 3, 3, dtype=dtype, device=device).contiguous(memory_format=torch.channels_last)
     torch.nn.functional.conv2d(image, weight, padding=1)
-    start = time.thread_time()
+    if device != "cpu":
+        torch.cuda.synchronize(device)
+    start = clock()
     torch.nn.functional.conv2d(image, weight, padding=1)
-    return time.thread_time() - start
+    if device != "cpu":
+        torch.cuda.synchronize(device)
+    return clock() - start
 
 
 # What was measured is remembered: a choice that flipped from run to run would change the picture.
@@ -78,8 +172,8 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "handscroll"
 
 
-def remembered(name: str, measure: Callable[[], bool]) -> bool:
-    """A measurement of this machine under this torch: from the cache file, or taken now and written there."""
+def remembered(name: str, measure: Callable[[], Any]) -> Any:
+    """A measurement of this machine under this torch, a JSON value: from the cache file, or taken and written there."""
     file = cache_folder() / "devices.json"
     key = f"{name}, {_processor()}, torch {torch.__version__}"
     try:

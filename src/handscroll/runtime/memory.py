@@ -16,6 +16,10 @@ import torch
 
 SAMPLE_SECONDS = 0.01
 
+# glibc's names for what mallopt sets (malloc.h).
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -3, -4
+MMAP_FROM_BYTES = 2**20
+
 
 def release(device: str) -> None:
     """Gives freed memory back to the system: collects cycles, empties the device's cache, trims the C heap."""
@@ -32,6 +36,28 @@ def trim() -> None:
             ctypes.CDLL(None).malloc_trim(0)
         except AttributeError:
             return  # a C library other than glibc
+
+
+def enforce(device: str, budget_bytes: int | None) -> None:
+    """Makes the allocator keep to a budget, as far as it can be made to; without one, does nothing.
+
+    CUDA: the caching allocator reserves no more than the budget, and raises instead. CPU: every block of a strip's size
+    goes back to the system when it is freed, at the price of page faults (about a tenth of a decode's time), so that
+    what is resident is what is in use. Both hold for the rest of the process.
+    """
+    if budget_bytes is None:
+        return
+    if device.startswith("cuda"):
+        total_bytes = torch.cuda.get_device_properties(device).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, budget_bytes / total_bytes), device)
+    elif sys.platform == "linux":
+        try:
+            mallopt = ctypes.CDLL(None).mallopt
+        except AttributeError:
+            return  # a C library other than glibc
+        mallopt(M_MMAP_THRESHOLD, MMAP_FROM_BYTES)
+        mallopt(M_TRIM_THRESHOLD, MMAP_FROM_BYTES)
+        mallopt(M_MMAP_MAX, 2**20)
 
 
 def resident_bytes() -> int:

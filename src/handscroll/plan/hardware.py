@@ -1,0 +1,46 @@
+"""What planning knows of a machine: memory, and how fast it computes and moves bytes. Measured by runtime/devices.py."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+MIB = 2**20
+
+
+@dataclass(frozen=True, slots=True)
+class Rates:
+    """A device's speed, each in units a second. The defaults are cautious; plans only compare them with each other."""
+
+    fp32_flops: float = 2e11
+    bf16_flops: float = 2e11
+    fp16_flops: float = 2e11
+    weight_bytes: float = 2e9  # from a checkpoint's file to where layers run
+    disk_bytes: float = 5e8  # to or from the scratch folder
+    host_bytes: float = 1e10  # between a device and the host's memory
+
+    def flops(self, precision: str) -> float:
+        """FLOP a second in fp32, bf16 or fp16."""
+        return float(getattr(self, f"{precision}_flops"))
+
+
+@dataclass(frozen=True, slots=True)
+class Hardware:
+    """The device that a request resolved to, `cpu` or `cuda:N`.
+
+    bf16_is_faster: whether a CPU multiplies bf16 faster than fp32. base_bytes: what the process holds before the first
+    stage, libraries included; it counts towards the budget on a CPU (on a CUDA device the budget is the allocator's
+    alone, and this is 0). free_bytes: what stages may take where no budget is given, None if the system does not tell.
+    host_bytes and scratch_bytes: room for maps in the host's memory (CUDA only) and in the scratch folder.
+    """
+
+    device: str
+    bf16_is_faster: bool = False
+    base_bytes: int = 0
+    free_bytes: int | None = None
+    host_bytes: int = 0
+    scratch_bytes: int = 2**62
+    rates: Rates = Rates()
+
+    @property
+    def is_cuda(self) -> bool:
+        return self.device.startswith("cuda")
