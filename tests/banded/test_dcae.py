@@ -167,12 +167,15 @@ def test_decode_is_the_whole_decode(name: str, height: int, width: int) -> None:
     given = latent.clone()
     whole = model.decoder(latent)
     assert whole.std() > 1e-2
+    # Some of these random networks amplify rounding, so that the whole decode itself is further from the truth.
+    rounding = (whole - copy.deepcopy(model.decoder).double()(latent.double())).abs().max()
+    bound = max(EXACT, 2 * rounding)
     results = [decode(model, latent, strip_rows) for strip_rows in STRIP_ROWS]
-    results.append(decode(model, latent, 3, plain=True))
-    for strip_rows, result in zip([*STRIP_ROWS, "plain"], results, strict=True):
+    for strip_rows, result in zip(STRIP_ROWS, results, strict=True):
         assert result.shape == whole.shape
-        assert (result - whole).abs().max() <= EXACT, strip_rows
-        assert (result - results[0]).abs().max() <= EXACT, strip_rows
+        assert torch.equal(result, results[0]), strip_rows
+    assert (results[0] - whole).abs().max() <= bound
+    assert (decode(model, latent, 3, plain=True) - whole).abs().max() <= bound
     assert torch.equal(latent, given)
 
 
@@ -390,7 +393,7 @@ def test_bf16_layer_by_layer(layer: str) -> None:
         if stream is None:
             sums = dcae.AttentionSums(half, this)
             through(sums, strips)
-            op = dcae.apply_attention(half, sums, this)
+            op = dcae.apply_attention(half, sums.sums, this)
         else:
             op = stream(half, this)
         result = torch.cat(through(op, strips), dim=1).permute(0, 3, 1, 2)

@@ -235,8 +235,8 @@ def test_a_row_map_copies_and_frees_as_it_is_read() -> None:
     reader = kept.strips(2)
     for index in range(3):
         assert torch.equal(next(reader), map_[:, 2 * index : 2 * index + 2])
-        # The strip just given is a view of its own chunk.
-        assert [chunk() is None for chunk in chunks] == [earlier < index for earlier in range(3)]
+        # The strip just given is not held by the reader, not even the last view of its chunk.
+        assert [chunk() is None for chunk in chunks] == [earlier <= index for earlier in range(3)]
     assert len(kept.chunks) == 0
 
 

@@ -5,6 +5,9 @@ before its first output row (EfficientViT, arXiv 2205.14756). So the network is 
 produces an attention's input also accumulates that attention's sums, from keys and values alone; the next sweep applies
 them, from queries alone. Nothing is computed twice, and between two sweeps only one map exists.
 
+Once its sums are known an attention is local, so a sweep need not start from the map just before it: it may repeat the
+sweeps in between from an earlier, smaller map, in one go, and the maps that no sweep starts from never exist.
+
     sweep 0   latent -> convolutions -> map 0, sums of attention 0
     sweep i   map i-1 -> attention i-1 applied -> Mix-FFN, convolutions, upsampling -> map i, sums of attention i
     sweep n   map n-1 -> attention n-1 applied -> ... -> rows of pixels
@@ -15,8 +18,11 @@ on a map of at most `head_dim` pixels, where diffusers switches to quadratic att
 
 from __future__ import annotations
 
+import copy
+import sys
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass, field
 from itertools import product
 from math import ceil
@@ -27,7 +33,7 @@ from diffusers.models.normalization import RMSNorm
 from torch import Tensor, nn
 
 from handscroll.banded import kernels
-from handscroll.banded.kernels import Conv
+from handscroll.banded.kernels import Conv, LinearAttentionSums
 from handscroll.banded.rows import (
     Chain,
     Join,
@@ -48,6 +54,11 @@ from handscroll.banded.rows import (
 # Without a budget, a strip is as tall as makes its largest activation about this big: beyond it nothing gets faster.
 DEFAULT_STRIP_BYTES = 16 * 2**20
 
+# Makes the parameters and buffers of these modules real while it is entered; outside they may be on the meta device.
+Lend = Callable[[Sequence[nn.Module]], AbstractContextManager[Any]]
+# What an attention keeps of the whole map: the sums of each of its scales.
+Sums = tuple[LinearAttentionSums, ...]
+
 
 @dataclass(frozen=True)
 class Pass:
@@ -55,9 +66,16 @@ class Pass:
 
     plain: bool = False
     workspace: Workspace = field(default_factory=Workspace)
+    copies: bool = False  # whether what is laid out must live on without the module's own parameters
 
     def windowed(self, function: Callable[[Tensor], Tensor], size: int, step: int = 1, pad: int | None = None) -> RowOp:
         return Windowed(function, size, step, pad, self.workspace)
+
+    def conv(self, weight: Tensor, bias: Tensor | None = None, **options: Any) -> Conv:
+        return Conv(weight, bias, plain=self.plain, copies=self.copies, **options)
+
+    def linear(self, weight: Tensor, bias: Tensor | None = None) -> Conv:
+        return self.conv(weight[:, :, None, None], bias)
 
 
 class Unit(ABC):
@@ -105,12 +123,12 @@ class Attention(Unit):
         return round(pixels * self.in_scale**2) > self.module.attention_head_dim
 
     def build(self, this: Pass) -> RowOp:
-        return whole_attention(self.module)
+        return whole_attention(copy.deepcopy(self.module) if this.copies else self.module)
 
-    def sums(self, this: Pass) -> AttentionSums:
+    def sum(self, this: Pass) -> AttentionSums:
         return AttentionSums(self.module, this)
 
-    def apply(self, sums: AttentionSums, this: Pass) -> RowOp:
+    def apply(self, sums: Sums, this: Pass) -> RowOp:
         return apply_attention(self.module, sums, this)
 
 
@@ -126,17 +144,10 @@ def _check_dense(*layers: Any) -> None:
 
 def _conv(layer: nn.Conv2d, this: Pass, activation: Any | None = None) -> Conv:
     _check_dense(layer)
-    return Conv(
-        layer.weight,
-        layer.bias,
-        stride=layer.stride[0],
-        groups=layer.groups,
-        activation=activation,
-        plain=this.plain,
-    )
+    return this.conv(layer.weight, layer.bias, stride=layer.stride[0], groups=layer.groups, activation=activation)
 
 
-def _norm_(norm: Any) -> Callable[[Tensor], Tensor]:
+def _norm_(norm: Any, this: Pass) -> Callable[[Tensor], Tensor]:
     """A norm of [B, rows, W, C] that may write over its input."""
     if isinstance(norm, nn.BatchNorm2d):
         assert norm.running_var is not None
@@ -150,7 +161,8 @@ def _norm_(norm: Any) -> Callable[[Tensor], Tensor]:
         return lambda strip: torch.addcmul(shift, strip, scale).to(strip.dtype)
     if not isinstance(norm, RMSNorm):
         raise TypeError(f"rows can only be streamed through RMS and batch norms, not {type(norm)}")
-    weight, bias, eps = norm.weight, norm.bias, norm.eps
+    weight, bias = (value.clone() if this.copies and value is not None else value for value in (norm.weight, norm.bias))
+    eps = norm.eps
     return lambda strip: kernels.rms_norm_(strip, weight, bias, eps)
 
 
@@ -158,7 +170,7 @@ def res_block(block: Any, this: Pass) -> RowOp:
     """`ResBlock`: x + norm(conv(act(conv(x)))). Lags two rows."""
     conv1 = _conv(block.conv1, this, block.nonlinearity)
     conv2 = _conv(block.conv2, this)
-    norm_ = _norm_(block.norm)
+    norm_ = _norm_(block.norm, this)
     return Residual(Chain([this.windowed(conv1, 3), this.windowed(conv2, 3), Pointwise(norm_)]))
 
 
@@ -170,10 +182,11 @@ def glu_mb_conv(block: Any, this: Pass) -> RowOp:
     ops: list[RowOp] = [
         Pointwise(expand),
         this.windowed(depthwise, 3),
-        Pointwise(lambda strip: project(kernels.gate_(strip))),
+        Pointwise(kernels.gate_),
+        Pointwise(project),
     ]
     if block.norm is not None:
-        ops.append(Pointwise(_norm_(block.norm)))
+        ops.append(Pointwise(_norm_(block.norm, this)))
     return Residual(Chain(ops)) if block.residual_connection else Chain(ops)
 
 
@@ -305,32 +318,26 @@ def down_block(block: Any, this: Pass) -> RowOp:
 # Attention
 
 
-def _select(attention: Any, thirds: Sequence[int], this: Pass) -> RowOp:
+def _scales(attention: Any, thirds: Sequence[int], this: Pass) -> tuple[Conv, list[RowOp]]:
     """The channels of diffusers' multi-scale q, k, v that belong to the given thirds (0: q, 1: k, 2: v).
 
     diffusers concatenates [q|k|v], then takes groups of 3 * head_dim *consecutive* channels over all scales and calls a
     group's thirds q, k and v. So the thirds cut across the three projections; each is made here by its own rows of the
-    concatenated weight. Gives `[B, rows, W, scales * heads * len(thirds) * head_dim]`, a head's thirds side by side.
+    concatenated weight. Gives the projection, and what makes each scale of it: `[B, rows, W, heads * len(thirds) *
+    head_dim]` a scale, a head's thirds side by side. The first scale is the projection itself.
     """
     _check_dense(attention.to_q, attention.to_k, attention.to_v)
     head_dim = attention.attention_head_dim
     projections = [layer.weight.detach() for layer in (attention.to_q, attention.to_k, attention.to_v)]
     weight = _thirds_of(torch.cat(projections), thirds, head_dim)
-    projected = kernels.linear(weight, plain=this.plain)
-    branches: list[RowOp] = [Pointwise(lambda strip: strip)]
+    scales: list[RowOp] = [Pointwise(lambda strip: strip)]
     for scale in attention.to_qkv_multiscale:
         _check_dense(scale.proj_in, scale.proj_out)
         size = scale.proj_in.kernel_size[0]
-        depthwise = Conv(
-            _thirds_of(scale.proj_in.weight.detach(), thirds, head_dim), groups=len(weight), plain=this.plain
-        )
-        mix = Conv(
-            _thirds_of(scale.proj_out.weight.detach(), thirds, head_dim),
-            groups=len(weight) // head_dim,
-            plain=this.plain,
-        )
-        branches.append(Chain([this.windowed(depthwise, size), Pointwise(mix)]))
-    return Chain([Pointwise(projected), Join(branches)])
+        depthwise = this.conv(_thirds_of(scale.proj_in.weight.detach(), thirds, head_dim), groups=len(weight))
+        mix = this.conv(_thirds_of(scale.proj_out.weight.detach(), thirds, head_dim), groups=len(weight) // head_dim)
+        scales.append(Chain([this.windowed(depthwise, size), Pointwise(mix)]))
+    return this.linear(weight), scales
 
 
 def _thirds_of(weight: Tensor, thirds: Sequence[int], head_dim: int) -> Tensor:
@@ -339,53 +346,48 @@ def _thirds_of(weight: Tensor, thirds: Sequence[int], head_dim: int) -> Tensor:
 
 
 class AttentionSums(RowOp):
-    """Accumulates `sum_i v_i relu(k_i)^T` and `sum_i relu(k_i)` of one attention over all rows, in fp32.
+    """Accumulates `sum_i v_i relu(k_i)^T` and `sum_i relu(k_i)` of one attention over all rows. Yields no rows.
 
-    `values_by_keys` is [B, heads, head_dim, head_dim], `keys` [B, heads, head_dim, 1]. Yields no rows.
+    `sums` lives on without the op, whose line buffers and weights end with the pass.
     """
 
     def __init__(self, attention: Any, this: Pass) -> None:
         self.head_dim = attention.attention_head_dim
-        self.select = _select(attention, (1, 2), this)
-        self.values_by_keys: Tensor | None = None
-        self.keys: Tensor | None = None
+        self.project, self.scales = _scales(attention, (1, 2), this)
+        self.sums: Sums = tuple(LinearAttentionSums() for _ in self.scales)
 
     def push(self, strip: Strip, last: bool) -> Strip:
-        strip = self.select.push(strip, last)
-        if strip is None:
-            return None
-        batch = strip.shape[0]
-        heads = strip.view(batch, -1, strip.shape[-1] // (2 * self.head_dim), 2, self.head_dim)
-        keys = heads[:, :, :, 0].float().relu().permute(0, 2, 1, 3)  # [B, heads, pixels, head_dim]
-        values = heads[:, :, :, 1].float().permute(0, 2, 3, 1)  # [B, heads, head_dim, pixels]
-        values_by_keys = values @ keys
-        keys = keys.sum(dim=2).unsqueeze(-1)
-        if self.values_by_keys is None or self.keys is None:
-            self.values_by_keys, self.keys = values_by_keys, keys
-        else:
-            self.values_by_keys += values_by_keys
-            self.keys += keys
+        held = [None if strip is None else self.project(strip)]
+        del strip
+        for scale, sums in zip(self.scales, self.sums, strict=True):
+            of_scale = scale.push(held[0] if scale is not self.scales[-1] else held.pop(), last)
+            if of_scale is not None:
+                heads = of_scale.unflatten(-1, (-1, 2, self.head_dim))
+                sums.add(heads[..., 0, :], heads[..., 1, :])
         return None
 
 
-def apply_attention(attention: Any, sums: AttentionSums, this: Pass) -> RowOp:
+def apply_attention(attention: Any, sums: Sums, this: Pass) -> RowOp:
     """`x + norm(to_out(sums applied to relu(q)))`: once its sums are known, an attention is a local layer."""
     _check_dense(attention.to_out)
-    assert sums.values_by_keys is not None
-    assert sums.keys is not None
-    values_by_keys, keys = sums.values_by_keys.transpose(-1, -2).contiguous(), sums.keys
-    to_out = kernels.linear(attention.to_out.weight, attention.to_out.bias, plain=this.plain)
+    project, scales = _scales(attention, (0,), this)
+    to_out = this.linear(attention.to_out.weight, attention.to_out.bias)
     head_dim, eps = attention.attention_head_dim, attention.eps
 
-    def attend(strip: Tensor) -> Tensor:
-        # [B, rows, W, heads * head_dim] of q -> [B, rows, W, C]
-        batch, rows, width, inner = strip.shape
-        queries = strip.view(batch, -1, inner // head_dim, head_dim).float().relu().transpose(1, 2)
-        weights = queries @ keys  # [B, heads, pixels, 1]
-        mixed = (queries @ values_by_keys).div_(weights.add_(eps))
-        return to_out(mixed.transpose(1, 2).reshape(batch, rows, width, inner).to(strip.dtype))
+    def attend_(strip: Tensor) -> Tensor:
+        # [B, rows, W, scales * heads * head_dim] of q, written over
+        by_scale = strip.unflatten(-1, (len(sums), -1, head_dim))
+        for index, of_scale in enumerate(sums):
+            of_scale.apply_(by_scale[:, :, :, index], eps)
+        return strip
 
-    ops: list[RowOp] = [_select(attention, (0,), this), Pointwise(attend), Pointwise(_norm_(attention.norm_out))]
+    ops: list[RowOp] = [
+        Pointwise(project),
+        Join(scales),
+        Pointwise(attend_),
+        Pointwise(to_out),
+        Pointwise(_norm_(attention.norm_out, this)),
+    ]
     return Residual(Chain(ops)) if attention.residual_connection else Chain(ops)
 
 
@@ -409,6 +411,11 @@ def _block_units(block: Any, scale: float) -> Iterator[Unit]:
         yield Local(block, lambda this: res_block(block, this), scale, block.conv1.out_channels)
 
 
+def _in_place(activation: nn.Module) -> Callable[[Tensor], Tensor]:
+    """The activation, written over its input where PyTorch can."""
+    return type(activation)(inplace=True) if type(activation) in (nn.ReLU, nn.SiLU) else activation
+
+
 def decoder_units(decoder: Any) -> list[Unit]:
     """The decoder of an `AutoencoderDC` from latent to pixels, in the order it runs."""
     repeats = decoder.in_shortcut_repeats if decoder.in_shortcut else 0
@@ -426,11 +433,13 @@ def decoder_units(decoder: Any) -> list[Unit]:
                 scale *= 2
             else:
                 units += _block_units(block, scale)
-    norm_out, activation = decoder.norm_out, decoder.conv_act
-    norm_ = _norm_(norm_out)
-    units.append(
-        Local(norm_out, lambda this: Pointwise(lambda strip: activation(norm_(strip))), scale, norm_out.dim[0])
-    )
+    norm_out, activation_ = decoder.norm_out, _in_place(decoder.conv_act)
+
+    def norm_and_activation(this: Pass) -> RowOp:
+        norm_ = _norm_(norm_out, this)
+        return Pointwise(lambda strip: activation_(norm_(strip)))
+
+    units.append(Local(norm_out, norm_and_activation, scale, norm_out.dim[0]))
     if hasattr(final, "repeats"):
         units.append(up(final))
     else:
@@ -530,47 +539,102 @@ def stream(
     strips_of: Callable[[int], Iterable[Tensor]],
     height: int,
     heights: Sequence[int],
+    *,
+    starts: Sequence[int] | None = None,
+    new_map: Callable[[int, int], RowMap] | None = None,
+    lend: Lend | None = None,
     on_sweep: Callable[[int, int], None] | None = None,
     plain: bool = False,
-) -> Iterator[Tensor]:
+) -> Generator[Tensor, None, None]:
     """Runs a network sweep by sweep and yields the rows of its output.
 
     `strips_of(rows)` gives the input as strips `[B, rows, W, C]`; `height` is its height; `heights` are
-    the strip heights of the sweeps. `on_sweep(done, of)` is told when a sweep has ended.
+    the strip heights of the sweeps. The rest is as in `decode_rows`.
     """
-    source: Callable[[int], Iterable[Tensor]] = strips_of
-    sums: AttentionSums | None = None
-    for index, (step, strip_rows) in enumerate(zip(sweeps, heights, strict=True)):
-        this = Pass(plain)
-        stages: list[Stage] = []
-        if step.attention is not None and sums is not None:
-            stages.append(Stage(step.attention.apply(sums, this), strip_rows))
-            sums = None  # with its buffers, and the last pass's workspace
-        for unit in step.local:
-            rows = strip_rows * unit.in_scale * unit.factor / step.in_scale
-            stages.append(Stage(unit.build(this), max(1, ceil(rows))))
-        following = sweeps[index + 1] if index + 1 < len(sweeps) else None
-        if following is None or following.attention is None:
-            yield from sweep(source(strip_rows), stages)
-        else:
-            result_height = round(height * following.in_scale)
-            sums = following.attention.sums(this)
-            stages.append(Stage(Tee(sums), result_height))
-            result = RowMap(result_height)
-            for strip in sweep(source(strip_rows), stages):
-                result.write(strip)
-                del strip
-            source = result.strips
-        del stages, this  # before the listener, who may trim the heap
-        if on_sweep is not None:
-            on_sweep(index + 1, len(sweeps))
+    count = len(sweeps)
+    starts = range(count) if starts is None else starts
+    _check_route(count, heights, starts)
+    last_reader = {start: index for index, start in enumerate(starts)}
+    lent: Lend = (lambda modules: nullcontext()) if lend is None else lend
+    maps: dict[int, RowMap] = {}
+    sums: dict[int, Sums] = {}
+    try:
+        for index, start in enumerate(starts):
+            this = Pass(plain, copies=lend is not None)
+            # The height is in rows of this sweep's own map, wherever it starts: what it holds depends little on that.
+            rows_at_1 = heights[index] / sweeps[index].in_scale
+            stages = list(_stages(sweeps, range(start, index + 1), sums, rows_at_1, lent, this))
+            source_rows = _rows_at(sweeps[start].in_scale, rows_at_1)
+            if start == 0:
+                source = strips_of(source_rows)
+            else:
+                source = maps[start].strips(source_rows, keep=last_reader[start] != index)
+            following = sweeps[index + 1].attention if index + 1 < count else None
+            if following is None:
+                yield from sweep(source, stages)
+            else:
+                with lent([following.module]):
+                    side = following.sum(this)
+                stages.append(Stage(Tee(side), sys.maxsize))
+                result = None
+                if index + 1 in last_reader:
+                    map_height = round(height * following.in_scale)
+                    result = RowMap(map_height) if new_map is None else new_map(index + 1, map_height)
+                    maps[index + 1] = result
+                for strip in sweep(source, stages):
+                    if result is not None:
+                        result.write(strip)
+                    del strip
+                sums[index + 1] = side.sums
+                del side
+            # Before the listener, who may trim the heap: with its buffers and weights.
+            del stages, this, source
+            if start and last_reader[start] == index:
+                maps.pop(start).close()
+            if on_sweep is not None:
+                on_sweep(index + 1, count)
+    finally:
+        for map_ in maps.values():
+            map_.close()
 
 
-def _check_input(first: Any, image: Tensor) -> None:
+def _stages(
+    sweeps: Sequence[Sweep], indices: Iterable[int], sums: dict[int, Sums], rows_at_1: float, lent: Lend, this: Pass
+) -> Iterator[Stage]:
+    """The ops of consecutive sweeps; each unit's weights are lent while they are laid out, and no longer."""
+    for index in indices:
+        attention = sweeps[index].attention
+        if attention is not None:
+            with lent([attention.module]):
+                op = attention.apply(sums[index], this)
+            yield Stage(op, _rows_at(attention.in_scale, rows_at_1))
+        for unit in sweeps[index].local:
+            with lent([unit.module]):
+                op = unit.build(this)
+            yield Stage(op, _rows_at(unit.in_scale * unit.factor, rows_at_1))
+
+
+def _rows_at(scale: float, rows_at_1: float) -> int:
+    """A strip's rows where the map is `scale` times the size of the network's input, at least one."""
+    return max(1, ceil(scale * rows_at_1))
+
+
+def _check_route(count: int, heights: Sequence[int], starts: Sequence[int]) -> None:
+    if len(heights) != count or min(heights) < 1:
+        raise ValueError(f"heights must be one for each of {count} sweeps and at least 1 row, not {list(heights)}")
+    if len(starts) != count:
+        raise ValueError(f"starts must be one for each of {count} sweeps, not {list(starts)}")
+    for index, start in enumerate(starts):
+        if not 0 <= start <= index:
+            raise ValueError(f"sweep {index} cannot start from map {start}: only from maps 0 to {index} (0: the input)")
+
+
+def _check_input(first: Any, image: Tensor, lent: bool) -> None:
     conv = getattr(first, "conv", first)
     _check_dense(conv)
     weight = conv.weight
-    expected = (weight.shape[1], weight.dtype, weight.device)
+    device = image.device if lent and weight.is_meta else weight.device
+    expected = (weight.shape[1], weight.dtype, device)
     given = (image.shape[1], image.dtype, image.device)
     if given != expected or not image.numel():
         raise ValueError(f"expected channels, type and device {expected}, not {given} of shape {tuple(image.shape)}")
@@ -582,6 +646,10 @@ def decode_rows(
     latent: Tensor,
     strip_rows: int | None = None,
     *,
+    heights: Sequence[int] | None = None,
+    starts: Sequence[int] | None = None,
+    new_map: Callable[[int, int], RowMap] | None = None,
+    lend: Lend | None = None,
     on_sweep: Callable[[int, int], None] | None = None,
     plain: bool = False,
 ) -> Iterator[Tensor]:
@@ -589,15 +657,42 @@ def decode_rows(
 
     decoder: diffusers' `AutoencoderDC.decoder`, in eval mode. latent: `[B, C, h, w]` in the decoder's dtype and on its
     device, not scaled. strip_rows: rows of the map at the last attention to take at a time; None lets the size decide.
-    Yields `[B, 3, rows, W]`; together the same values as `decoder(latent)` up to the order of summation.
+    Yields `[B, 3, rows, W]`; together the same values as `decoder(latent)` up to the order of summation. On the CPU
+    they are the same to the bit whatever the other arguments:
+
+    heights: in place of strip_rows, for every sweep the rows that it takes of the map at its own attention (of the
+    latent in sweep 0); elsewhere it takes as much of the picture, but at least one row.
+    starts: for every sweep the number of the sweep whose map it starts from. `starts[i] == i` is the ordinary way; an
+    earlier one repeats the sweeps from that one to i, 0 from the latent. A map is stored if a sweep starts from it,
+    and freed with the last that does.
+    new_map: makes the map that a sweep starts from, out of the sweep's number and the map's height in rows; its default
+    is `RowMap`. It is closed at its end, and when the decoding is abandoned.
+    lend: a context manager in which the parameters and buffers of the modules that it is given are real; outside they
+    may be on the meta device. It is entered while a module's weights are laid out, before the sweep runs.
+
+    Raises ValueError for a latent that does not fit, and for heights or starts that cannot be.
     """
-    _check_input(decoder.conv_in, latent)
+    _check_input(decoder.conv_in, latent, lend is not None)
     batch, _, height, width = latent.shape
     sweeps = cut_at_barriers(decoder_units(decoder), height, width)
-    heights = strip_heights(sweeps, width, batch * latent.element_size(), strip_rows)
+    if heights is None:
+        heights = strip_heights(sweeps, width, batch * latent.element_size(), strip_rows)
     map_ = latent.permute(0, 2, 3, 1).contiguous()
-    for strip in stream(sweeps, lambda rows: cut(map_, rows), height, heights, on_sweep, plain):
-        yield strip.permute(0, 3, 1, 2)
+    strips = stream(
+        sweeps,
+        lambda rows: cut(map_, rows),
+        height,
+        heights,
+        starts=starts,
+        new_map=new_map,
+        lend=lend,
+        on_sweep=on_sweep,
+        plain=plain,
+    )
+    with closing(strips):
+        for strip in strips:
+            yield strip.permute(0, 3, 1, 2)
+            del strip
 
 
 @torch.no_grad()
@@ -606,28 +701,36 @@ def encode(
     image: Tensor,
     strip_rows: int | None = None,
     *,
+    heights: Sequence[int] | None = None,
+    starts: Sequence[int] | None = None,
+    new_map: Callable[[int, int], RowMap] | None = None,
+    lend: Lend | None = None,
     on_sweep: Callable[[int, int], None] | None = None,
     plain: bool = False,
 ) -> Tensor:
     """The encoder of an `AutoencoderDC`, row by row: image `[B, 3, H, W]` -> latent `[B, C, h, w]`, not scaled.
 
-    strip_rows: rows of the map at the last attention to take at a time, as in `decode_rows`.
+    The other arguments are as in `decode_rows`.
     """
-    _check_input(encoder.conv_in, image)
+    _check_input(encoder.conv_in, image, lend is not None)
     batch, _, height, width = image.shape
     units = encoder_units(encoder)
     ratio = round(1 / units[-1].in_scale)
     if height % ratio or width % ratio:
         raise ValueError(f"an image of {width}x{height} cannot be encoded: its sides must be multiples of {ratio}")
     sweeps = cut_at_barriers(units, height, width)
-    heights = strip_heights(sweeps, width, batch * image.element_size(), strip_rows)
+    if heights is None:
+        heights = strip_heights(sweeps, width, batch * image.element_size(), strip_rows)
     map_ = image.permute(0, 2, 3, 1)
     strips = stream(
         sweeps,
         lambda rows: (strip.contiguous() for strip in cut(map_, rows)),
         height,
         heights,
-        on_sweep,
-        plain,
+        starts=starts,
+        new_map=new_map,
+        lend=lend,
+        on_sweep=on_sweep,
+        plain=plain,
     )
     return torch.cat(list(strips), dim=1).permute(0, 3, 1, 2).contiguous()

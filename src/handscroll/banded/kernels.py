@@ -23,7 +23,7 @@ _FUSED_NAMES = {nn.SiLU: "swish", nn.ReLU: "relu"}
 _CACHED_BYTES = 2**20
 
 
-def _has_onednn(weight: Tensor) -> bool:
+def has_onednn(weight: Tensor) -> bool:
     return bool(
         weight.device.type == "cpu"
         and torch.backends.mkldnn.is_available()
@@ -40,7 +40,8 @@ class Conv:
     """A convolution over the rows it is given: padded with zeros at the left and right, not above or below.
 
     `weight` is `[C', C/groups, kh, kw]`. Maps `[B, n, W, C]` to `[B, (n - kh)//stride + 1, (W - ...)//stride + 1, C']`,
-    followed by `activation` if one is given. `pad_columns` defaults to kw // 2.
+    followed by `activation` if one is given. `pad_columns` defaults to kw // 2. copies: nothing of the weight and bias
+    that were given is used after this; else, where a layout is the model's own, they are not doubled.
     """
 
     def __init__(
@@ -53,11 +54,12 @@ class Conv:
         pad_columns: int | None = None,
         activation: nn.Module | None = None,
         plain: bool = False,
+        copies: bool = False,
     ) -> None:
         self.weight, self.bias = weight.detach(), None if bias is None else bias.detach()
         self.stride, self.groups, self.activation = stride, groups, activation
         self.padding = [0, weight.shape[-1] // 2 if pad_columns is None else pad_columns]
-        self.onednn = not plain and _has_onednn(weight)
+        self.onednn = not plain and has_onednn(weight)
         self.is_linear = self.onednn and groups == stride == 1 and tuple(weight.shape[2:]) == (1, 1)
         # Laid out here, before the first strip, so that what lives for the whole pass lies together in the heap. No
         # shape is promised: convolutions keep their speed without it, a 1x1 one only as a linear layer.
@@ -67,6 +69,10 @@ class Conv:
             self.weight = torch.ops.mkldnn._reorder_convolution_weight(
                 self.weight, self.padding, [stride] * 2, [1, 1], groups, None
             )
+        elif copies:
+            self.weight = self.weight.clone()
+        if copies and self.bias is not None:
+            self.bias = self.bias.clone()
 
     def __call__(self, strip: Tensor) -> Tensor:
         # [B, n, W, C] -> [B, n', W', C']

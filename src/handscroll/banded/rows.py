@@ -7,6 +7,9 @@ no rows: it is what an op returns while its buffers fill, and what it may be giv
 
 Every op yields exactly the rows that the same operator yields on the whole map; how the rows were cut into strips
 changes nothing but the order of evaluation.
+
+A strip is freed as soon as its last reader has it. Python's callers keep alive what they pass in a local variable, so
+strips are handed down in lists of one, which the receiver empties: `op.push(held.pop(), last)`.
 """
 
 from __future__ import annotations
@@ -42,9 +45,11 @@ class Chain(RowOp):
         self.ops = list(ops)
 
     def push(self, strip: Strip, last: bool) -> Strip:
+        held = [strip]
+        del strip
         for op in self.ops:
-            strip = op.push(strip, last)
-        return strip
+            held.append(op.push(held.pop(), last))
+        return held.pop()
 
 
 class Pointwise(RowOp):
@@ -108,7 +113,7 @@ class Windowed(RowOp):
         if self.buffer is None:
             assert strip is not None
             batch, _, width, channels = strip.shape
-            self.buffer = strip.new_zeros(batch, max(self.size, self.pad), width, channels)
+            self.buffer = strip.new_zeros(batch, max(self.size - 1, self.pad, 1), width, channels)
             self.kept_rows = self.pad
         pieces = [self.buffer[:, : self.kept_rows]] if self.kept_rows else []
         if strip is not None:
@@ -165,12 +170,14 @@ class RowQueue:
             yield strip
 
     def settle(self) -> None:
-        """Copies what is left of a strip that was partly taken, so that the few rows do not hold all its memory."""
-        if (
-            self.strips
-            and 2 * self.strips[0].numel() < self.strips[0].untyped_storage().nbytes() // self.strips[0].element_size()
-        ):
-            self.strips[0] = self.strips[0].clone()
+        """Copies strips that are part of something larger, so that the rows that wait do not hold all its memory."""
+        for index, strip in enumerate(self.strips):
+            if strip.nbytes < strip.untyped_storage().nbytes():
+                self.strips[index] = strip.clone()
+
+
+def _joined(pieces: list[Tensor]) -> Tensor:
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=1)
 
 
 class Residual(RowOp):
@@ -207,7 +214,8 @@ class Join(RowOp):
         if not rows:
             return None
         columns = [list(queue.take(rows)) for _, queue in self.branches]
-        joined = torch.cat([torch.cat(pieces, dim=1) if len(pieces) > 1 else pieces[0] for pieces in columns], dim=-1)
+        joined = torch.cat([_joined(pieces) for pieces in columns], dim=-1)
+        del columns
         for _, queue in self.branches:
             queue.settle()
         return joined
@@ -264,10 +272,7 @@ class RowMap:
         while chunks or queue.rows:
             while chunks and queue.rows < strip_rows:
                 queue.put(chunks.popleft())
-            pieces = list(queue.take(min(strip_rows, queue.rows)))
-            strip = pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=1)
-            del pieces
-            yield strip
+            yield _joined(list(queue.take(min(strip_rows, queue.rows))))
 
     def close(self) -> None:
         """Frees whatever the map holds; it can be neither written nor read any more. May be called again."""
@@ -285,40 +290,47 @@ class Stage:
 def sweep(strips: Iterable[Tensor], op: RowOp | Sequence[Stage]) -> Iterator[Tensor]:
     """Drives an op, or several one after another, over a map from top to bottom. Yields what comes out.
 
-    At the last strip every op gives up the rows that it held back, and what all of them held back together may be many
-    strips tall; `max_rows` cuts it again on its way, so that the end takes no more memory than the middle.
+    At the end every op gives up the rows that it held back, and what all of them held back together may be many strips
+    tall. They are flushed one after another, and no more than `max_rows` rows go on at a time, so that the end takes
+    no more memory than the middle.
     """
     stages = [Stage(op, sys.maxsize)] if isinstance(op, RowOp) else op
-    source = iter(strips)
-    strip: Strip = next(source)
-    while strip is not None:
-        following = next(source, None)
-        current, strip = strip, following
-        yield from _cascade(stages, current, last=following is None)
-        del current
+    for strip in strips:
+        held = [strip]
+        del strip
+        yield from _cascade(stages, held, sys.maxsize)
+    waiting: list[Tensor] = []  # the last rows of the stages above, at most max_rows of them
+    for index, stage in enumerate(stages):
+        further = stages[index + 1 :]
+        # Two calls: a single one with `last` would give the rows that came and those held back at once.
+        ready = _push(stage.op, waiting, last=False) if waiting else []
+        flushed = _push(stage.op, [], last=True)
+        if ready and flushed and ready[0].shape[1] + flushed[0].shape[1] > stage.max_rows:
+            yield from _cascade(further, ready, stage.max_rows)
+        waiting = [_joined(ready + flushed)] if ready or flushed else []
+        del ready, flushed
+        while waiting and waiting[0].shape[1] > stage.max_rows:
+            yield from _cascade(further, [waiting[0][:, : stage.max_rows]], stage.max_rows)
+            waiting[0] = waiting[0][:, stage.max_rows :]
+    while waiting:
+        yield waiting.pop()
 
 
-def _cascade(stages: Sequence[Stage], strip: Strip, last: bool) -> Iterator[Tensor]:
-    """Pushes one strip through all stages; `last` reaches each of them with the last piece."""
+def _push(op: RowOp, held: list[Tensor], last: bool) -> list[Tensor]:
+    """Empties `held`, a list of no or one strip, into the op; what comes out is again none or one."""
+    out = op.push(held.pop() if held else None, last)
+    return [] if out is None else [out]
+
+
+def _cascade(stages: Sequence[Stage], held: list[Tensor], max_rows: int) -> Iterator[Tensor]:
+    """Empties `held`, one strip, through all stages, `max_rows` rows of it at a time."""
+    while held[0].shape[1] > max_rows:
+        yield from _cascade(stages, [held[0][:, :max_rows]], max_rows)
+        held[0] = held[0][:, max_rows:]
     if not stages:
-        if strip is not None:
-            yield strip
-        return
-    stage, further = stages[0], stages[1:]
-    out = stage.op.push(strip, last)
-    del strip
-    if out is None:
-        if last:
-            yield from _cascade(further, None, last)
-        return
-    for top in range(0, out.shape[1], stage.max_rows):
-        ends = top + stage.max_rows >= out.shape[1]
-        piece = out[:, top : top + stage.max_rows]
-        if ends:
-            del out
-        yield from _cascade(further, piece, last and ends)
-        if ends:
-            return
+        yield held.pop()
+    elif ready := _push(stages[0].op, held, last=False):
+        yield from _cascade(stages[1:], ready, stages[0].max_rows)
 
 
 def cut(map_: Tensor, strip_rows: int) -> Iterator[Tensor]:
