@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import secrets
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -19,14 +20,15 @@ from handscroll.image_file import Target, check_target, parameters_text, write_i
 from handscroll.latent_file import check_latent_target, load_latent
 from handscroll.plan.plan import Plan, make_plan
 from handscroll.request import DEFAULT_MODEL, Request, indexed
-from handscroll.runtime.checkpoint import load_scheduler, load_tokenizer, open_checkpoint
+from handscroll.runtime.checkpoint import DTYPES, load_scheduler, load_tokenizer, open_checkpoint
 from handscroll.runtime.decode import decode_rows
 from handscroll.runtime.denoise import Sampling, denoise, starting_noise
 from handscroll.runtime.devices import find_hardware
 from handscroll.runtime.memory import Meter
 from handscroll.runtime.run_folder import Job, RunFolder, find_run, read_job, resolved_name
 from handscroll.runtime.stages import Stages
-from handscroll.runtime.text import Text, encode_prompt, instruction_of
+from handscroll.runtime.text import encoded, instruction_of
+from handscroll.runtime.text_cache import Text
 from handscroll.spec import CheckpointSpec
 from handscroll.version import __version__
 
@@ -246,12 +248,23 @@ class Picture:
 
 
 def encode_prompts(stage: Stages, request: Request) -> tuple[Text, Text | None]:
-    """The prompt's embeddings, and the negative prompt's where guidance needs them."""
-    tokenizer = load_tokenizer(stage.spec)
-    text = encode_prompt(stage.spec, stage.text, tokenizer, request.prompt, instruction_of(stage.spec))
+    """The prompt's embeddings, and the negative prompt's where guidance needs them.
+
+    The text encoder is opened only for what the cache of embeddings does not know.
+    """
+
+    @functools.cache
+    def opened() -> tuple[Any, Any]:
+        return stage.text, load_tokenizer(stage.spec)
+
+    def text_of(prompt: str, instruction: str) -> Text:
+        dtype = DTYPES[stage.plan.precision.text_encoder]
+        return encoded(stage.spec, prompt, instruction, dtype, opened, device=stage.plan.device)
+
+    text = text_of(request.prompt, instruction_of(stage.spec))
     if stage.spec.is_sprint or not stage.plan.guided:
         return text, None
-    return text, encode_prompt(stage.spec, stage.text, tokenizer, request.negative)
+    return text, text_of(request.negative, "")
 
 
 def denoise_picture(

@@ -10,13 +10,21 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import AutoencoderDC, DPMSolverMultistepScheduler, SanaTransformer2DModel, SCMScheduler
+from diffusers.models.embeddings import get_2d_sincos_pos_embed
 from safetensors.torch import load_file, save_file
 from transformers import Gemma2Config, Gemma2ForCausalLM, Gemma2Model
 
 import miniatures
 from handscroll.errors import CheckpointError, UnknownModelError
-from handscroll.runtime import checkpoint
-from handscroll.runtime.checkpoint import load_module, load_scheduler, load_tokenizer, map_tensor, open_checkpoint
+from handscroll.runtime import weights
+from handscroll.runtime.checkpoint import (
+    load_module,
+    load_rows,
+    load_scheduler,
+    load_tokenizer,
+    open_checkpoint,
+    open_module,
+)
 from handscroll.spec import CheckpointSpec
 
 WEIGHTS = {
@@ -186,7 +194,7 @@ def test_equal_dtypes_map_the_file_and_writing_does_not_reach_it(folder: Path) -
 def test_conversion_in_several_pieces(miniature: Miniature, monkeypatch: pytest.MonkeyPatch) -> None:
     spec = spec_of(miniature("1.6b"))
     at_once = load_module(spec, "transformer", dtype=torch.bfloat16, device="cpu")
-    monkeypatch.setattr(checkpoint, "STAGING_BYTES", 200)
+    monkeypatch.setattr(weights, "STAGING_BYTES", 200)
     assert same_tensors(load_module(spec, "transformer", dtype=torch.bfloat16, device="cpu"), at_once)
 
 
@@ -195,16 +203,47 @@ def test_tensors_that_are_left_stay_on_the_meta_device(miniature: Miniature) -> 
     whole = load_module(spec, "text_encoder", dtype=torch.float32, device="cpu")
     lean = load_module(spec, "text_encoder", dtype=torch.float32, device="cpu", leave={"embed_tokens.weight"})
     assert lean.embed_tokens.weight.is_meta
-    table = map_tensor(spec, "text_encoder", "embed_tokens.weight")
-    assert table.dtype is torch.bfloat16
-    ids = torch.tensor([[2, 70, 80, 90]])
-    rows = table[ids].float() * lean.embed_tokens.embed_scale
+    ids = torch.tensor([[2, 70, 80, 299, 70]])
+    rows = load_rows(spec, "text_encoder", "embed_tokens.weight", ids)
+    assert rows.dtype is torch.bfloat16
+    assert rows.equal(whole.embed_tokens.weight[ids].bfloat16())
+    rows = rows.float() * lean.embed_tokens.embed_scale
     with torch.no_grad():
         assert lean(inputs_embeds=rows).last_hidden_state.equal(whole(ids).last_hidden_state)
 
     spec = spec_of(miniature("1.6b-4k"))
     lean = load_module(spec, "transformer", dtype=torch.float32, device="cpu", leave={"patch_embed.pos_embed"})
     assert lean.patch_embed.pos_embed.is_meta
+
+
+@pytest.mark.parametrize("row", [300, -1])
+def test_a_row_that_is_not_there(miniature: Miniature, row: int) -> None:
+    with pytest.raises(CheckpointError, match=f"embed_tokens.weight has 300 rows, and row {row} is asked for"):
+        load_rows(spec_of(miniature("1.6b")), "text_encoder", "embed_tokens.weight", torch.tensor([[2, row]]))
+    with pytest.raises(CheckpointError, match="the tensor embed_weight is missing"):
+        load_rows(spec_of(miniature("1.6b")), "text_encoder", "embed_weight", torch.tensor([[2]]))
+
+
+def test_an_opened_module_has_shapes_and_no_memory(miniature: Miniature, monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = spec_of(miniature("1.6b-4k"))
+    monkeypatch.setattr("diffusers.models.embeddings.get_2d_sincos_pos_embed", _refuse_what_is_real)
+    lean, stream = open_module(spec, "transformer", dtype=torch.bfloat16, device="cpu", leave={"patch_embed.pos_embed"})
+    assert all(tensor.is_meta for tensor in (*lean.parameters(), *lean.buffers()))
+    stream.keep(lean)
+    assert lean.patch_embed.pos_embed.is_meta
+    assert not any(parameter.is_meta for parameter in lean.parameters())
+    monkeypatch.undo()
+
+    table, _ = open_module(spec, "transformer", dtype=torch.bfloat16, device="cpu")
+    assert [name for name, tensor in table.named_buffers() if not tensor.is_meta] == ["patch_embed.pos_embed"]
+    whole = load_module(spec, "transformer", dtype=torch.bfloat16, device="cpu")
+    assert table.patch_embed.pos_embed.equal(whole.patch_embed.pos_embed)
+
+
+def _refuse_what_is_real(*arguments: object, **options: object) -> torch.Tensor:
+    table = get_2d_sincos_pos_embed(*arguments, **options)
+    assert table.is_meta
+    return table
 
 
 def rewrite(folder: Path, component: str, change: Callable[[dict[str, torch.Tensor]], None]) -> None:

@@ -1,7 +1,7 @@
 """Open a checkpoint, and build its modules from it: diffusers' and transformers' own classes, filled strictly.
 
 A module is built on the meta device from the checkpoint's config, its tensors are compared with the safetensors
-headers by name and shape, and only then are weights read, one tensor at a time. Nothing is unpickled, nothing is
+headers by name and shape, and only then are weights read, by `weights.py`. Nothing is unpickled, nothing is
 downloaded here but through `open_checkpoint`, and no diffusers pipeline is imported.
 """
 
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,25 +19,11 @@ from torch import nn
 from handscroll.errors import CheckpointError
 from handscroll.registry import Entry, resolve
 from handscroll.runtime.fetch import FetchProgress, fetch
+from handscroll.runtime.weights import DTYPES, WeightStream, read_rows
 from handscroll.spec import CheckpointSpec, read_config
 from handscroll.weight_files import TensorEntry, WeightFiles
 
 Component = Literal["transformer", "vae", "text_encoder"]
-
-DTYPES: dict[str, torch.dtype] = {
-    "fp64": torch.float64,
-    "fp32": torch.float32,
-    "fp16": torch.float16,
-    "bf16": torch.bfloat16,
-    "int64": torch.int64,
-    "int32": torch.int32,
-    "int16": torch.int16,
-    "int8": torch.int8,
-    "uint8": torch.uint8,
-    "bool": torch.bool,
-}
-
-STAGING_BYTES = 16 * 2**20
 
 SCHEDULERS = {
     "DPMSolverMultistepScheduler": "diffusers.schedulers.scheduling_dpmsolver_multistep",
@@ -84,13 +70,36 @@ def load_module(
     The module comes back in eval mode, without gradients, floating-point tensors in `dtype` on `device`. With `part`,
     only that half of the autoencoder is read, and the other attribute is None. Tensors named in `leave` are not read
     and stay on the meta device: `leave={"embed_tokens.weight"}` saves the largest table of a text encoder, of which
-    `map_tensor` gives single rows.
+    `load_rows` gives single rows.
 
     Memory: the module and 16 MiB, never two copies of a tensor. On the CPU, tensors that the file holds in `dtype`
     already are not copied at all: they are the file's pages, mapped privately, which enter memory when first touched
     (and count as resident then); writing to one changes this process's copy and not the file.
 
     Raises CheckpointError, naming file and tensor, for a tensor that is missing, unexpected or of another shape.
+    """
+    module, stream = open_module(spec, component, dtype=dtype, device=device, part=part, leave=leave)
+    stream.keep(module)
+    return module
+
+
+def open_module(
+    spec: CheckpointSpec,
+    component: Component,
+    *,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    part: Literal["encoder", "decoder"] | None = None,
+    leave: Collection[str] = (),
+) -> tuple[nn.Module, WeightStream]:
+    """What `load_module` builds, before its weights are read, and the stream that fills it part by part.
+
+    Every tensor has been compared with the files by name and shape, all of them are on the meta device, and
+    `stream.keep` or `stream.lend` makes them real. Only buffers that no file stores are there already, but for those
+    named in `leave`, which are not computed either: `leave={"patch_embed.pos_embed"}` saves a transformer's position
+    embedding of [1, sample_size**2, width] fp32 (and fp64 on the way). No stream fills what is named in `leave`.
+
+    Raises CheckpointError as `load_module` does.
     """
     device = torch.device(device)
     with torch.device("meta"):
@@ -101,25 +110,24 @@ def load_module(
         setattr(module, "encoder" if part == "decoder" else "decoder", None)
 
     entries = _match(spec, component, module, part)
-    reader = _Reader(dtype, device)
-    for name, entry in entries.items():
-        if name not in leave:
-            _assign(module, name, reader.read(entry))
     _recompute_buffers(module, dtype, device, leave)
-    for name, tensor in _tensors(module):
-        if tensor.is_meta and name not in leave:
+    for name, buffer in module.named_buffers():
+        if buffer.is_meta and name not in entries and name not in leave:
             raise CheckpointError(f"{spec.folder / component}: the tensor {name} is neither stored nor computable")
-    return module.eval().requires_grad_(False)
+    module.eval().requires_grad_(False)
+    entries = {name: entry for name, entry in entries.items() if name not in leave}
+    return module, WeightStream(module, entries, dtype, device)
 
 
-def map_tensor(spec: CheckpointSpec, component: Component, name: str) -> torch.Tensor:
-    """One weight in its published dtype as the file's own pages: nothing is read until a row is touched.
+def load_rows(spec: CheckpointSpec, component: Component, name: str, rows: torch.Tensor) -> torch.Tensor:
+    """Rows of one stored matrix [N, C]: [*rows.shape, C] in its published dtype, and nothing else is read.
 
-    `name` is the module's name for it, such as `embed_tokens.weight`. Raises CheckpointError if it is not there.
+    `name` is the module's name for it, such as `embed_tokens.weight`; `rows` are integers. Raises CheckpointError if
+    the matrix or a row is not there.
     """
     for entry in spec.weights_of(component).tensors:
         if _module_name(component, entry.name) == name:
-            return _Reader(DTYPES[entry.dtype], torch.device("cpu")).read(entry)
+            return read_rows(entry, rows)
     raise CheckpointError(f"{spec.folder / component}: the tensor {name} is missing")
 
 
@@ -225,72 +233,7 @@ def _where(spec: CheckpointSpec, component: Component, weights: WeightFiles) -> 
     return weights.files[0] if len(weights.files) == 1 else spec.folder / component
 
 
-# Filling.
-
-
-class _Reader:
-    """Reads tensors into `dtype` on `device` through one small staging buffer, or maps those that fit as they are."""
-
-    def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
-        self.dtype = dtype
-        self.device = device
-        self._staging: torch.Tensor | None = None
-        self._maps: dict[Path, Any] = {}
-
-    def read(self, entry: TensorEntry) -> torch.Tensor:
-        stored = DTYPES[entry.dtype]
-        wanted = self.dtype if stored.is_floating_point else stored
-        try:
-            if self.device.type == "cpu" and stored == wanted and entry.start % stored.itemsize == 0 and entry.n_bytes:
-                return self._map(entry, stored)
-            return self._copy(entry, stored, wanted)
-        except (OSError, EOFError) as error:
-            raise CheckpointError(f"{entry.file}: the tensor {entry.name} cannot be read: {error}") from error
-
-    def _map(self, entry: TensorEntry, stored: torch.dtype) -> torch.Tensor:
-        if entry.file not in self._maps:
-            n_bytes = entry.file.stat().st_size
-            if n_bytes < entry.start + entry.n_bytes:
-                raise EOFError("the file has become shorter")
-            self._maps[entry.file] = torch.UntypedStorage.from_file(str(entry.file), shared=False, nbytes=n_bytes)
-        empty = torch.empty(0, dtype=stored)
-        strides = torch.empty(entry.shape, device="meta").stride()
-        return empty.set_(self._maps[entry.file], entry.start // stored.itemsize, entry.shape, strides)
-
-    def _copy(self, entry: TensorEntry, stored: torch.dtype, wanted: torch.dtype) -> torch.Tensor:
-        if self._staging is None:
-            self._staging = torch.empty(STAGING_BYTES, dtype=torch.uint8)
-        filled = torch.empty(entry.shape, dtype=wanted, device=self.device)
-        flat = filled.view(-1)
-        window = self._staging.numpy().data
-        with entry.file.open("rb", buffering=0) as stream:
-            stream.seek(entry.start)
-            for first in range(0, entry.n_bytes, STAGING_BYTES):
-                n_bytes = min(STAGING_BYTES, entry.n_bytes - first)
-                _read_fully(stream, window[:n_bytes])
-                begin, count = first // stored.itemsize, n_bytes // stored.itemsize
-                flat[begin : begin + count].copy_(self._staging[:n_bytes].view(stored))
-        return filled
-
-
-def _read_fully(stream: Any, window: memoryview) -> None:
-    while len(window):
-        count = stream.readinto(window)
-        if not count:
-            raise EOFError("the file has become shorter")
-        window = window[count:]
-
-
-def _assign(module: nn.Module, name: str, tensor: torch.Tensor) -> None:
-    owner, _, leaf = name.rpartition(".")
-    parent = module.get_submodule(owner)
-    is_parameter = leaf in parent._parameters
-    setattr(parent, leaf, nn.Parameter(tensor, requires_grad=False) if is_parameter else tensor)
-
-
-def _tensors(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    yield from module.named_parameters()
-    yield from module.named_buffers()
+# What no file stores.
 
 
 def _recompute_buffers(module: nn.Module, dtype: torch.dtype, device: torch.device, leave: Collection[str]) -> None:

@@ -3,24 +3,19 @@
 from __future__ import annotations
 
 import inspect
-from dataclasses import dataclass
+from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from handscroll.runtime.checkpoint import map_tensor
+from handscroll.runtime.checkpoint import load_rows, open_module
+from handscroll.runtime.text_cache import Text, load_text, save_text, text_key
+from handscroll.runtime.weights import WeightStream
 from handscroll.spec import CheckpointSpec
 
 EMBEDDING_TABLE = "embed_tokens.weight"
-
-
-@dataclass(frozen=True)
-class Text:
-    """Embeddings [1, T, C] of the tokens that count, and a mask [1, T] that is None where all of them do."""
-
-    embeddings: Tensor
-    mask: Tensor | None = None
 
 
 def instruction_of(spec: CheckpointSpec) -> str:
@@ -38,6 +33,70 @@ def instruction_of(spec: CheckpointSpec) -> str:
     return "\n".join(lines)
 
 
+def open_text_encoder(
+    spec: CheckpointSpec, *, dtype: torch.dtype, device: torch.device | str
+) -> tuple[nn.Module, WeightStream]:
+    """A `Gemma2Model` that runs in the memory of one decoder layer, and the stream to close when it is done with.
+
+    Its own `forward` is what runs: each layer is lent its weights just before it is called and gives them back right
+    after, while the next layer's are read ahead. The embedding table stays in the file, so the model takes
+    `inputs_embeds`, as `encode_prompt` gives them. Values are those of the loaded model, bit for bit.
+
+    Memory: a layer's weights in `dtype` (78 M of them for gemma-2-2b; twice that on a CUDA device), and 16 MiB where
+    dtypes are converted. Raises CheckpointError as `load_module` does, and when a layer cannot be read.
+    """
+    encoder: Any
+    encoder, stream = open_module(spec, "text_encoder", dtype=dtype, device=device, leave={EMBEDDING_TABLE})
+    stream.keep(encoder, but=[encoder.layers])
+    _lend_in_turn(stream, list(encoder.layers))
+    return encoder, stream
+
+
+def _lend_in_turn(stream: WeightStream, layers: list[nn.Module]) -> None:
+    for index, layer in enumerate(layers):
+        lent = ExitStack()
+        following = layers[index + 1 : index + 2]
+
+        def before(layer: nn.Module, _: Any, lent: ExitStack = lent, following: list[nn.Module] = following) -> None:
+            lent.enter_context(stream.lend(layer))
+            stream.prefetch(*following)
+
+        def after(_: nn.Module, __: Any, ___: Any, lent: ExitStack = lent) -> None:
+            lent.close()
+
+        layer.register_forward_pre_hook(before)
+        layer.register_forward_hook(after, always_call=True)
+
+
+def encoded(
+    spec: CheckpointSpec,
+    prompt: str,
+    instruction: str,
+    dtype: torch.dtype,
+    open_encoder: Callable[[], tuple[nn.Module, Any]],
+    *,
+    device: torch.device | str = "cpu",
+) -> Text:
+    """`encode_prompt` with a memory: a prompt that was encoded before is read from the cache, to the same bits.
+
+    open_encoder: gives the text encoder in `dtype` on `device`, and the tokenizer; called only where the cache does
+    not know. Raises what it raises.
+    """
+    device = torch.device(device)
+    key = text_key(spec, normalised(prompt), instruction, dtype, device)
+    text = load_text(key)
+    if text is None:
+        encoder, tokenizer = open_encoder()
+        text = encode_prompt(spec, encoder, tokenizer, prompt, instruction)
+        save_text(key, text)
+    return text.to(device)
+
+
+def normalised(prompt: str) -> str:
+    """A prompt as the tokenizer gets it."""
+    return prompt.lower().strip()
+
+
 def encode_prompt(spec: CheckpointSpec, encoder: nn.Module, tokenizer: Any, prompt: str, instruction: str = "") -> Text:
     """Runs the text encoder over `instruction` + `prompt` as `SanaPipeline` does, without its padding.
 
@@ -48,7 +107,7 @@ def encode_prompt(spec: CheckpointSpec, encoder: nn.Module, tokenizer: Any, prom
 
     encoder: `Gemma2Model` whose embedding table may have been left on the meta device; rows come from the file then.
     """
-    text = instruction + prompt.lower().strip()
+    text = instruction + normalised(prompt)
     length = spec.max_prompt_tokens
     if instruction:
         length += len(tokenizer.encode(instruction)) - 2
@@ -69,7 +128,7 @@ def _run(spec: CheckpointSpec, encoder: Any, ids: Tensor, mask: Tensor | None) -
     final_norm = encoder.norm.weight
     table = encoder.embed_tokens
     if table.weight.is_meta:
-        rows = map_tensor(spec, "text_encoder", EMBEDDING_TABLE)[ids]
+        rows = load_rows(spec, "text_encoder", EMBEDDING_TABLE, ids)
         rows = rows.to(final_norm.device, final_norm.dtype) * table.embed_scale.to(final_norm.device, final_norm.dtype)
         inputs = {"inputs_embeds": rows}
     else:
