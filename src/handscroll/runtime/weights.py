@@ -125,10 +125,10 @@ class WeightStream:
         found: dict[_Site, None] = {}
         for module in modules:
             for owner in module.modules():
-                if owner not in self._sites:
+                if owner not in self._sites and (owner._parameters or owner._buffers):
                     raise ValueError(f"a {type(owner).__name__} is no part of the module that this stream fills")
                 if owner not in left_out:
-                    found.update(dict.fromkeys(self._sites[owner]))
+                    found.update(dict.fromkeys(self._sites.get(owner, ())))
         return list(found)
 
     def _layout(self, sites: Iterable[_Site]) -> _Layout:
@@ -418,10 +418,10 @@ def _unreadable(entry: TensorEntry, error: Exception) -> CheckpointError:
     return CheckpointError(f"{entry.file}: the tensor {entry.name} cannot be read: {reason}")
 
 
-def _allocate(n_bytes: int, **options: Any) -> Tensor:
+def _allocate(n_bytes: int) -> Tensor:
     """Bytes that may be written in and out of inference mode, which a tensor born inside it may not."""
     with torch.inference_mode(False):
-        return torch.empty(n_bytes, dtype=torch.uint8, **options)
+        return torch.empty(n_bytes, dtype=torch.uint8)
 
 
 # Buffers.
@@ -483,7 +483,8 @@ class _CudaLane:
         self.stream = torch.cuda.Stream(device)
 
     def allocate(self, n_bytes: int) -> tuple[Tensor, Tensor]:
-        return _allocate(n_bytes, device=self.device), _allocate(n_bytes, pin_memory=True)
+        there = torch.empty(n_bytes, dtype=torch.uint8, device=self.device)
+        return there, torch.empty(n_bytes, dtype=torch.uint8, pin_memory=True)
 
     def mark(self) -> torch.cuda.Event:
         return torch.cuda.current_stream(self.device).record_event()
@@ -568,7 +569,9 @@ class _ReadAhead:
         else:
             if self._idle:
                 self._idle.popleft()  # freed before the next is made
-            slot = _Slot(*self._lane.allocate(layout.n_bytes), released=self._lane.mark())
+            with torch.inference_mode(False):  # the thread that fills it is in no mode
+                there, host = self._lane.allocate(layout.n_bytes)
+            slot = _Slot(there, host, released=self._lane.mark())
         if self._reader is None:
             self._reader = ThreadPoolExecutor(1, thread_name_prefix="handscroll-weights")
         slot.arriving = self._reader.submit(self._bring, slot, layout)

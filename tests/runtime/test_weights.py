@@ -1,0 +1,512 @@
+"""Weights that are lent: the loaded module's bits, for as long as they are asked for, in one buffer."""
+
+from __future__ import annotations
+
+import gc
+import os
+import shutil
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from handscroll.errors import CheckpointError
+from handscroll.runtime import text, weights
+from handscroll.runtime.checkpoint import load_module, load_tokenizer, open_module
+from handscroll.runtime.memory import resident_bytes, trim
+from handscroll.runtime.text import encode_prompt, open_text_encoder
+from handscroll.runtime.weights import SLOTS, WeightStream
+from handscroll.spec import CheckpointSpec
+from handscroll.weight_files import read_header
+from live_bytes import LiveBytes
+
+Miniature = Callable[..., Path]
+COMPONENTS = ("transformer", "vae", "text_encoder")
+MIB = 2**20
+
+
+class HostLane:
+    """The double buffering of a device with its own memory, on the host, where it can be watched."""
+
+    def __init__(self) -> None:
+        self.allocated = 0
+        self.threads: set[str] = set()
+
+    def allocate(self, n_bytes: int) -> tuple[Tensor, Tensor]:
+        self.allocated += 1
+        return torch.empty(n_bytes, dtype=torch.uint8), torch.empty(n_bytes, dtype=torch.uint8)
+
+    def mark(self) -> object:
+        return object()
+
+    def send(self, host: Tensor, there: Tensor, after: object) -> object:
+        assert after is not None
+        self.threads.add(threading.current_thread().name)
+        there.copy_(host)
+        return object()
+
+    def follow(self, event: object) -> None:
+        assert event is not None
+
+    def finish(self, event: object) -> None:
+        assert event is not None
+
+
+class Stack(nn.Module):
+    """Equal linear layers and a buffer that is stored."""
+
+    def __init__(self, layers: int, width: int) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(width, width) for _ in range(layers))
+        self.register_buffer("count", torch.zeros((), dtype=torch.int64))
+        self.scale = nn.Parameter(torch.ones(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+def make_stack(
+    folder: Path, layers: int = 4, width: int = 16, stored: torch.dtype = torch.float32
+) -> tuple[Stack, Callable[..., tuple[Stack, WeightStream]]]:
+    """A stack with random weights, and what opens streams of its file."""
+    torch.manual_seed(0)
+    module = Stack(layers, width).requires_grad_(False).eval().to(stored)
+    module.count.fill_(7)
+    file = folder / "model.safetensors"
+    save_file(module.state_dict(), file)
+    entries = {entry.name: entry for entry in read_header(file)}
+
+    def opened(dtype: torch.dtype = stored, lane: Any = None) -> tuple[Stack, WeightStream]:
+        with torch.device("meta"):
+            empty = Stack(layers, width).requires_grad_(False).eval()
+        return empty, WeightStream(empty, entries, dtype, "cpu", lane=lane)
+
+    return module, opened
+
+
+def tensors_of(module: nn.Module) -> dict[str, Tensor]:
+    return {**dict(module.named_parameters()), **dict(module.named_buffers())}
+
+
+def same_tensors(ours: nn.Module, theirs: nn.Module) -> bool:
+    a, b = tensors_of(ours), tensors_of(theirs)
+    return a.keys() == b.keys() and all(a[name].dtype == b[name].dtype and a[name].equal(b[name]) for name in a)
+
+
+def is_empty(module: nn.Module) -> bool:
+    return all(tensor.is_meta for tensor in tensors_of(module).values())
+
+
+@pytest.fixture(params=["in place", "read ahead"])
+def lane(request: pytest.FixtureRequest) -> HostLane | None:
+    """Both ways to fill a buffer."""
+    return HostLane() if request.param == "read ahead" else None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("row", ["1.6b", "1.6b-4k", "sprint-0.6b"])
+def test_what_is_lent_and_what_is_kept_is_what_is_loaded(
+    miniature: Miniature, row: str, stored: torch.dtype, dtype: torch.dtype, lane: HostLane | None
+) -> None:
+    spec = CheckpointSpec.from_folder(miniature(row, dtype=stored))
+    for component in COMPONENTS:
+        loaded = load_module(spec, component, dtype=dtype, device="cpu")
+        module, stream = open_module(spec, component, dtype=dtype, device="cpu")
+        if lane is not None:
+            entries = {site.entry.name: site.entry for sites in stream._sites.values() for site in sites}
+            stream = WeightStream(module, entries, dtype, "cpu", lane=lane)
+        names = [name for name, parameter in module.named_parameters() if parameter.is_meta]
+        with stream.lend(module):
+            assert same_tensors(module, loaded)
+            assert not any(parameter.requires_grad for parameter in module.parameters())
+        assert [name for name, parameter in module.named_parameters() if parameter.is_meta] == names
+        for child in module.children():
+            with stream.lend(child):
+                held = tensors_of(loaded)
+                for name, tensor in tensors_of(module).items():
+                    assert tensor.is_meta or tensor.equal(held[name])
+        stream.keep(module)
+        assert same_tensors(module, loaded)
+        with stream.lend(module):
+            assert same_tensors(module, loaded)
+        assert same_tensors(module, loaded)
+        stream.close()
+
+
+@pytest.mark.parametrize("part", ["encoder", "decoder"])
+def test_half_an_autoencoder_and_what_is_left_out(miniature: Miniature, part: Any) -> None:
+    spec = CheckpointSpec.from_folder(miniature("1.6b"))
+    loaded = load_module(spec, "vae", dtype=torch.bfloat16, device="cpu", part=part)
+    module, stream = open_module(spec, "vae", dtype=torch.bfloat16, device="cpu", part=part)
+    half, its = getattr(module, part), getattr(loaded, part)
+    stream.keep(module, but=[half.conv_in])
+    assert is_empty(half.conv_in)
+    assert same_tensors(half.conv_out, its.conv_out)
+    with stream.lend(half.conv_in):
+        assert same_tensors(half, its)
+    assert is_empty(half.conv_in)
+    sizes = [parameter.nbytes for parameter in its.parameters()]
+    assert stream.bytes_of(half) == sum(sizes)
+    assert stream.bytes_of(half, but=[half.conv_in]) == sum(sizes) - stream.bytes_of(half.conv_in)
+
+    module, stream = open_module(spec, "text_encoder", dtype=torch.bfloat16, device="cpu", leave={"norm.weight"})
+    stream.keep(module)
+    assert module.norm.weight.is_meta
+    with stream.lend(module.norm):
+        assert module.norm.weight.is_meta
+
+
+def test_lent_weights_are_aligned_as_mapped_ones(tmp_path: Path) -> None:
+    """Or a product might be computed by another kernel, to other bits."""
+    _, opened = make_stack(tmp_path, width=5)
+    kept, keeper = opened()
+    keeper.keep(kept)
+    lent, lender = opened()
+    for one, other in ((lent.layers[2], kept.layers[2]), (lent, kept)):
+        with lender.lend(one):
+            for ours, theirs in zip(one.parameters(), other.parameters(), strict=True):
+                assert ours.data_ptr() % 64 == theirs.data_ptr() % 64
+    converted, stream = opened(torch.float64)
+    with stream.lend(converted):
+        assert not any(parameter.data_ptr() % 64 for parameter in converted.parameters())
+
+
+def test_conversion_in_several_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lane: HostLane | None) -> None:
+    loaded, opened = make_stack(tmp_path, width=33)
+    monkeypatch.setattr(weights, "STAGING_BYTES", 200)
+    module, stream = opened(torch.bfloat16, lane)
+    with stream.lend(module):
+        assert same_tensors(module, loaded.bfloat16())
+
+
+def test_the_same_tensors_may_be_lent_several_times_over(tmp_path: Path, lane: HostLane | None) -> None:
+    loaded, opened = make_stack(tmp_path)
+    module, stream = opened(lane=lane)
+    first, second = stream.lend(module.layers[0]), stream.lend(module.layers, module.layers[1])
+    with first:
+        held = module.layers[0].weight
+        with stream.lend(module.layers[0]), stream.lend(module.layers[:2]):
+            assert module.layers[0].weight is held
+            assert same_tensors(module.layers[1], loaded.layers[1])
+        assert is_empty(module.layers[1])
+        assert module.layers[0].weight is held
+        second.__enter__()
+    assert module.layers[0].weight is held, "the second loan outlives the first"
+    assert same_tensors(module.layers, loaded.layers)
+    with stream.lend(module):
+        assert same_tensors(module, loaded)
+    second.__exit__(None, None, None)
+    assert is_empty(module)
+    assert isinstance(module.scale, nn.Parameter)
+    with stream.lend(module.layers[0]):
+        stream.keep(module.layers[0])
+    assert same_tensors(module.layers[0], loaded.layers[0])
+    with pytest.raises(ValueError, match="no part"), stream.lend(loaded.layers[0]):
+        pass
+
+
+def test_what_is_raised_inside_leaves_nothing_lent(tmp_path: Path, lane: HostLane | None) -> None:
+    loaded, opened = make_stack(tmp_path)
+    module, stream = opened(lane=lane)
+    with pytest.raises(KeyError), stream.lend(module):
+        raise KeyError
+    assert is_empty(module)
+
+    def rows() -> Iterator[int]:
+        with stream.lend(module.layers):
+            yield 1
+            yield 2
+
+    begun = rows()
+    next(begun)
+    assert same_tensors(module.layers, loaded.layers)
+    del begun
+    assert is_empty(module)
+
+
+def test_one_buffer_serves_layer_after_layer(tmp_path: Path) -> None:
+    loaded, opened = make_stack(tmp_path, layers=12, width=64)
+    module, stream = opened()
+    layer_bytes = stream.bytes_of(module.layers[0])
+    assert layer_bytes == 4 * (64 * 64 + 64)
+    with LiveBytes() as live:
+        places = set()
+        for layer in module.layers:
+            with stream.lend(layer):
+                places.add(layer.weight.untyped_storage().data_ptr())
+                gc.collect()
+        assert len(places) == 1
+        assert layer_bytes <= live.peak_bytes <= layer_bytes + 256
+        with stream.lend(module.layers):
+            assert same_tensors(module.layers, loaded.layers)
+        with stream.lend(module.layers[0]):
+            torch.ones(1)
+            assert live.now_bytes <= layer_bytes + 256, "a buffer that is far too large is not held on to"
+        stream.close()
+        torch.ones(1)
+        assert live.now_bytes <= 256
+    with stream.lend(module):
+        assert same_tensors(module, loaded)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_resident_memory_is_one_layer(tmp_path: Path, dtype: torch.dtype) -> None:
+    loaded, opened = make_stack(tmp_path, layers=13, width=2048)  # 16 MiB a layer in fp32
+    x = torch.randn(1, 2048)  # a product whose bits do depend on how the weights are aligned
+    kept, keeper = opened(dtype)
+    keeper.keep(kept)
+    with torch.no_grad():
+        expected = kept(x.to(dtype))
+    del loaded, kept, keeper
+    module, stream = opened(dtype)
+    with torch.no_grad(), stream.lend(module.layers[0]):
+        module.layers[0](x.to(dtype))  # what the first product allocates for good
+    stream.close()
+    gc.collect()
+    trim()
+    before, peak, hidden = resident_bytes(), 0, x.to(dtype)
+    for index, layer in enumerate(module.layers):
+        with torch.no_grad(), stream.lend(layer):
+            stream.prefetch(*module.layers[index + 1 : index + 2])
+            hidden = layer(hidden)
+            peak = max(peak, resident_bytes())
+    assert hidden.equal(expected)
+    assert peak - before < (20 if dtype is torch.float32 else 30) * MIB
+    stream.close()
+    trim()
+    assert resident_bytes() - before < 6 * MIB
+
+
+def test_reading_ahead_changes_nothing(tmp_path: Path, lane: HostLane | None) -> None:
+    loaded, opened = make_stack(tmp_path, layers=7)
+    module, stream = opened(torch.bfloat16, lane)
+    loaded = loaded.bfloat16()
+    stream.keep(module.layers[6])
+    for order in (range(7), [4, 0, 1, 6, 2, 5, 3]):  # the second: mostly what was not read ahead
+        for index in order:
+            with stream.lend(module.layers[index]):
+                stream.prefetch(*module.layers[index + 1 : index + 2])
+                stream.prefetch(*module.layers[index + 1 : index + 2])
+                stream.prefetch(module.layers[index])
+                assert same_tensors(module.layers[index], loaded.layers[index])
+                with stream.lend(module):
+                    assert same_tensors(module, loaded)
+            assert module.scale.is_meta
+    if lane is not None:
+        assert lane.threads == {"handscroll-weights_0"}
+    stream.prefetch(module)
+    stream.close()
+    with stream.lend(module):
+        assert same_tensors(module, loaded)
+
+
+def test_two_slots_serve_layer_after_layer(tmp_path: Path) -> None:
+    loaded, opened = make_stack(tmp_path, layers=9)
+    lane = HostLane()
+    module, stream = opened(lane=lane)
+    for _ in range(2):
+        for index, layer in enumerate(module.layers):
+            with stream.lend(layer):
+                stream.prefetch(*module.layers[index + 1 : index + 2])
+                assert same_tensors(layer, loaded.layers[index])
+    assert lane.allocated == SLOTS
+    stream.close()
+
+
+def test_pages_are_asked_for_once_where_they_lie_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, opened = make_stack(tmp_path, layers=3)
+    asked: list[tuple[int, int]] = []
+    monkeypatch.setattr(os, "posix_fadvise", lambda _, start, count, __: asked.append((start, count)))
+    module, stream = opened()
+    stream.prefetch(module)
+    ((start, count),) = asked
+    assert start + count == (tmp_path / "model.safetensors").stat().st_size
+    monkeypatch.setattr(weights, "ADVICE_GAP_BYTES", 0)
+    stream.prefetch(module.layers[0])
+    assert asked[1][1] == 4 * (16 * 16 + 16)
+    monkeypatch.setattr(os, "posix_fadvise", _fail)
+    stream.prefetch(module)
+    monkeypatch.delattr(os, "posix_fadvise")
+    stream.prefetch(module)
+
+
+def _fail(*_: object) -> None:
+    raise OSError(5, "Input/output error")
+
+
+def test_short_reads_are_gone_on_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lane: HostLane | None) -> None:
+    loaded, opened = make_stack(tmp_path)
+    read = os.preadv
+    monkeypatch.setattr(os, "preadv", lambda file, views, position: read(file, [views[0][:100]], position))
+    for dtype in (torch.float32, torch.bfloat16):
+        module, stream = opened(dtype, lane)
+        with stream.lend(module):
+            assert same_tensors(module, loaded.to(dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("begun", [False, True])
+def test_a_file_that_changes_is_named(tmp_path: Path, lane: HostLane | None, dtype: torch.dtype, begun: bool) -> None:
+    loaded, opened = make_stack(tmp_path, layers=3)
+    module, stream = opened(dtype, lane)
+    file = tmp_path / "model.safetensors"
+    whole = file.read_bytes()
+    if begun:
+        with stream.lend(module.layers[0]):
+            pass
+
+    def says(reason: str, lent: nn.Module) -> None:
+        stream.prefetch(lent)
+        with pytest.raises(CheckpointError, match=rf"model\.safetensors: the tensor \S+ cannot be read: {reason}"):
+            stream.lend(lent).__enter__()
+        assert is_empty(module)
+
+    os.truncate(file, len(whole) - 2000)
+    says("the file has (become shorter|changed)", module)
+    file.write_bytes(whole[:-1] + b"\0")
+    if begun:
+        os.utime(file, ns=(1, 1))
+        says("the file has changed", module.layers[1])
+        stream.close()
+    elif lane is None:  # the header is what it was
+        with stream.lend(module.layers[0]):
+            assert same_tensors(module.layers[0], loaded.to(dtype).layers[0])
+        stream.close()
+    other = make_stack(tmp_path, layers=5)[0]
+    stream.close()
+    says("the file has changed since", module)
+    file.unlink()
+    says("No such file", module)
+    del other
+
+
+def test_an_error_of_the_system_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lane: HostLane | None
+) -> None:
+    loaded, opened = make_stack(tmp_path)
+    module, stream = opened(lane=lane)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "preadv", _fail)
+        with pytest.raises(CheckpointError, match="cannot be read: Input/output error"), stream.lend(module):
+            pass
+        assert is_empty(module)
+        stream.prefetch(module)
+        stream.close()
+    with stream.lend(module):
+        assert same_tensors(module, loaded)
+
+
+def test_streams_work_across_inference_mode(tmp_path: Path, lane: HostLane | None) -> None:
+    loaded, opened = make_stack(tmp_path)
+    x = torch.randn(2, 16)
+    module, stream = opened(lane=lane)
+    with torch.inference_mode(), stream.lend(module):
+        assert module(x).equal(loaded(x))
+    with stream.lend(module):
+        assert module(x).equal(loaded(x))
+    with torch.inference_mode(), stream.lend(module.layers):
+        assert module(x).equal(loaded(x))
+
+
+def test_files_are_closed_with_their_stream(tmp_path: Path) -> None:
+    _, opened = make_stack(tmp_path)
+    gc.collect()
+    descriptors = set(os.listdir("/dev/fd"))
+    for closes in (True, False):
+        module, stream = opened()
+        with stream.lend(module):
+            assert len(os.listdir("/dev/fd")) == len(descriptors) + 1
+        if closes:
+            stream.close()
+        else:
+            del module, stream
+            gc.collect()
+        assert len(os.listdir("/dev/fd")) == len(descriptors)
+
+
+# The text encoder, layer by layer.
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
+def test_a_text_encoder_runs_in_the_memory_of_one_layer(
+    miniature: Miniature, stored: torch.dtype, dtype: torch.dtype
+) -> None:
+    spec = CheckpointSpec.from_folder(miniature("1.6b", dtype=stored, text_encoder={"num_hidden_layers": 5}))
+    tokenizer = load_tokenizer(spec)
+    whole = load_module(spec, "text_encoder", dtype=dtype, device="cpu", leave={text.EMBEDDING_TABLE})
+    encoder, stream = open_text_encoder(spec, dtype=dtype, device="cpu")
+    assert is_empty(encoder.layers)
+    for prompt, instruction in (("a lake", "paint: "), ("", ""), ("x" * 400, "")):
+        with torch.inference_mode():
+            expected = encode_prompt(spec, whole, tokenizer, prompt, instruction)
+            ours = encode_prompt(spec, encoder, tokenizer, prompt, instruction)
+        assert ours.embeddings.equal(expected.embeddings)
+        assert is_empty(encoder.layers)
+    assert stream._memory._idle.nbytes < 1.1 * stream.bytes_of(encoder.layers[0])
+    stream.close()
+
+
+def test_a_layer_that_cannot_be_read_ends_the_run(miniature: Miniature, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(miniature("1.6b"), tmp_path / "copy"))
+    spec = CheckpointSpec.from_folder(folder)
+    encoder, stream = open_text_encoder(spec, dtype=torch.float32, device="cpu")
+    rows = torch.zeros(1, 3, 48)
+    good = encoder(inputs_embeds=rows, use_cache=False).last_hidden_state
+    file = folder / "text_encoder" / "model.safetensors"
+    facts = file.stat()
+    os.utime(file, ns=(1, 1))
+    with pytest.raises(CheckpointError, match="has changed"):
+        encoder(inputs_embeds=rows, use_cache=False)
+    os.utime(file, ns=(facts.st_atime_ns, facts.st_mtime_ns))
+    with pytest.raises(RuntimeError):
+        encoder(inputs_embeds=torch.zeros(1, 3, 47), use_cache=False)
+    assert is_empty(encoder.layers)
+    assert encoder(inputs_embeds=rows, use_cache=False).last_hidden_state.equal(good)
+    stream.close()
+
+
+# What a CUDA device will have to show.
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_layers_on_a_device_are_those_of_the_file(tmp_path: Path, dtype: torch.dtype) -> None:
+    loaded, _ = make_stack(tmp_path, layers=12, width=1024)
+    entries = {entry.name: entry for entry in read_header(tmp_path / "model.safetensors")}
+    with torch.device("meta"):
+        module = Stack(12, 1024).requires_grad_(False).eval()
+    stream = WeightStream(module, entries, dtype, "cuda")
+    on_device = loaded.to("cuda", dtype)
+    x = torch.randn(4096, 1024, device="cuda", dtype=dtype)
+    hidden = x
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    with torch.inference_mode():
+        for _ in range(3):
+            hidden = x
+            for index, layer in enumerate(module.layers):
+                with stream.lend(layer):
+                    stream.prefetch(*module.layers[index + 1 : index + 2])
+                    assert layer.weight.is_cuda
+                    assert layer.weight.data_ptr() % 512 == 0
+                    for _ in range(20):  # the device is still busy when the weights are given back
+                        out = layer(hidden)
+                    hidden = out
+            assert hidden.equal(on_device(x))
+        assert torch.cuda.max_memory_allocated() - before < 5 * x.nbytes + 2.2 * stream.bytes_of(module.layers[0])
+        with stream.lend(module):
+            assert same_tensors(module, on_device)
+    stream.keep(module)
+    assert same_tensors(module, on_device)
+    stream.close()
