@@ -328,8 +328,7 @@ def _scales(attention: Any, thirds: Sequence[int], this: Pass) -> tuple[Conv, li
     """
     _check_dense(attention.to_q, attention.to_k, attention.to_v)
     head_dim = attention.attention_head_dim
-    projections = [layer.weight.detach() for layer in (attention.to_q, attention.to_k, attention.to_v)]
-    weight = _thirds_of(torch.cat(projections), thirds, head_dim)
+    weight = _thirds_of_all([attention.to_q.weight, attention.to_k.weight, attention.to_v.weight], thirds, head_dim)
     scales: list[RowOp] = [Pointwise(lambda strip: strip)]
     for scale in attention.to_qkv_multiscale:
         _check_dense(scale.proj_in, scale.proj_out)
@@ -338,6 +337,19 @@ def _scales(attention: Any, thirds: Sequence[int], this: Pass) -> tuple[Conv, li
         mix = this.conv(_thirds_of(scale.proj_out.weight.detach(), thirds, head_dim), groups=len(weight) // head_dim)
         scales.append(Chain([this.windowed(depthwise, size), Pointwise(mix)]))
     return this.linear(weight), scales
+
+
+def _thirds_of_all(weights: Sequence[Tensor], thirds: Sequence[int], head_dim: int) -> Tensor:
+    """`_thirds_of` all weights one below another, which together are never in memory."""
+    ends = torch.tensor([0] + [len(weight) for weight in weights], device=weights[0].device).cumsum(0)
+    chosen = _thirds_of(torch.arange(int(ends[-1]), device=ends.device), thirds, head_dim)
+    out = weights[0].new_empty(len(chosen), *weights[0].shape[1:])
+    filled = 0
+    for weight, first in zip(weights, ends, strict=False):
+        rows = chosen[(chosen >= first) & (chosen < first + len(weight))] - first
+        torch.index_select(weight.detach(), 0, rows, out=out[filled : filled + len(rows)])
+        filled += len(rows)
+    return out
 
 
 def _thirds_of(weight: Tensor, thirds: Sequence[int], head_dim: int) -> Tensor:

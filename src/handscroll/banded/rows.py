@@ -237,7 +237,7 @@ class RowMap:
 
     Written from top to bottom and read from top to bottom. A chunk is allocated when its first row is written and freed
     when its last row has been read, so that a sweep that reads one map and writes the next holds little more than one
-    of them. Subclasses hold the rows elsewhere.
+    of them. Subclasses (runtime/spill.py) hold the rows elsewhere.
     """
 
     def __init__(self, height: int, chunk_bytes: int = MAP_CHUNK_BYTES) -> None:
@@ -255,17 +255,21 @@ class RowMap:
             offset = self.rows_written % chunk_rows
             if offset == 0:
                 kept_rows = min(chunk_rows, self.height - self.rows_written)
-                self.chunks.append(strip.new_empty(batch, kept_rows, width, channels))
+                self.chunks.append(self.new_chunk(strip, kept_rows))
             room = self.chunks[-1].shape[1] - offset
             self.chunks[-1][:, offset : offset + min(room, rows)] = strip[:, :room]
             self.rows_written += min(room, rows)
             strip = strip[:, room:]
 
+    def new_chunk(self, strip: Tensor, rows: int) -> Tensor:
+        """Room for `rows` rows such as the strip's."""
+        return strip.new_empty(strip.shape[0], rows, *strip.shape[2:])
+
     def strips(self, strip_rows: int, keep: bool = False) -> Iterator[Tensor]:
         """Yields the map in strips of `strip_rows` rows (the last may be shorter), and frees what was read.
 
-        A strip is valid until the next one is asked for, and must not be written to: it may be the map's own memory.
-        keep: nothing is freed, and the map may be read again.
+        Strips must not be written to: they may be the map's own memory. keep: nothing is freed, and the map may be read
+        again.
         """
         queue = RowQueue()
         chunks = deque(self.chunks) if keep else self.chunks
