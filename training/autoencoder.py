@@ -1,13 +1,14 @@
 """Train the autoencoder: an `AutoencoderDC` that starts at the linear solution and learns what that cannot hold.
 
 Encoder and decoder learn together for `--encoder-steps`; then the encoder is fixed, so that the transformer can start
-on its latents, and the decoder goes on alone, on latents with a little noise, as it will meet them.
+on its latents, and the decoder goes on alone. Half of all latents get a little noise, as the decoder will meet them.
 """
 
 from __future__ import annotations
 
 import argparse
 import math
+import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,9 +29,10 @@ CONFIG = {
     "encoder_block_types": ("ResBlock",) * 4 + ("EfficientViTBlock",) * 2,
     "decoder_block_types": ("ResBlock",) * 4 + ("EfficientViTBlock",) * 2,
     "encoder_block_out_channels": (8, 16, 32, 64, 128, 128),
-    "decoder_block_out_channels": (8, 16, 32, 64, 128, 128),
+    # Wider than the encoder where the map is large: that is where edges are drawn, and it costs few weights.
+    "decoder_block_out_channels": (8, 32, 64, 64, 128, 128),
     "encoder_layers_per_block": (0, 1, 1, 1, 1, 1),
-    "decoder_layers_per_block": (0, 2, 2, 2, 1, 1),
+    "decoder_layers_per_block": (0, 2, 3, 2, 1, 1),
     "encoder_qkv_multiscales": ((), (), (), (), (5,), (5,)),
     "decoder_qkv_multiscales": ((), (), (), (), (5,), (5,)),
     "upsample_block_type": "pixel_shuffle",
@@ -40,7 +42,7 @@ CONFIG = {
 # Between plain and whitened components: strong channels stay stronger, so sampling settles the layout first, while the
 # weak ones keep enough variance for a small transformer to clean them.
 WHITENING = 0.5
-LATENT_NOISE = 0.2
+LATENT_NOISE = 0.2  # of the latents' size, at most
 
 
 def as_floats(windows: NDArray[np.uint8]) -> NDArray[np.float32]:
@@ -69,10 +71,18 @@ def crops(windows: NDArray[np.uint8], batch: int, side: int, rng: np.random.Gene
 
 
 def reconstruction_loss(output: Tensor, target: Tensor) -> Tensor:
-    """Absolute and squared error, and absolute error of the gradients, which keeps edges."""
+    """Squared error, most of all where the target is steep, absolute error, and absolute error of the gradients.
+
+    Plain squared error spends half of itself on the steepest 5 % of pixels already; the weight, up to three times as
+    much there, makes that four fifths. Both are [N, 3, H, W].
+    """
     error = output - target
+    steep = torch.zeros_like(target[:, :1])
+    steep[..., :, 1:] += target.diff(dim=-1).abs().amax(dim=1, keepdim=True)
+    steep[..., 1:, :] += target.diff(dim=-2).abs().amax(dim=1, keepdim=True)
+    weight = 1 + 2 * (steep * 4).clamp(max=1)
     gradients = (error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()) / 2
-    return error.abs().mean() + 10 * error.square().mean() + gradients
+    return 0.5 * error.abs().mean() + 20 * (weight * error.square()).mean() + 0.5 * gradients
 
 
 def decibels(mean_square: float, reach: float = 2.0) -> float:
@@ -134,7 +144,7 @@ class AutoencoderTraining:
         last = {id(p) for p in last_layer}
         self.optimiser = torch.optim.AdamW(
             [
-                {"params": list(self.model.encoder.parameters())},
+                {"params": list(self.model.encoder.parameters()), "share": 0.5},
                 {"params": [p for p in self.model.decoder.parameters() if id(p) not in last]},
                 # These see the lifted channels: each of their weights moves the brightness of everything.
                 {"params": last_layer, "share": 0.2},
@@ -149,6 +159,10 @@ class AutoencoderTraining:
             self.model.load_state_dict(saved["model"])
             self.average.model.load_state_dict(saved["average"])
             self.optimiser.load_state_dict(saved["optimiser"])
+        self.stopping = False
+
+    def stop(self, *_: object) -> None:
+        self.stopping = True
 
     def save(self) -> None:
         part = self.checkpoint.with_suffix(".part")
@@ -179,15 +193,17 @@ class AutoencoderTraining:
 
     def run(self) -> None:
         options = self.options
+        signal.signal(signal.SIGTERM, self.stop)
+        signal.signal(signal.SIGINT, self.stop)
         if self.step == 0:
             self.report_linear()
             self.report("linear", self.model)
         batches = crops(self.windows, options.batch, options.side, np.random.default_rng((3, self.step)))
         fixed_folder = options.work / "autoencoder-fixed-encoder"
-        started = time.monotonic()
+        started, spent = time.monotonic(), time.process_time()
         if self.step >= options.encoder_steps:
             self.fix_encoder()
-        while self.step < options.steps:
+        while self.step < options.steps and not self.stopping and time.monotonic() - started < 60 * options.minutes:
             if self.step == options.encoder_steps:
                 self.fix_encoder()
                 save_autoencoder(self.average.model, self.held_out, fixed_folder)
@@ -199,7 +215,8 @@ class AutoencoderTraining:
             loss = self._step(next(batches).to(self.device))
             self.step += 1
             if self.step % 50 == 0:
-                print(f"step {self.step:6d}  loss {loss:.5f}  {time.monotonic() - started:.0f} s", flush=True)
+                seconds = time.process_time() - spent
+                print(f"step {self.step:6d}  loss {loss:.5f}  {seconds:.0f} s of processor", flush=True)
             if self.step % 200 == 0:
                 self.report("average", self.average.model)
                 self.save()
@@ -210,11 +227,11 @@ class AutoencoderTraining:
 
     def _step(self, pictures: Tensor) -> float:
         latents = self.model.encoder(pictures)
-        if self.step >= self.options.encoder_steps:
-            # Half of the pictures keep clean latents: they are the ones the figures are made with.
-            strength = LATENT_NOISE * torch.rand(len(latents), 1, 1, 1, device=self.device)
-            strength[: len(latents) // 2] = 0
-            latents = latents + torch.randn_like(latents) * strength * latents.std()
+        # Half of the pictures keep clean latents: they are the ones the figures are made with. While the encoder still
+        # learns, the noise also keeps it from hiding what matters in small differences.
+        strength = LATENT_NOISE * torch.rand(len(latents), 1, 1, 1, device=self.device)
+        strength[: len(latents) // 2] = 0
+        latents = latents + torch.randn_like(latents) * strength * latents.detach().std()
         loss = reconstruction_loss(self.model.decoder(latents), pictures)
         self.optimiser.zero_grad(set_to_none=True)
         loss.backward()
@@ -233,6 +250,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--side", type=int, default=192)
     parser.add_argument("--rate", type=float, default=2.5e-4)
+    parser.add_argument("--minutes", type=float, default=math.inf, help="save and stop after so long")
     torch.set_flush_denormal(True)
     AutoencoderTraining(parser.parse_args()).run()
 
