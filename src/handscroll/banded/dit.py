@@ -356,10 +356,8 @@ class MixFFN(RowOp):
                 continue
             if gated is None:
                 gated = values.new_empty(*values.shape[:-1], self.hidden)
-            out = gated[..., slab.first : slab.end]
-            for value, gate, target in zip(_row_by_row(values), _row_by_row(gates), _row_by_row(out), strict=True):
-                torch.mul(value, F.silu(gate), out=target)
-            del gates, values, out
+            _gate(values, gates, gated[..., slab.first : slab.end])
+            del gates, values
         del source
         return None if gated is None else self.project(gated).mul_(self.gate)
 
@@ -380,6 +378,12 @@ class _Slab:
     values: RowOp
     make_gates: Function | None
     gates: RowOp
+
+
+def _gate(values: Tensor, gates: Tensor, out: Tensor) -> None:
+    """`values * silu(gates)`, into `out`; a row at a time is still in cache when it is multiplied."""
+    for value, gate, target in zip(_row_by_row(values), _row_by_row(gates), _row_by_row(out), strict=True):
+        torch.mul(value, F.silu(gate), out=target)
 
 
 def _slabs(hidden: int) -> list[tuple[int, int]]:
