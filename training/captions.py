@@ -12,6 +12,7 @@ import numpy as np
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
+from training.claims import is_held_out
 from training.world import Scene, sample_scene
 
 TIME_PHRASES: dict[str, tuple[str, ...]] = {
@@ -325,10 +326,17 @@ def caption(scene: Scene, rng: np.random.Generator) -> str:
     return ", ".join([subject, *facts])
 
 
+def training_caption(scene: Scene, rng: np.random.Generator) -> str:
+    """A caption that is not held out."""
+    while is_held_out(text := caption(scene, rng)):
+        pass
+    return text
+
+
 def sample_captions(count: int, seed: int) -> Iterator[str]:
     rng = np.random.default_rng(seed)
     for _ in range(count):
-        yield caption(sample_scene(rng), rng)
+        yield training_caption(sample_scene(rng), rng)
 
 
 def build_tokenizer(captions: Iterator[str], size: int = 1024, longest: int = 512) -> PreTrainedTokenizerFast:

@@ -17,7 +17,7 @@ import torch
 from diffusers import AutoencoderDC
 from numpy.typing import NDArray
 
-from training.captions import caption
+from training.captions import training_caption
 from training.world import render, sample_scene
 
 DOWN = 32
@@ -58,7 +58,7 @@ def paint(job: tuple[Bucket, int]) -> tuple[NDArray[np.uint8], str]:
     rng = np.random.default_rng((4, bucket.width, bucket.height, seed))
     scene = sample_scene(rng)
     picture = render(scene, bucket.width, bucket.height)
-    return picture.transpose(2, 0, 1), "\t".join(caption(scene, rng) for _ in range(PARAPHRASES))
+    return picture.transpose(2, 0, 1), "\t".join(training_caption(scene, rng) for _ in range(PARAPHRASES))
 
 
 class LatentFiles:
