@@ -20,6 +20,7 @@ import subprocess
 import sys
 import time
 import tomllib
+import types
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -33,17 +34,18 @@ from rich.console import Console
 
 from handscroll import cli, doctor, pipeline
 from handscroll.errors import BudgetError
-from handscroll.events import OnEvent, Progress, ignore
+from handscroll.events import OnEvent, Progress, ignore, notice
 from handscroll.image_file import read_parameters
 from handscroll.latent_file import save_latent
 from handscroll.pipeline import Result
 from handscroll.progress_bars import progress_bars
 from handscroll.registry import ENTRIES
 from handscroll.request import Request, indexed
+from handscroll.runtime import run_folder
 from handscroll.version import __version__
 
 ROOT = Path(__file__).parents[1]
-COMMANDS = ("generate", "decode", "models", "doctor")
+COMMANDS = ("generate", "decode", "resume", "models", "doctor")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -114,8 +116,16 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
         calls.append({"latent": latent, "path": path, **options})
         return _result(path)
 
+    def resume(run: Path, **options: Any) -> list[Result]:
+        calls.append({"run": run, **options})
+        return [_result(run.with_suffix(""))]
+
     monkeypatch.setattr(pipeline, "generate", generate)
     monkeypatch.setattr(pipeline, "decode_latent", decode_latent)
+    monkeypatch.setattr(pipeline, "resume", resume)
+    job = types.SimpleNamespace(request=Request("a sun"))
+    monkeypatch.setattr(run_folder, "find_run", lambda path: path)
+    monkeypatch.setattr(run_folder, "read_job", lambda folder: job)
     return calls
 
 
@@ -259,7 +269,7 @@ def test_every_option_reaches_the_pipeline(shell: Shell, asked: list[dict[str, A
         "path": Path("a.jpg"),
         "save_latent": None,
         "quality": 70,
-        "on_event": ignore,
+        "on_event": cli._print_notice,
     }
 
 
@@ -277,9 +287,14 @@ def test_every_option_of_decode_reaches_the_pipeline(shell: Shell, asked: list[d
             "patches": 8,
             "strip_rows": 2,
             "quality": 70,
-            "on_event": ignore,
+            "on_event": cli._print_notice,
         }
     ]
+
+
+def test_every_option_of_resume_reaches_the_pipeline(shell: Shell, asked: list[dict[str, Any]]) -> None:
+    assert shell("resume", "a.png.run", "--device", "cuda:1", "--quiet") == Ran(0, "a.png\n", "")
+    assert asked == [{"run": Path("a.png.run"), "device": "cuda:1", "on_event": ignore}]
 
 
 def test_left_out_means_the_models_own(shell: Shell, asked: list[dict[str, Any]]) -> None:
@@ -428,7 +443,7 @@ def test_an_unwritable_place_is_refused_before_the_libraries_are_loaded(
     assert parent in _refused(shell, "generate", "a", option, f"{parent}/{name}", exit_code=1)
 
 
-def test_a_full_disk_leaves_nothing(tiny: tuple[object, ...], tmp_path: Path) -> None:
+def test_a_full_disk_leaves_the_finished_latent(tiny: tuple[object, ...], tmp_path: Path) -> None:
     """The limit on file size stands for the disk: both show as a failing write in the middle."""
     code = (
         "import resource, sys; from handscroll import cli; "
@@ -438,7 +453,14 @@ def test_a_full_disk_leaves_nothing(tiny: tuple[object, ...], tmp_path: Path) ->
     assert ran.returncode == 1, ran
     assert re.fullmatch(r"error: [^\n]*limit[^\n]*a\.png[^\n]*\n", ran.stderr), ran.stderr
     assert json.loads(ran.stdout)["error"]["code"] == "cannot_write"
-    assert _files(tmp_path) == []
+    assert "`handscroll resume a.png.run` goes on from the finished latent" in ran.stderr
+    assert _files(tmp_path) == [
+        "a.png.run",
+        *(f"a.png.run/{name}" for name in ("job.json", "latent-1.safetensors", "lock")),
+    ]
+    ran = _python("-m", "handscroll", "resume", "a.png.run", cwd=tmp_path)
+    assert (ran.returncode, ran.stdout) == (0, "a.png\n")
+    assert _files(tmp_path) == ["a.png"]
 
 
 HALF_WAY = """
@@ -456,20 +478,21 @@ sys.exit(cli.run(sys.argv[2:]))
 """
 
 
-def test_two_runs_may_write_the_same_file(shell: Shell, tiny: tuple[object, ...], tmp_path: Path) -> None:
-    """One stops half-way through its rows until the other is done."""
+def test_two_runs_do_not_work_on_the_same_file(shell: Shell, tiny: tuple[object, ...], tmp_path: Path) -> None:
+    """One stops half-way through its rows; meanwhile the other is refused, whatever it wants to paint there."""
     arguments = ("generate", "a sun", *tiny, "-o", "sun.png", "--save-latent", "sun.safetensors", "--seed")
     first = _start("-c", HALF_WAY, tmp_path, *arguments, 1)
     while not (tmp_path / "half").exists():
         assert first.poll() is None, first.communicate()
         time.sleep(0.02)
-    assert shell(*arguments, 2).exit_code == 0
-    assert "Seed: 2" in read_parameters(Path("sun.png"))
+    for command in ((*arguments, 1), (*arguments, 2), ("resume", "sun.png.run")):
+        ran = shell(*command, "--json")
+        assert (ran.exit_code, ran.json["error"]["code"]) == (1, "busy")
+        assert re.fullmatch(r"error: sun\.png\.run: another process [^\n]+\n", ran.stderr)
     (tmp_path / "go").touch()
     stdout, _ = first.communicate(timeout=60)
     assert (first.returncode, stdout) == (0, "sun.png\n")
     assert "Seed: 1" in read_parameters(Path("sun.png"))
-    assert pyvips.Image.new_from_file("sun.png").avg() > 0
     assert _files() == ["sun.png", "sun.safetensors"]
 
 
@@ -563,9 +586,12 @@ def test_a_refused_budget_has_its_own_exit_code(shell: Shell, monkeypatch: pytes
     assert error == {"code": "budget_too_small", "message": "needs 2 GiB", "minimum_bytes": 2 << 30}
 
 
-@pytest.mark.parametrize("stage", ["denoise", "decode"])
-def test_control_c_leaves_nothing(
-    shell: Shell, tiny: tuple[object, ...], monkeypatch: pytest.MonkeyPatch, stage: str
+@pytest.mark.parametrize(
+    ("stage", "from_where"),
+    [("text", ""), ("denoise", "from step 1 of 1"), ("decode", "from the finished latent")],
+)
+def test_control_c_keeps_what_is_finished(
+    shell: Shell, tiny: tuple[object, ...], monkeypatch: pytest.MonkeyPatch, stage: str, from_where: str
 ) -> None:
     def interrupt(event: Progress) -> None:
         if event.stage == stage and event.done > 0:
@@ -575,9 +601,15 @@ def test_control_c_leaves_nothing(
     def watching(*_: Any) -> Iterator[OnEvent]:
         yield interrupt
 
-    monkeypatch.setattr(cli, "_watching", watching)
-    assert shell("generate", "a", *tiny, "-o", "a.png") == Ran(130, "", "interrupted\n")
-    assert _files() == []
+    with monkeypatch.context() as patch:
+        patch.setattr(cli, "_watching", watching)
+        ran = shell("generate", "a", *tiny, "-o", "a.png")
+    note = f"; `handscroll resume a.png.run` goes on {from_where}" if from_where else ""
+    assert ran == Ran(130, "", f"interrupted{note}\n")
+    assert _files()[:1] == (["a.png.run"] if from_where else [])
+    if from_where:
+        assert shell("resume", "a.png").stdout == "a.png\n"
+        assert _files() == ["a.png"]
 
 
 def test_control_c_under_json(shell: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -702,16 +734,20 @@ def test_bars_show_every_stage() -> None:
 
 
 @pytest.mark.parametrize(
-    ("terminal", "quiet", "silent"), [(True, False, False), (True, True, True), (False, False, True)]
+    ("terminal", "quiet", "drawn"), [(True, False, True), (True, True, False), (False, False, False)]
 )
-def test_bars_are_for_those_who_watch(
-    monkeypatch: pytest.MonkeyPatch, terminal: bool, quiet: bool, silent: bool
+def test_bars_are_for_those_who_watch_and_notices_for_all_but_the_quiet(
+    monkeypatch: pytest.MonkeyPatch, terminal: bool, quiet: bool, drawn: bool
 ) -> None:
     stderr = io.StringIO()
     monkeypatch.setattr(stderr, "isatty", lambda: terminal, raising=False)
     monkeypatch.setattr(sys, "stderr", stderr)
     with cli._watching(quiet) as on_event:
-        assert (on_event is ignore) == silent
+        assert (on_event is ignore) == quiet
+        on_event(notice("mind\nthe step"))
+        on_event(Progress("denoise", 1, 20))
+    assert ("note: mind the step\n" in stderr.getvalue()) == (not quiet)
+    assert ("painting" in stderr.getvalue()) == drawn
 
 
 # Processes

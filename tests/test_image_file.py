@@ -590,6 +590,63 @@ def test_the_scratch_is_hidden_and_given_back(tmp_path: Path) -> None:
         assert not [link for link in links if str(tmp_path) in link]
 
 
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_the_unfinished_file_has_the_name_that_was_asked_for(tmp_path: Path, suffix: str) -> None:
+    """And what a killed process left under that name is replaced."""
+    room = tmp_path / "room"
+    room.mkdir()
+    part = room / "picture.part"
+    if suffix == ".dzi":
+        (part / "picture_files").mkdir(parents=True)
+    else:
+        part.write_text("left behind")
+    part.with_suffix(".rows").write_text("left behind")
+    seen: list[set[str]] = []
+
+    def watching() -> Iterator[np.ndarray]:
+        yield picture(16, 16)
+        seen.append(names(tmp_path) - {"room"})
+
+    target = check_target(tmp_path / f"out{suffix}", 16, 16)
+    write_image(target, watching(), part=part)
+    assert load(target.path).shape == (16, 16, 3)
+    assert seen == [set()]
+    assert names(room) == set()
+
+
+DYING = """
+import os, sys
+import numpy as np
+from pathlib import Path
+from handscroll import image_file
+path, part, dies_at, calls, rename = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), [], os.rename
+
+def dying(source, destination):
+    calls.append(source)
+    if len(calls) == dies_at:
+        os._exit(9)
+    rename(source, destination)
+
+os.rename = dying
+pixels = np.zeros((20, 20, 3), np.uint8)
+image_file.write_image(image_file.check_target(path, 20, 20), [pixels], "newer", part=part)
+"""
+
+
+@pytest.mark.parametrize(("older", "dies_at"), [(False, 1), (False, 2), (True, 2), (True, 3), (True, 4)])
+def test_a_deep_zoom_exchange_that_was_killed_can_be_made_again(tmp_path: Path, older: bool, dies_at: int) -> None:
+    path = tmp_path / "out.dzi"
+    if older:
+        save(path, picture(16, 16), "older")
+    assert run_python(DYING, path, tmp_path / "part", dies_at).returncode == 9
+    assert not path.exists()
+    write_image(check_target(path, 24, 24), [picture(24, 24)], "again", part=tmp_path / "part")
+    assert load(path).shape == (24, 24, 3)
+    assert read_parameters(path) == "again"
+    assert names(tmp_path) == {"out.dzi", "out_files"}
+    assert not (tmp_path / "out_files" / image_file.EXCHANGING).exists()
+
+
 def test_systems_that_do_not_name_open_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     exists = os.path.exists
     monkeypatch.setattr(image_file.os.path, "exists", lambda p: not str(p).startswith("/proc") and exists(p))

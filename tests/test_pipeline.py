@@ -210,18 +210,20 @@ def test_events_and_the_result_tell_the_whole_story(miniature: Miniature, tmp_pa
     assert list(tmp_path.iterdir()) == [result.path]
 
 
-def test_a_listener_that_raises_ends_the_run_and_leaves_nothing(miniature: Miniature, tmp_path: Path) -> None:
+def test_a_listener_that_raises_ends_the_run_and_loses_nothing(miniature: Miniature, tmp_path: Path) -> None:
     def stop(event: Progress) -> None:
         if event.stage == "decode" and event.done:
             raise KeyboardInterrupt
 
-    with pytest.raises(KeyboardInterrupt):
-        generate(
-            Request(PROMPT, model=str(miniature("1.6b")), width=64, height=64, steps=1),
-            tmp_path / "p.png",
-            on_event=stop,
-        )
-    assert list(tmp_path.iterdir()) == []
+    request = Request(PROMPT, model=str(miniature("1.6b")), width=64, height=64, steps=1)
+    with pytest.raises(KeyboardInterrupt) as caught:
+        generate(request, tmp_path / "p.png", on_event=stop)
+    assert caught.value.__notes__ == [f"`handscroll resume {tmp_path}/p.png.run` goes on from the finished latent"]
+    events: list[Progress] = []
+    (result,) = generate(request, tmp_path / "p.png", on_event=events.append)
+    assert {event.stage for event in events} == {"notice", "decode", "write"}
+    assert (result.resumed_from_step, set(result.seconds)) == (1, {"decode", "total"})
+    assert list(tmp_path.iterdir()) == [tmp_path / "p.png"]
 
 
 def test_a_latent_of_another_model_is_refused(miniature: Miniature, tmp_path: Path) -> None:

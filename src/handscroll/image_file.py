@@ -279,6 +279,7 @@ def _encode(image: Any, target: Target, part: Path, parameters: str, quality: in
     elif target.format == "dzi":
         part.mkdir()
         image.dzsave(str(part / "picture"), suffix=f".jpg[Q={q}]", keep="none")
+        (part / "picture_files" / "vips-properties.xml").unlink(missing_ok=True)  # the date, and nothing of ours
         if parameters:
             (part / "picture_files" / f"{KEYWORD}.txt").write_text(parameters, encoding="utf-8", newline="")
     else:
