@@ -487,8 +487,9 @@ def test_layers_on_a_device_are_those_of_the_file(tmp_path: Path, dtype: torch.d
         module = Stack(12, 1024).requires_grad_(False).eval()
     stream = WeightStream(module, entries, dtype, "cuda")
     on_device = loaded.to("cuda", dtype)
-    x = torch.randn(4096, 1024, device="cuda", dtype=dtype)
-    hidden = x
+    x = torch.randn(1024, 1024, device="cuda", dtype=dtype)
+    with torch.no_grad():
+        expected = on_device(x)
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
@@ -503,8 +504,8 @@ def test_layers_on_a_device_are_those_of_the_file(tmp_path: Path, dtype: torch.d
                     for _ in range(20):  # the device is still busy when the weights are given back
                         out = layer(hidden)
                     hidden = out
-            assert hidden.equal(on_device(x))
-        assert torch.cuda.max_memory_allocated() - before < 5 * x.nbytes + 2.2 * stream.bytes_of(module.layers[0])
+            assert hidden.equal(expected)
+        assert torch.cuda.max_memory_allocated() - before < 4 * x.nbytes + 2.2 * stream.bytes_of(module.layers[0])
         with stream.lend(module):
             assert same_tensors(module, on_device)
     stream.keep(module)
