@@ -144,7 +144,11 @@ CLAIMS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
         ("pines", "leafy", "bare"),
     ),
     (r"\bpine (?:trees|forest)|\bpines\b|fir trees|evergreens", "forest", ("pines",)),
-    (r"blossoms|blossoming trees|cherry trees|pink trees|trees in bloom|leafy trees|orange trees", "forest", ("leafy",)),
+    (
+        r"blossoms|blossoming trees|cherry trees|pink trees|trees in bloom|leafy trees|orange trees",
+        "forest",
+        ("leafy",),
+    ),
     (r"bare trees|leafless trees|bare woods", "forest", ("bare",)),
     (r"\blake\b|calm water", "water", ("lake",)),
     (r"\bsea\b|\bocean\b", "water", ("sea",)),

@@ -1,17 +1,20 @@
 """Figures by which one set of weights is better than another, and a sheet of pictures to look at.
 
-fidelity     autoencoder against 32 principal components of the same renders, and at 1024 and 2048 rows
+fidelity     autoencoder against 32 principal components of the same renders: windows, and whole pictures by size
 loss         flow-matching loss of the exported weights on renders they have not seen, by size
-obedience    how often generated pictures do what cheap measurements can check: dark nights, the sun's side and colour
+attributes   what a scorer reads from generated pictures of held-out prompts, and from real renders of the same scenes
+guidance     whether guidance and negative prompts move pictures the right way, as the scorer reads it
+spectra      energy of each octave of detail, generated over rendered
 sheet        a few prompts at a few sizes, as PNG files
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections import defaultdict
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -21,9 +24,13 @@ from diffusers import AutoencoderDC, SanaPipeline
 from numpy.typing import NDArray
 
 from training.autoencoder import as_floats, fidelity, reconstruct
+from training.captions import caption
+from training.claims import claims, is_held_out
 from training.latents import Bucket, encode, paint
 from training.linear_start import PatchPCA
+from training.scorer import Reading, Scorer, load_scorer, read
 from training.transformer import sample_sigma
+from training.world import Scene, render, sample_scene
 
 Picture = NDArray[np.uint8]
 SHEET_PROMPTS = (
@@ -31,6 +38,10 @@ SHEET_PROMPTS = (
     "a calm lake under the stars",
     "green forest hills at noon, white clouds",
     "misty mountains at dawn",
+    "cherry blossoms and a volcano in spring, a pagoda",
+    "a sailing boat on the sea at sunset, an orange sun on the left",
+    "karst mountains and a river, ink painting, a red sun",
+    "a cabin in a winter forest at night, falling snow",
 )
 HELD_OUT_FROM = 10_000_000  # seeds that no training bucket reaches
 
@@ -42,10 +53,18 @@ def load(folder: Path) -> SanaPipeline:
 
 
 def generate(
-    pipe: SanaPipeline, prompt: str, width: int, height: int, seed: int, steps: int, guidance: float
+    pipe: SanaPipeline,
+    prompt: str,
+    width: int,
+    height: int,
+    seed: int,
+    steps: int,
+    guidance: float,
+    negative: str = "",
 ) -> Picture:
     output = pipe(
         prompt,
+        negative_prompt=negative,
         width=width,
         height=height,
         num_inference_steps=steps,
@@ -58,17 +77,26 @@ def generate(
     return (output.images[0] * 255 + 0.5).astype(np.uint8)
 
 
-def report_fidelity(vae: AutoencoderDC, work: Path) -> None:
+def report_fidelity(vae: AutoencoderDC, work: Path, sizes: list[tuple[int, int]]) -> None:
+    """PSNR over all pixels and over the steepest 5 %, for the autoencoder and for as many principal components."""
     held_out = as_floats(np.load(work / "windows-held-out.npy"))
-    training = as_floats(np.load(work / "windows.npy", mmap_mode="r")[:1000])
-    whole, edges = fidelity(PatchPCA.fit(training, keep=32).reconstruct(held_out), held_out)
-    print(f"principal components, windows: {whole:.2f} dB, edges {edges:.2f} dB")
-    whole, edges = fidelity(reconstruct(vae, held_out), held_out)
-    print(f"autoencoder, windows:          {whole:.2f} dB, edges {edges:.2f} dB")
-    for size, count in ((256, 8), (1024, 4), (2048, 1)):
-        pictures = as_floats(np.stack([paint((Bucket(size, size), HELD_OUT_FROM + i))[0] for i in range(count)]))
-        whole, edges = fidelity(reconstruct(vae, pictures, batch=1), pictures)
-        print(f"autoencoder, {size} x {size}: {whole:.2f} dB, edges {edges:.2f} dB")
+    pca = PatchPCA.fit(as_floats(np.load(work / "windows.npy", mmap_mode="r")[:1000]), keep=32)
+
+    def line(name: str, pictures: NDArray[np.float32]) -> None:
+        linear = fidelity(pca.reconstruct(pictures), pictures)
+        trained = fidelity(reconstruct(vae, pictures, batch=1), pictures)
+        print(
+            f"{name}: {trained[0]:.2f} dB, edges {trained[1]:.2f} dB;"
+            f" components {linear[0]:.2f} dB, edges {linear[1]:.2f} dB;"
+            f" gain {trained[0] - linear[0]:+.2f} dB, edges {trained[1] - linear[1]:+.2f} dB",
+            flush=True,
+        )
+
+    line("windows", held_out)
+    for width, height in sizes:
+        count = max(1, min(16, 2**24 // (width * height)))
+        bucket = Bucket(width, height)
+        line(bucket.name, as_floats(np.stack([paint((bucket, HELD_OUT_FROM + i))[0] for i in range(count)])))
 
 
 @torch.no_grad()
@@ -94,70 +122,111 @@ def report_loss(pipe: SanaPipeline) -> None:
         print(f"held-out loss at {size}: {float((output - (noise - latents)).square().mean()):.4f}")
 
 
-@dataclass(frozen=True)
-class Check:
-    """A prompt, and what must then be true of the picture."""
-
-    prompt: str
-    holds: Callable[[Picture], bool]
-
-
-def _sky(picture: Picture) -> NDArray[np.float32]:
-    return picture[: len(picture) // 3].astype(np.float32)
-
-
-def _brightness(picture: Picture) -> float:
-    return float(_sky(picture).mean())
+def held_out_prompts(count: int) -> Iterator[tuple[int, Scene, str]]:
+    """(number, scene, sentence) of sentences that no training has seen and that claim at least two things."""
+    rng = np.random.default_rng(HELD_OUT_FROM)
+    number = 0
+    while number < count:
+        scene = sample_scene(rng)
+        for _ in range(80):
+            text = caption(scene, rng)
+            if is_held_out(text) and len(claims(text)) >= 2:
+                yield number, scene, text
+                number += 1
+                break
 
 
-def _red_side(picture: Picture) -> float:
-    """Where the reddest spot of the upper half is, 0 (left) to 1 (right)."""
-    upper = picture[: int(len(picture) * 0.55)].astype(np.float32)
-    excess = upper[..., 0] - np.maximum(upper[..., 1], upper[..., 2])
-    return _place_of_peak(excess)
+def kept_claims(text: str, readings: dict[str, Reading]) -> dict[str, bool]:
+    """For each attribute that a sentence claims, whether the picture was read so."""
+    return {name: readings[name].label in allowed for name, allowed in claims(text).items()}
 
 
-def _bright_side(picture: Picture) -> float:
-    return _place_of_peak(picture[: len(picture) // 2].astype(np.float32).mean(axis=-1))
+def report_attributes(
+    pipe: SanaPipeline, scorer: Scorer, work: Path, size: int, count: int, steps: int, guidance: float
+) -> None:
+    """Appends a line for each prompt to `attributes-SIZE.jsonl`, and goes on where an earlier run was cut off."""
+    path = work / f"attributes-{size}.jsonl"
+    done = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    with path.open("a") as out:
+        for number, scene, text in held_out_prompts(count):
+            if number < len(done):
+                continue
+            row = {
+                "prompt": text,
+                "rendered": kept_claims(text, read(scorer, render(scene, size, size))),
+                "generated": kept_claims(text, read(scorer, generate(pipe, text, size, size, number, steps, guidance))),
+            }
+            out.write(json.dumps(row) + "\n")
+            out.flush()
+            done.append(row)
+    shares: dict[str, dict[str, list[bool]]] = {kind: defaultdict(list) for kind in ("rendered", "generated")}
+    for row in done[:count]:
+        for kind, by_name in shares.items():
+            for name, kept in row[kind].items():
+                by_name[name].append(kept)
+    for name, kept in sorted(shares["generated"].items()):
+        real = np.mean(shares["rendered"][name])
+        print(f"{name:16s} generated {np.mean(kept):.2f}, rendered {real:.2f}, of {len(kept)} claims")
+    means = {
+        kind: np.mean([kept for values in by_name.values() for kept in values]) for kind, by_name in shares.items()
+    }
+    generated, rendered = means["generated"], means["rendered"]
+    print(f"attributes at {size}: generated {generated:.3f}, rendered {rendered:.3f}, ratio {generated / rendered:.3f}")
 
 
-def _place_of_peak(values: NDArray[np.float32]) -> float:
-    columns = np.nonzero(values >= np.quantile(values, 0.995))[1]
-    return float(np.median(columns)) / values.shape[1]
-
-
-def _water_blue(picture: Picture) -> bool:
-    low = picture[int(len(picture) * 0.8) :].astype(np.float32).mean(axis=(0, 1))
-    return bool(low[2] > low[0])
-
-
-def _land_green(picture: Picture) -> bool:
-    low = picture[int(len(picture) * 0.7) :].astype(np.float32).mean(axis=(0, 1))
-    return bool(low[1] > low[0] and low[1] > low[2])
-
-
-CHECKS = (
-    Check("mountains at noon, a blue sky", lambda p: _brightness(p) > 120),
-    Check("mountains at night, stars", lambda p: _brightness(p) < 60),
-    Check("a lake at night", lambda p: _brightness(p) < 60),
-    Check("a clear sky over hills by day", lambda p: _brightness(p) > 120),
-    Check("mountains at dusk, a red sun on the left", lambda p: _red_side(p) < 0.4),
-    Check("mountains at dusk, a red sun in the middle", lambda p: 0.33 < _red_side(p) < 0.67),
-    Check("mountains at dusk, a red sun on the right", lambda p: _red_side(p) > 0.6),
-    Check("the sea at night, a white moon on the left", lambda p: _bright_side(p) < 0.4),
-    Check("the sea at night, a white moon on the right", lambda p: _bright_side(p) > 0.6),
-    Check("the sea at noon, a blue sky", _water_blue),
-    Check("green hills at noon", _land_green),
+# (prompt, attribute, the answer that guidance should make likelier, a negative prompt that should make it rarer)
+PUSHES = (
+    ("mountains at dusk", "light", "sun", "a sun"),
+    ("a lake at night", "stars", "yes", "stars"),
+    ("green hills", "clouds", "yes", "white clouds"),
+    ("mountains and a lake", "snow", "yes", "snowy mountains"),
+    ("the sea at noon", "subject", "boat", "a sailing boat"),
+    ("hills in autumn", "forest", "leafy", "autumn trees"),
 )
 
 
-def report_obedience(pipe: SanaPipeline, size: int, seeds: int, steps: int, guidance: float) -> None:
-    kept = 0
-    for check in CHECKS:
-        hits = sum(check.holds(generate(pipe, check.prompt, size, size, s, steps, guidance)) for s in range(seeds))
-        kept += hits
-        print(f"{hits}/{seeds}  {check.prompt}", flush=True)
-    print(f"obedience at {size}: {kept}/{seeds * len(CHECKS)}")
+def report_guidance(pipe: SanaPipeline, scorer: Scorer, size: int, seeds: int, steps: int) -> None:
+    """Claims kept at guidance 1 and 4, and how often an unasked thing appears with and without a negative prompt."""
+    kept: dict[float, list[bool]] = {1.0: [], 4.0: []}
+    for number, _, text in held_out_prompts(8 * seeds):
+        for strength, values in kept.items():
+            values += kept_claims(
+                text, read(scorer, generate(pipe, text, size, size, number, steps, strength))
+            ).values()
+    print(", ".join(f"guidance {strength:.0f}: {np.mean(values):.3f} of claims" for strength, values in kept.items()))
+    for prompt, name, label, negative in PUSHES:
+        shown = [
+            np.mean(
+                [
+                    read(scorer, generate(pipe, prompt, size, size, seed, steps, 3.0, against))[name].label == label
+                    for seed in range(2 * seeds)
+                ]
+            )
+            for against in ("", negative)
+        ]
+        print(f"{prompt!r} shows {name} {label}: {shown[0]:.2f}; not {negative!r}: {shown[1]:.2f}", flush=True)
+
+
+def octaves(picture: Picture) -> NDArray[np.float64]:
+    """Mean square of each octave of detail of a square picture, the finest first: [log2(H) - 2]."""
+    grey = picture.astype(np.float64).mean(axis=-1)
+    energies = []
+    while len(grey) > 4:
+        half = grey.reshape(len(grey) // 2, 2, -1, 2).mean(axis=(1, 3))
+        energies.append(np.square(grey - np.kron(half, np.ones((2, 2)))).mean())
+        grey = half
+    return np.asarray(energies)
+
+
+def report_spectra(pipe: SanaPipeline, size: int, count: int, steps: int, guidance: float) -> None:
+    rendered, generated = [], []
+    for number, scene, text in held_out_prompts(count):
+        rendered.append(octaves(render(scene, size, size)))
+        generated.append(octaves(generate(pipe, text, size, size, number, steps, guidance)))
+    ratios = np.mean(generated, axis=0) / np.mean(rendered, axis=0)
+    print(
+        f"octaves at {size}, finest first, generated over rendered: " + " ".join(f"{r:.2f}" for r in ratios), flush=True
+    )
 
 
 def make_sheet(
@@ -184,19 +253,29 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, default=Path("src/handscroll/builtin/tiny-landscape"))
     parser.add_argument("--work", type=Path, required=True)
-    parser.add_argument("--only", nargs="*", default=["fidelity", "loss", "obedience", "sheet"])
+    parser.add_argument("--only", nargs="*", default=["fidelity", "loss", "attributes", "spectra", "sheet"])
     parser.add_argument("--sizes", nargs="*", type=_size, default=[(512, 512), (1024, 1024)])
+    parser.add_argument("--prompts", type=int, default=300, help="held-out sentences at each size")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--guidance", type=float, default=3.0)
     options = parser.parse_args()
+    torch.set_grad_enabled(False)
     pipe = load(options.folder)
     if "fidelity" in options.only:
-        report_fidelity(pipe.vae, options.work)
+        report_fidelity(pipe.vae, options.work, options.sizes)
     if "loss" in options.only:
         report_loss(pipe)
-    if "obedience" in options.only:
-        report_obedience(pipe, 512, options.seeds, options.steps, options.guidance)
+    squares = [width for width, height in options.sizes if width == height]
+    if "attributes" in options.only:
+        scorer = load_scorer(options.work / "scorer.pt")
+        for size in squares:
+            report_attributes(pipe, scorer, options.work, size, options.prompts, options.steps, options.guidance)
+    if "guidance" in options.only:
+        report_guidance(pipe, load_scorer(options.work / "scorer.pt"), squares[0], options.seeds, options.steps)
+    if "spectra" in options.only:
+        for size in squares:
+            report_spectra(pipe, size, max(2, min(16, 2**24 // size**2)), options.steps, options.guidance)
     if "sheet" in options.only:
         make_sheet(pipe, options.work, options.sizes, options.seeds, options.steps, options.guidance)
 

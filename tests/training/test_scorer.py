@@ -1,0 +1,90 @@
+"""The measure: what a scene answers, what the scorer sees, and what the evaluation counts."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from training.claims import ATTRIBUTES
+from training.evaluate import held_out_prompts, kept_claims, octaves
+from training.scorer import SIDE, Reading, Scorer, ScorerTraining, answers, draw, load_scorer, loss_of, read, to_scorer
+from training.world import render, sample_scene
+
+
+def test_every_attribute_has_an_answer_or_none() -> None:
+    rng = np.random.default_rng(0)
+    for _ in range(200):
+        found = answers(sample_scene(rng))
+        assert len(found) == len(ATTRIBUTES)
+        assert all(-1 <= answer < len(a.labels) for answer, a in zip(found, ATTRIBUTES, strict=True))
+
+
+@pytest.mark.parametrize("size", [128, 256, 512])
+def test_a_picture_of_any_size_is_seen_at_one_size(size: int) -> None:
+    seen = to_scorer(render(sample_scene(np.random.default_rng(1)), size, size))
+    assert seen.shape == (3, SIDE, SIDE)
+    assert seen.dtype == np.uint8
+
+
+def test_the_same_scene_looks_alike_from_two_sizes() -> None:
+    scene = sample_scene(np.random.default_rng(2))
+    small, large = (to_scorer(render(scene, size, size)).astype(float) for size in (256, 512))
+    assert np.abs(small - large).mean() < 4
+
+
+def test_an_attribute_that_is_not_shown_teaches_nothing() -> None:
+    logits = torch.randn(2, sum(len(a.labels) for a in ATTRIBUTES), requires_grad=True)
+    truths = torch.full((2, len(ATTRIBUTES)), -1)
+    truths[0, 0] = 1
+    loss_of(logits, truths).backward()
+    assert logits.grad is not None
+    assert torch.count_nonzero(logits.grad[1]) == 0
+    assert torch.count_nonzero(logits.grad[0]) == len(ATTRIBUTES[0].labels)
+
+
+def test_a_training_can_be_cut_off_and_read(tmp_path: Path) -> None:
+    options = argparse.Namespace(
+        work=tmp_path, device="cpu", rate=1e-3, steps=10, jobs=1, processes=1, minutes=math.inf
+    )
+    training = ScorerTraining(options)
+    training.step = 7
+    training.save()
+    assert ScorerTraining(options).step == 7
+    readings = read(load_scorer(tmp_path / "scorer.pt"), render(sample_scene(np.random.default_rng(3)), 64, 64))
+    assert set(readings) == {a.name for a in ATTRIBUTES}
+    assert all(reading.label in reading.attribute.labels for reading in readings.values())
+
+
+def test_a_seed_draws_the_same_pictures_again() -> None:
+    (pictures, truths), (again, _) = draw(5), draw(5)
+    assert np.array_equal(pictures, again)
+    assert truths.shape == (len(pictures), len(ATTRIBUTES))
+
+
+def test_a_scorer_has_a_logit_for_each_label() -> None:
+    assert Scorer()(torch.zeros(1, 3, SIDE, SIDE)).shape == (1, sum(len(a.labels) for a in ATTRIBUTES))
+
+
+def test_claims_are_counted_as_read() -> None:
+    seen = {"time": "dusk", "light": "moon", "light colour": "red", "relief": "alpine", "snow": "yes"}
+    readings = {a.name: Reading(a, seen.get(a.name, a.labels[0]), 1.0) for a in ATTRIBUTES}
+    kept = kept_claims("snowy mountains at dusk, a red sun", readings)
+    assert kept == {"time": True, "light": False, "light colour": True, "relief": True, "snow": True}
+
+
+def test_held_out_prompts_stay_the_same() -> None:
+    first, more = list(held_out_prompts(5)), list(held_out_prompts(8))
+    assert [text for _, _, text in first] == [text for _, _, text in more[:5]]
+    assert [number for number, _, _ in more] == list(range(8))
+
+
+def test_octaves_tell_fine_detail_from_coarse() -> None:
+    fine = np.indices((64, 64)).sum(axis=0) % 2 * 255
+    coarse = (np.indices((64, 64)) // 8).sum(axis=0) % 2 * 255
+    energies = [octaves(np.repeat(p[..., None], 3, axis=2).astype(np.uint8)) for p in (fine, coarse)]
+    assert energies[0].argmax() == 0
+    assert energies[1].argmax() == 3
