@@ -283,6 +283,7 @@ def _upsample_by_phases(block: Any) -> Callable[[Tensor], Tensor]:
                     torch.add(phase, _shuffled_source(inner, repeats, 2 * row_phase + column_phase), out=target)
                 else:
                     target.copy_(phase)
+            del pair, phase
         return out.view(batch, -1, 2 * width, channels)
 
     return rows
@@ -372,11 +373,13 @@ class AttentionSums(RowOp):
         held = [None if strip is None else self.project(strip)]
         del strip
         for scale, sums in zip(self.scales, self.sums, strict=True):
-            of_scale = scale.push(held[0] if scale is not self.scales[-1] else held.pop(), last)
-            if of_scale is not None:
-                heads = of_scale.unflatten(-1, (-1, 2, self.head_dim))
-                sums.add(heads[..., 0, :], heads[..., 1, :])
+            self._add(scale.push(held[0] if scale is not self.scales[-1] else held.pop(), last), sums)
         return None
+
+    def _add(self, of_scale: Strip, sums: LinearAttentionSums) -> None:
+        if of_scale is not None:
+            heads = of_scale.unflatten(-1, (-1, 2, self.head_dim))
+            sums.add(heads[..., 0, :], heads[..., 1, :])
 
 
 def apply_attention(attention: Any, sums: Sums, this: Pass) -> RowOp:
