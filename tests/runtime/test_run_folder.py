@@ -45,6 +45,11 @@ class Transformer:
     def __call__(self, latent: Tensor, *, encoder_hidden_states: Tensor, timestep: Tensor, **_: Any) -> tuple[Tensor]:
         return (torch.sin(latent * 3 + timestep) + encoder_hidden_states.mean(),)
 
+    def predict(self, branches: list[Any]) -> list[Tensor]:
+        return [
+            self(branch.latent, encoder_hidden_states=branch.text, timestep=branch.timestep)[0] for branch in branches
+        ]
+
 
 FLOW = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 3.0}
 SCHEDULERS: dict[str, Callable[[], Any]] = {
@@ -196,6 +201,8 @@ def test_a_run_goes_on_and_ends(tmp_path: Path) -> None:
     first.mark_done(0)
     first.keep_latent(1, latent, {"prompt": "a lake"})
     first.keep_state(2, state(4))
+    assert first.state(2) is not None
+    assert first.resumed_from(2) is None, "what this session did is not resumed"
     leave(first)
 
     events: list[Progress] = []

@@ -119,7 +119,7 @@ class Job:
         now = "to be drawn" if self.request.seed is None else self.request.seed
         return f"its seed was {older.first_seed}, now it is {now}"
 
-    def resumed(self, device: str | None) -> Request:
+    def resumed(self, device: str | None, memory_bytes: int | None = None) -> Request:
         """The request that goes on with this job: with the seed that was drawn, and in what it computed in."""
         precisions = {value for name, value in {**self.latents, **self.pictures}.items() if name.endswith("precision")}
         kind = self.latents.get("device", "auto")
@@ -128,6 +128,7 @@ class Job:
             seed=self.first_seed,
             device=device or (kind if self.request.device == "auto" else self.request.device),
             precision=precisions.pop() if len(precisions) == 1 else self.request.precision,
+            memory_bytes=memory_bytes or self.request.memory_bytes,
         )
 
 
@@ -187,6 +188,7 @@ class RunFolder:
         self._held: dict[int, tuple[Tensor, dict[str, str]]] = {}
         self._latents = {index for index in range(self.count) if self._holds_latent(index)}
         self._resumed = dict.fromkeys(done | self._latents, job.steps)
+        self._ours: set[int] = set()  # pictures of which this session has saved a state
         self._cannot_save = False
 
     @classmethod
@@ -230,6 +232,11 @@ class RunFolder:
         """The pictures' seeds: the job's, or those that the same job drew when it began."""
         return tuple(self.job.first_seed + index for index in range(self.count))
 
+    @property
+    def transformer_precision(self) -> str:
+        """What the job's states are made in."""
+        return str(self.job.latents["transformer's precision"])
+
     # What is there
 
     def to_denoise(self) -> list[int]:
@@ -245,7 +252,8 @@ class RunFolder:
         for path in self._state_paths(index):
             state = self._read_state(path)
             if state is not None:
-                self._resumed[index] = state.steps_done
+                if index not in self._ours:
+                    self._resumed[index] = state.steps_done
                 return state
         return None
 
@@ -271,7 +279,8 @@ class RunFolder:
                 os.replace(newest, previous)
             write_tensors(newest, tensors, {key: str(value) for key, value in facts.items()}, part=self._part("state"))
 
-        self._try(save)
+        if self._try(save):
+            self._ours.add(index)
 
     def keep_latent(self, index: int, latent: Tensor, facts: Mapping[str, str]) -> None:
         """Saves a finished latent, with the facts that `handscroll decode` needs; its states have done their work."""
