@@ -223,8 +223,10 @@ def _ground(canvas: Canvas, ridge: Ridge, depth: Floats, lit: Floats, fold: Floa
 def _snow(canvas: Canvas, ridge: Ridge, depth: Floats, lit: Floats, fold: Floats, colour: Floats, deep: bool) -> None:
     """White above a ragged line, blue in the shade. `deep` is winter, when only steep rock stays bare."""
     palette = canvas.palette
+    if ridge.kind == "cone":
+        depth = depth + (ridge.crest - ridge.crest.min())  # its snow line is level
     teeth = np.abs(noise_line(canvas.xs, canvas.scene.seed, 40, 12.0, 0.6, canvas.limit, ridged=True, most=6))
-    reach = 0.26 if deep else 0.115 if ridge.kind == "alpine" else 0.15
+    reach = 0.26 if deep else 0.075 if ridge.kind == "alpine" else 0.13
     edge = np.float32(reach) * (0.45 + 0.8 * teeth)[None, :] + (lit - 0.5) * np.float32(0.07)
     snow = 1 - ramp(depth - edge + 0.05 * (fold - 0.5), -0.008, 0.008)
     white = array(SNOW) * palette.lit

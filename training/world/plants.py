@@ -51,7 +51,7 @@ def _pines(canvas: Canvas, top: int, down: Floats, across: Floats, height: Float
     colour = dark + (bright - dark) * lit
     if scene.season == "winter":
         white = mix(palette.paint(SNOW, 0.75), palette.haze, haze)
-        colour = colour + (white - colour) * (0.75 * (1 - ramp(within, 0.25, 0.6)))[..., None]
+        colour = colour + (white - colour) * (0.72 * (1 - ramp(within, 0.15, 0.45)))[..., None]
     lay(canvas.picture[top : top + len(down)], colour, cover)
 
 
