@@ -21,9 +21,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from handscroll.errors import HandscrollError, PromptError
+from handscroll.errors import HandscrollError, PromptError, is_out_of_memory
 from handscroll.registry import resolve
-from handscroll.request import DECODES, DEFAULT_MODEL, PRECISIONS, Request, indexed, parse_size
+from handscroll.request import DECODES, DEFAULT_MODEL, PRECISIONS, Request, indexed, parse_bytes, parse_size
 from handscroll.version import __version__
 
 if TYPE_CHECKING:
@@ -54,6 +54,14 @@ StripRows = Annotated[
     int | None,
     typer.Option(
         metavar="N", help="Height of the strips of --decode rows: fewer take less memory. Left out, the size decides."
+    ),
+]
+Memory = Annotated[
+    str | None,
+    typer.Option(
+        metavar="SIZE",
+        help="Stay within 6GiB, 800MiB, ...: the whole process on a CPU, what PyTorch reserves on a GPU. Left out, as "
+        "is fastest on this machine.",
     ),
 ]
 Quality = Annotated[
@@ -90,7 +98,7 @@ def handscroll(
       handscroll doctor
 
     Results are printed on stdout, everything else on stderr. Exit codes: 0 done, 1 failed, 2 bad usage,
-    130 interrupted.
+    3 does not fit --memory, 130 interrupted.
     """
     if context.invoked_subcommand is None:
         print(context.get_help())
@@ -119,6 +127,7 @@ def generate(
     negative: Annotated[str, typer.Option(metavar="TEXT", help="What the picture should not show.")] = "",
     seed: Annotated[int | None, typer.Option(metavar="N", help="Same seed, same picture. Left out, random.")] = None,
     count: Annotated[int, typer.Option(metavar="N", help="Pictures of consecutive seeds: FILE-1, FILE-2, ...")] = 1,
+    memory: Memory = None,
     precision: Precision = "auto",
     device: Device = "auto",
     decode: Decode = "rows",
@@ -136,6 +145,7 @@ def generate(
     \b
       handscroll generate "snowy mountains at dusk" -o dusk.png
       handscroll generate "a quiet lake" --size 2048x1024 --seed 7 --count 3 -o lake.jpg
+      handscroll generate "a bay in fog" --size 8192 --memory 2GiB -o bay.tif
       handscroll generate - --json < prompt.txt
     """
     width, height = parse_size(size) if size is not None else (None, None)
@@ -155,6 +165,7 @@ def generate(
         decode=decode,
         patches=patches,
         strip_rows=strip_rows,
+        memory_bytes=_bytes(memory),
     )
     path = output or _free_name(request)
     _refuse_early(model, path, request.width, request.height, save_latent)
@@ -173,6 +184,7 @@ def decode(
         str | None,
         typer.Option(metavar="NAME|FOLDER|HUB_ID", help="Whose autoencoder to use. Left out, the one in the file."),
     ] = None,
+    memory: Memory = None,
     precision: Precision = "auto",
     device: Device = "auto",
     decode: Decode = "rows",
@@ -201,10 +213,58 @@ def decode(
             decode=decode,
             patches=patches,
             strip_rows=strip_rows,
+            memory_bytes=_bytes(memory),
             on_event=on_event,
             quality=quality,
         )
     _print_results([result], as_json, quiet)
+
+
+@app.command()
+def plan(
+    prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="As for `generate`.")] = "a landscape",
+    model: ModelName = DEFAULT_MODEL,
+    size: Annotated[str | None, typer.Option(metavar="WxH", help="Pixels. Left out, the model's.")] = None,
+    steps: Annotated[int | None, typer.Option(metavar="N", help="Denoising steps. Left out, the model's.")] = None,
+    guidance: Annotated[float | None, typer.Option(metavar="F", help="Above 1, each step takes two forwards.")] = None,
+    negative: Annotated[str, typer.Option(metavar="TEXT", help="What the picture should not show.")] = "",
+    memory: Memory = None,
+    precision: Precision = "auto",
+    device: Device = "auto",
+    strip_rows: StripRows = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Show what `generate` would run, where, and in how much memory. Reads no weights.
+
+    \b
+      handscroll plan --size 4096
+      handscroll plan --model sana-1.6b-4k --size 16384 --memory 4GiB --json
+
+    Seconds are estimates from a measurement of this machine.
+    """
+    width, height = parse_size(size) if size is not None else (None, None)
+    request = Request(
+        prompt=prompt,
+        negative=negative,
+        model=model,
+        width=width,
+        height=height,
+        steps=steps,
+        guidance=guidance,
+        seed=0,
+        precision=precision,
+        device=device,
+        strip_rows=strip_rows,
+        memory_bytes=_bytes(memory),
+    )
+    resolve(model)
+    with _watching(quiet) as on_event:
+        from handscroll import pipeline
+        from handscroll.plan.table import plan_dict, plan_table
+
+        spec, found, minimum_bytes = pipeline.plan_of(request, on_event=on_event)
+    print(_json(plan_dict(spec, found, minimum_bytes)) if as_json else plan_table(spec, found, minimum_bytes))
 
 
 @app.command()
@@ -213,6 +273,7 @@ def resume(
     device: Annotated[
         str | None, typer.Option(metavar="auto|cpu|cuda|cuda:N", help="What to compute on. Left out, as before.")
     ] = None,
+    memory: Annotated[str | None, typer.Option(metavar="SIZE", help="Stay within it. Left out, as before.")] = None,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -232,7 +293,7 @@ def resume(
     with _watching(quiet, job.request.count) as on_event:
         from handscroll import pipeline
 
-        results = pipeline.resume(run, device=device, on_event=on_event)
+        results = pipeline.resume(run, device=device, memory_bytes=_bytes(memory), on_event=on_event)
     _print_results(results, as_json, quiet)
 
 
@@ -278,6 +339,10 @@ def _read_stdin() -> str:
         return sys.stdin.buffer.read().decode()
     except UnicodeDecodeError as error:
         raise PromptError("the prompt on standard input is not UTF-8 text") from error
+
+
+def _bytes(memory: str | None) -> int | None:
+    return None if memory is None else parse_bytes(memory)
 
 
 def _free_name(request: Request) -> Path:
@@ -351,7 +416,7 @@ def _print_results(results: Sequence[Result], as_json: bool, quiet: bool) -> Non
 
 
 def _summary(results: Sequence[Result]) -> str:
-    """`4096x4096, 742 s, peak 2.9 GiB, seed 7`; several pictures are counted and share a line."""
+    """`4096x4096, 742 s, peak 1.7 GiB (planned 1.8, budget 2.0 GiB), seed 7`; several pictures share a line."""
     first, last = results[0], results[-1]
     pictures = f"{len(results)} pictures of " if len(results) > 1 else ""
     shared_seconds = first.seconds.get("text", 0.0)  # one prompt, encoded once, counted with each picture
@@ -359,7 +424,11 @@ def _summary(results: Sequence[Result]) -> str:
     peak_bytes = max(result.memory["measured_peak_bytes"] or 0 for result in results)
     seeds = f"seed {first.seed}" if len(results) == 1 else f"seeds {first.seed} to {last.seed}"
     spent = f"{seconds:.1f} s" if seconds < 100 else f"{seconds:.0f} s"
-    return f"{pictures}{first.width}x{first.height}, {spent}, peak {gibibytes(peak_bytes)}, {seeds}"
+    memory = f"peak {gibibytes(peak_bytes)}"
+    if first.memory["budget_bytes"] is not None:
+        planned_bytes = max(result.memory["planned_peak_bytes"] or 0 for result in results)
+        memory += f" (planned {gibibytes(planned_bytes)}, budget {gibibytes(first.memory['budget_bytes'])})"
+    return f"{pictures}{first.width}x{first.height}, {spent}, {memory}, {seeds}"
 
 
 def _models_table(found: Sequence[Model]) -> str:
@@ -450,19 +519,13 @@ def _described(error: Any) -> tuple[int, str, dict[str, Any]]:
         return INTERRUPTED, "", {"code": "interrupted", "message": "interrupted"}
     if os.environ.get("HANDSCROLL_TRACEBACK"):
         traceback.print_exception(error)
-    if _is_out_of_memory(error):
+    if is_out_of_memory(error):
         code = "out_of_memory"
         message = "out of memory; try --decode rows, a smaller --strip-rows or --size, or --device cpu"
     else:
         code = "unexpected"
         message = _one_line(f"{type(error).__name__}: {error}; HANDSCROLL_TRACEBACK=1 shows where")
     return 1, "error: ", {"code": code, "message": message}
-
-
-def _is_out_of_memory(error: BaseException) -> bool:
-    """Python's, CUDA's (torch.OutOfMemoryError) and the one of torch on a CPU, which has no type of its own."""
-    named = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
-    return named or (isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error))
 
 
 def _one_line(text: str) -> str:

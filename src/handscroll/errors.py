@@ -12,6 +12,7 @@ HandscrollError                   exit 1   something failed; the message says wh
 ├── RunFolderError                exit 1   a run folder is broken, foreign, or of another job
 │   └── BusyError                          another process works on the same run
 ├── NumericsError                 exit 1   a stage produced NaN or infinity
+├── OutOfMemoryError              exit 1   memory ran out, also for the smallest strips
 └── BudgetError                   exit 3   does not fit the memory budget; carries minimum_bytes
 
 The command line prints the message alone, on one line, and leaves with `exit_code`; `--json` prints `as_dict()`.
@@ -100,6 +101,12 @@ class NumericsError(HandscrollError):
     code = "not_finite"
 
 
+class OutOfMemoryError(HandscrollError):
+    """Memory ran out where a plan had counted on it, also for the least that a stage can take."""
+
+    code = "out_of_memory"
+
+
 class BudgetError(HandscrollError):
     """The request does not fit the memory budget. `minimum_bytes` is the smallest budget that would do."""
 
@@ -112,3 +119,9 @@ class BudgetError(HandscrollError):
 
     def as_dict(self) -> dict[str, Any]:
         return {**super().as_dict(), "minimum_bytes": self.minimum_bytes}
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out: Python's own error, CUDA's, or the one of torch on a CPU, which has no type of its own."""
+    named = isinstance(error, MemoryError) or type(error).__name__ in ("OutOfMemoryError", "AcceleratorOutOfMemoryError")
+    return named or (isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error))

@@ -18,15 +18,17 @@ from handscroll.errors import CheckpointError, SizeError
 from handscroll.events import OnEvent, Progress, ignore
 from handscroll.image_file import Target, check_target, parameters_text, write_image
 from handscroll.latent_file import check_latent_target, load_latent
-from handscroll.plan.plan import Plan, make_plan
-from handscroll.request import DEFAULT_MODEL, Request, indexed
+from handscroll.plan.plan import Plan, make_plan, minimum_bytes
+from handscroll.request import DEFAULT_MODEL, Request, indexed, parse_bytes
 from handscroll.runtime.checkpoint import DTYPES, load_scheduler, load_tokenizer, open_checkpoint
 from handscroll.runtime.decode import decode_rows
 from handscroll.runtime.denoise import Sampling, denoise, starting_noise
-from handscroll.runtime.devices import find_hardware
-from handscroll.runtime.memory import Meter
+from handscroll.runtime.devices import scratch_folder
+from handscroll.runtime.memory import Meter, enforce
+from handscroll.runtime.recovery import Recovery
 from handscroll.runtime.run_folder import Job, RunFolder, find_run, read_job, resolved_name
-from handscroll.runtime.stages import Stages
+from handscroll.runtime.stages import Opened, Stages
+from handscroll.runtime.survey import survey
 from handscroll.runtime.text import encoded, instruction_of
 from handscroll.runtime.text_cache import Text
 from handscroll.spec import CheckpointSpec
@@ -77,42 +79,54 @@ def generate(
     Seconds and memory in the results are this session's. Raises HandscrollError.
     """
     spec = open_checkpoint(request.model, on_progress=_on_fetch(on_event))
-    plan = make_plan(spec, request, find_hardware(request.device, request.precision), random_seed())
+    situation = survey(spec, request, path)
+    plan = make_plan(spec, request, situation, random_seed())
     targets = _targets(path, plan)
     latent_paths = _latent_targets(save_latent, plan)
+    enforce(plan.device, plan.budget_bytes)
     meter = Meter(plan.device)
     job = Job.of(request, spec, plan, path, save_latent, quality)
     with torch.inference_mode(), RunFolder.open(job, on_event, must_go_on=must_go_on) as run:
         plan = dataclasses.replace(plan, seeds=run.seeds)
-        facts = [_facts(request, spec, plan, seed) for seed in plan.seeds]
-        with Stages(spec, plan) as stage:
+        with Stages(spec, plan, scratch=scratch_folder(run.folder)) as stage:
+            recovery = Recovery(stage, situation, on_event)
             if run.to_denoise():
                 with meter.stage("text"):
                     on_event(Progress("text", 0, 1))
-                    text, negative = encode_prompts(stage, request)
+                    text, negative = recovery.run("text", lambda: encode_prompts(stage, request))
                     on_event(Progress("text", 1, 1))
             meters = [meter.fork() for _ in plan.seeds]
             for index in run.to_denoise():
                 with meters[index].stage("denoise"):
-                    latent = denoise_picture(stage, text, negative, index, on_event, run)
-                    run.keep_latent(index, latent, _latent_facts(request, facts[index]))
+                    latent = recovery.run(
+                        "denoise", lambda i=index: denoise_picture(stage, text, negative, i, on_event, run), index
+                    )
+                    run.keep_latent(index, latent, _latent_facts(request, _facts(request, stage, index)))
+                    del latent
             for index, latent_path in enumerate(latent_paths):
                 if latent_path is not None:
                     run.keep_copy(index, latent_path)
             for index in run.to_decode():
                 with meters[index].stage("decode"):
                     part = run.part_for(targets[index].final_path)
-                    write_picture(
-                        stage, run.latent(index), targets[index], facts[index], index, quality, on_event, part
+                    recovery.run(
+                        "decode",
+                        lambda i=index, part=part: write_picture(
+                            stage, run.latent(i), targets[i], request, i, quality, on_event, part
+                        ),
+                        index,
                     )
                     run.mark_done(index)
+            plan = stage.plan
     return [
         _result(target.path, spec, plan, seed, meters[index], run.resumed_from(index))
         for index, (target, seed) in enumerate(zip(targets, plan.seeds, strict=True))
     ]
 
 
-def resume(run: Path, *, device: str | None = None, on_event: OnEvent = ignore) -> list[Result]:
+def resume(
+    run: Path, *, device: str | None = None, memory_bytes: int | None = None, on_event: OnEvent = ignore
+) -> list[Result]:
     """Goes on with an unfinished run, given by its folder or by its picture's path, to the same pictures.
 
     Raises RunFolderError for what is no run of this version, or whose model or device is another now; BusyError where
@@ -120,7 +134,7 @@ def resume(run: Path, *, device: str | None = None, on_event: OnEvent = ignore) 
     """
     job = read_job(find_run(run))
     return generate(
-        job.resumed(device),
+        job.resumed(device, memory_bytes),
         job.output,
         save_latent=job.save_latent,
         quality=job.quality,
@@ -139,32 +153,54 @@ def decode_latent(
     decode: str = "rows",
     patches: int = 32,
     strip_rows: int | None = None,
+    memory_bytes: int | None = None,
     quality: int | None = None,
     on_event: OnEvent = ignore,
 ) -> Result:
     """Decodes a latent that `generate` saved to a picture file, without denoising again. Raises HandscrollError."""
     tensor, facts = load_latent(latent)
-    request = _request_of(latent, facts, model, precision, device, decode, patches, strip_rows)
+    request = _request_of(latent, facts, model, precision, device, decode, patches, strip_rows, memory_bytes)
     spec = open_checkpoint(request.model, on_progress=_on_fetch(on_event))
-    sized = dataclasses.replace(_sized(request, tensor, spec, latent), negative="")
-    plan = make_plan(spec, sized, find_hardware(device, precision), 0)
+    request = _sized(request, tensor, spec, latent)
+    situation = survey(spec, request, path, prompts=False)
+    # A few-step model refuses a negative prompt, which the file may still name.
+    plan = make_plan(spec, dataclasses.replace(request, negative=""), situation, 0)
     target = check_target(path, plan.width, plan.height)
+    enforce(plan.device, plan.budget_bytes)
     meter = Meter(plan.device)
-    with torch.inference_mode(), Stages(spec, plan) as stage, meter.stage("decode"):
-        write_picture(stage, tensor, target, _facts(request, spec, plan, plan.seeds[0]), 0, quality, on_event)
+    with torch.inference_mode(), Stages(spec, plan, scratch=scratch_folder(path.parent)) as stage:
+        recovery = Recovery(stage, situation, on_event)
+        with meter.stage("decode"):
+            recovery.run("decode", lambda: write_picture(stage, tensor, target, request, 0, quality, on_event))
+        plan = stage.plan
     return _result(target.path, spec, plan, plan.seeds[0], meter)
 
 
-class Handscroll:
-    """A checkpoint that is ready to make pictures; its modules stay in memory between calls.
+def plan_of(
+    request: Request, path: Path = Path(), on_event: OnEvent = ignore
+) -> tuple[CheckpointSpec, Plan, int | None]:
+    """What `generate` would run, where and in how much memory, and the smallest budget that would do.
 
-    scroll = Handscroll.from_pretrained("tiny-landscape")
+    No weight is read. Raises as `generate` does before it begins, BudgetError included.
+    """
+    spec = open_checkpoint(request.model, on_progress=_on_fetch(on_event))
+    situation = survey(spec, request, path)
+    plan = make_plan(spec, request, situation, random_seed())
+    return spec, plan, minimum_bytes(plan, spec, situation)
+
+
+class Handscroll:
+    """A checkpoint that is ready to make pictures. Its modules stay in memory between calls, unless there is a budget.
+
+    scroll = Handscroll.from_pretrained("tiny-landscape", memory="2GiB")
     scroll("snowy mountains at dusk, a red sun", width=1024, height=1024, seed=7).save("dusk.png")
     """
 
-    def __init__(self, spec: CheckpointSpec, device: str = "auto", precision: str = "auto") -> None:
-        self.spec, self.device, self.precision = spec, device, precision
-        self._loaded: dict[str, Any] = {}
+    def __init__(
+        self, spec: CheckpointSpec, device: str = "auto", precision: str = "auto", memory_bytes: int | None = None
+    ) -> None:
+        self.spec, self.device, self.precision, self.memory_bytes = spec, device, precision, memory_bytes
+        self._opened: dict[str, Opened] = {}
 
     @classmethod
     def from_pretrained(
@@ -173,10 +209,16 @@ class Handscroll:
         *,
         device: str = "auto",
         precision: str = "auto",
+        memory: str | int | None = None,
         on_event: OnEvent = ignore,
     ) -> Handscroll:
-        """A model by short name, checkpoint folder or hub id, fetched first if need be. Raises HandscrollError."""
-        return cls(open_checkpoint(model, on_progress=_on_fetch(on_event)), device, precision)
+        """A model by short name, checkpoint folder or hub id, fetched first if need be.
+
+        memory: the budget, in bytes or as '2GiB': on a CPU of the whole process, so that what it holds already counts;
+        on a CUDA device of what PyTorch reserves. Raises HandscrollError.
+        """
+        memory_bytes = parse_bytes(memory) if isinstance(memory, str) else memory
+        return cls(open_checkpoint(model, on_progress=_on_fetch(on_event)), device, precision, memory_bytes)
 
     def __call__(
         self,
@@ -192,7 +234,10 @@ class Handscroll:
         strip_rows: int | None = None,
         on_event: OnEvent = ignore,
     ) -> Picture:
-        """Denoises a prompt; the rows are decoded when the picture is saved or read. Raises HandscrollError."""
+        """Denoises a prompt; the rows are decoded when the picture is saved or read.
+
+        Raises HandscrollError, of which BudgetError before anything is read.
+        """
         request = Request(
             prompt,
             negative=negative,
@@ -205,32 +250,38 @@ class Handscroll:
             device=self.device,
             decode=decode,
             strip_rows=strip_rows,
+            memory_bytes=self.memory_bytes,
         )
-        plan = make_plan(self.spec, request, find_hardware(self.device, self.precision), random_seed())
+        situation = survey(self.spec, request, Path())
+        plan = make_plan(self.spec, request, situation, random_seed())
+        enforce(plan.device, plan.budget_bytes)
         stage = self._stages(plan)
+        recovery = Recovery(stage, situation, on_event)
         with torch.inference_mode():
-            text, negative_text = encode_prompts(stage, request)
-            latent = denoise_picture(stage, text, negative_text, 0, on_event)
-        return Picture(stage, latent, _facts(request, self.spec, plan, plan.seeds[0]))
+            text, negative_text = recovery.run("text", lambda: encode_prompts(stage, request))
+            latent = recovery.run("denoise", lambda: denoise_picture(stage, text, negative_text, 0, on_event))
+        if plan.budget_bytes is not None:
+            stage.free()
+        return Picture(stage, recovery, latent, request)
 
     def _stages(self, plan: Plan) -> Stages:
-        stage = Stages(self.spec, plan, keep=True)
-        stage.loaded = self._loaded
+        stage = Stages(self.spec, plan, keep=plan.budget_bytes is None, scratch=scratch_folder(None))
+        stage.opened = self._opened
         return stage
 
 
 class Picture:
     """A denoised picture. Its rows are decoded each time they are asked for and never all held but by `numpy`."""
 
-    def __init__(self, stage: Stages, latent: Tensor, facts: dict[str, Any]) -> None:
-        self._stage, self.latent, self._facts = stage, latent, facts
+    def __init__(self, stage: Stages, recovery: Recovery, latent: Tensor, request: Request) -> None:
+        self._stage, self._recovery, self.latent, self._request = stage, recovery, latent, request
         self.width, self.height = stage.plan.width, stage.plan.height
         self.seed = stage.plan.seeds[0]
 
     @torch.inference_mode()
     def rows(self) -> Iterator[np.ndarray]:
         """The picture from top to bottom as strips [rows, width, 3] uint8."""
-        yield from decode_rows(self._stage.decoder, self.latent, self._stage.plan)
+        yield from decode_rows(self._stage, self.latent)
 
     def numpy(self) -> np.ndarray:
         """The whole picture, [height, width, 3] uint8."""
@@ -240,7 +291,10 @@ class Picture:
         """Writes the picture row by row in the format of the path's ending. Raises as `check_target`."""
         target = check_target(Path(path), self.width, self.height)
         with torch.inference_mode():
-            write_picture(self._stage, self.latent, target, self._facts, 0, quality, on_event)
+            self._recovery.run(
+                "decode",
+                lambda: write_picture(self._stage, self.latent, target, self._request, 0, quality, on_event),
+            )
         return target.path
 
 
@@ -276,6 +330,8 @@ def denoise_picture(
         stage.spec.transformer.in_channels, plan.latent_height, plan.latent_width, plan.seeds[index]
     )
     transformer = stage.dit
+    if run is not None and plan.precision.transformer != run.transformer_precision:
+        run = None  # its states were made in another precision, and this try's shall not be taken for them
     start = run.state(index) if run else None
     on_event(Progress("denoise", start.steps_done if start else 0, plan.steps, index))
     job = Sampling(
@@ -298,7 +354,7 @@ def write_picture(
     stage: Stages,
     latent: Tensor,
     target: Target,
-    facts: dict[str, Any],
+    request: Request,
     index: int,
     quality: int | None,
     on_event: OnEvent,
@@ -306,11 +362,11 @@ def write_picture(
 ) -> None:
     """Decodes a latent straight into its file, strip by strip. `part` is the file's name until it is whole."""
     on_event(Progress("decode", 0, target.height, index))
-    strips = decode_rows(stage.decoder, latent, stage.plan)
+    strips = decode_rows(stage, latent)
     write_image(
         target,
         strips,
-        parameters_text(**facts),
+        parameters_text(**_facts(request, stage, index)),
         quality=quality,
         on_rows=lambda rows: on_event(Progress("decode", rows, target.height, index)),
         part=part,
@@ -347,15 +403,16 @@ def _latent_targets(path: Path | None, plan: Plan) -> list[Path | None]:
     return list(paths)
 
 
-def _facts(request: Request, spec: CheckpointSpec, plan: Plan, seed: int) -> dict[str, Any]:
-    """What the file says about itself: the arguments of `parameters_text`."""
+def _facts(request: Request, stage: Stages, index: int) -> dict[str, Any]:
+    """What the file of picture `index` says about itself: the arguments of `parameters_text`."""
+    spec, plan = stage.spec, stage.plan
     return {
         "prompt": request.prompt,
         "negative": request.negative,
         "steps": plan.steps,
         "sampler": spec.scheduler.class_name.removesuffix("Scheduler"),
         "guidance": plan.guidance,
-        "seed": seed,
+        "seed": plan.seeds[index],
         "width": plan.width,
         "height": plan.height,
         "model": spec.name,
@@ -380,6 +437,7 @@ def _request_of(
     decode: str,
     patches: int,
     strip_rows: int | None,
+    memory_bytes: int | None,
 ) -> Request:
     """The request that a saved latent came from, to be decoded as is now asked for."""
     named = model or facts.get("model")
@@ -400,6 +458,7 @@ def _request_of(
             decode=decode,
             patches=patches,
             strip_rows=strip_rows,
+            memory_bytes=memory_bytes,
         )
     except ValueError as error:
         raise CheckpointError(f"{file}: its metadata is broken: {error}") from error
@@ -424,8 +483,9 @@ def _sized(request: Request, latent: Tensor, spec: CheckpointSpec, file: Path) -
 def _result(
     path: Path, spec: CheckpointSpec, plan: Plan, seed: int, meter: Meter, resumed_from_step: int | None = None
 ) -> Result:
+    planned = {name: n_bytes for name, n_bytes in plan.planned_bytes.items() if name in meter.seconds}
     stages = {
-        name: {"planned_bytes": None, "measured_bytes": meter.stage_peak_bytes.get(name)}
+        name: {"planned_bytes": planned.get(name), "measured_bytes": meter.stage_peak_bytes.get(name)}
         for name in STAGES
         if name in meter.seconds
     }
@@ -442,8 +502,8 @@ def _result(
         decode=plan.decode,
         exact=plan.exact,
         memory={
-            "budget_bytes": None,
-            "planned_peak_bytes": None,
+            "budget_bytes": plan.budget_bytes,
+            "planned_peak_bytes": max(planned.values(), default=None) if plan.decode == "rows" else None,
             "measured_peak_bytes": meter.peak_bytes,
             "stages": stages,
         },

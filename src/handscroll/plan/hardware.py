@@ -44,3 +44,16 @@ class Hardware:
     @property
     def is_cuda(self) -> bool:
         return self.device.startswith("cuda")
+
+
+@dataclass(frozen=True, slots=True)
+class Situation:
+    """Where a request meets a machine: the hardware, and how long its prompts are.
+
+    tokens: of the longest prompt as the text encoder will see it; None where there is none to encode or denoise by, as
+    when a kept latent is decoded. tokenizer_bytes: what the tokenizer takes while prompts are encoded.
+    """
+
+    hardware: Hardware
+    tokens: int | None = None
+    tokenizer_bytes: int = 0

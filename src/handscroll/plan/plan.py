@@ -1,19 +1,56 @@
-"""(spec, request, hardware) -> a frozen Plan: every default filled in, before a weight is read."""
+"""(spec, request, hardware) -> a frozen Plan: every default filled in, and every choice made, before a weight is read."""
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any, Protocol, TypeVar
 
-from handscroll.errors import SizeError, UsageError
-from handscroll.plan.hardware import Hardware
-from handscroll.plan.precision import Precision, resolve_precision
+from handscroll.errors import BudgetError, SizeError, UsageError
+from handscroll.plan.decode import DecodeStage, decode_stages
+from handscroll.plan.decoder_shape import DecoderShape
+from handscroll.plan.denoise import DenoiseStage, Sampling, denoise_stages
+from handscroll.plan.hardware import MIB, Hardware, Situation
+from handscroll.plan.precision import BYTES, Precision, resolve_precision
+from handscroll.plan.text import TextStage, text_stage
 from handscroll.request import MAX_SIDE_PX, Request
 from handscroll.spec import CheckpointSpec
+
+# On a CPU a stage takes more of the process's memory than its tensors: code that is touched for the first time, threads'
+# own heaps, oneDNN's scratch and compiled kernels, the file writer; and a share of small blocks that lie between others.
+CPU_EXTRA_BYTES, CPU_EXTRA_SHARE = 40 * MIB, 0.03
+# CUDA's caching allocator reserves in blocks of 2 and 20 MiB, and some of what it holds is between two tensors.
+CUDA_EXTRA_BYTES, CUDA_EXTRA_SHARE = 96 * MIB, 0.08
+# A stated minimum is rounded up, so that it still does when the process itself takes a little more the next time.
+MINIMUM_STEP_BYTES = 16 * MIB
+# Of the memory that the machine has left, what a run without a budget may take.
+FREE_SHARE = 0.9
+# What a stage that ran out of memory may take of what it was planned to take, at its next try.
+SHRINKS_TO = 0.7
+
+STAGE_FIELDS = {"text": "text", "denoise": "denoise", "decode": "decoding"}
+PRECISION_FIELDS = {"text": "text_encoder", "denoise": "transformer", "decode": "autoencoder"}
+
+
+class _Stage(Protocol):
+    @property
+    def peak_bytes(self) -> int: ...
+    @property
+    def seconds(self) -> float: ...
+
+
+AnyStage = TypeVar("AnyStage", bound=_Stage)
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What will run. Sizes in pixels; `latent_height` and `latent_width` in latent pixels; `seeds` one a picture."""
+    """What will run. Sizes in pixels; `latent_height` and `latent_width` in latent pixels; `seeds` one a picture.
+
+    `text`, `denoise` and `decoding` say how each stage runs; their bytes are of the whole process on a CPU, of the
+    allocator on a CUDA device. A stage is None where it is not part of the job, `decoding` also for the ways of decoding
+    that others have, which keep no budget.
+    """
 
     width: int
     height: int
@@ -27,6 +64,10 @@ class Plan:
     decode: str
     patches: int
     strip_rows: int | None
+    budget_bytes: int | None = None
+    text: TextStage | None = None
+    denoise: DenoiseStage | None = None
+    decoding: DecodeStage | None = None
 
     @property
     def guided(self) -> bool:
@@ -38,11 +79,26 @@ class Plan:
         """Whether the picture is the one that the whole network makes. Tiling is the only way here that is not."""
         return self.decode != "tiled"
 
+    @property
+    def planned_bytes(self) -> dict[str, int]:
+        """The peak of every stage that was planned: text, denoise, decode."""
+        stages = {"text": self.text, "denoise": self.denoise, "decode": self.decoding}
+        return {name: stage.peak_bytes for name, stage in stages.items() if stage is not None}
 
-def make_plan(spec: CheckpointSpec, request: Request, hardware: Hardware, seed: int) -> Plan:
-    """Fills in a request's defaults from the checkpoint. `seed` stands in for one that was left out.
+    @property
+    def planned_peak_bytes(self) -> int | None:
+        """The most of any stage; None where one of them cannot be planned."""
+        return None if self.decode != "rows" else max(self.planned_bytes.values())
 
-    Raises SizeError where the model has a largest size, UsageError for what this kind of model cannot do.
+
+def make_plan(spec: CheckpointSpec, request: Request, situation: Situation, seed: int) -> Plan:
+    """Fills in a request's defaults from the checkpoint, and chooses how each stage runs within the budget.
+
+    `seed` stands in for one that was left out. Of the ways that fit, each stage takes the fastest; without a budget, of
+    those that this machine has the memory for.
+
+    Raises SizeError where the model has a largest size, UsageError for what this kind of model cannot do, BudgetError
+    with the least that would do.
     """
     factor = spec.autoencoder.spatial_compression_ratio * spec.transformer.patch_size
     width = request.width or request.height or spec.native_px
@@ -52,7 +108,7 @@ def make_plan(spec: CheckpointSpec, request: Request, hardware: Hardware, seed: 
     if spec.is_sprint and request.negative:
         raise UsageError(f"{spec.name} is a few-step model and takes no negative prompt; leave --negative out")
     first = seed if request.seed is None else request.seed
-    return Plan(
+    plan = Plan(
         width=width,
         height=height,
         latent_width=-(-width // factor) * spec.transformer.patch_size,
@@ -60,9 +116,140 @@ def make_plan(spec: CheckpointSpec, request: Request, hardware: Hardware, seed: 
         steps=request.steps or spec.default_steps,
         guidance=spec.default_guidance if request.guidance is None else request.guidance,
         seeds=tuple(first + index for index in range(request.count)),
-        precision=resolve_precision(spec, request.precision, hardware.device, hardware.bf16_is_faster),
-        device=hardware.device,
+        precision=resolve_precision(
+            spec, request.precision, situation.hardware.device, situation.hardware.bf16_is_faster
+        ),
+        device=situation.hardware.device,
         decode=request.decode,
         patches=request.patches,
         strip_rows=request.strip_rows,
+        budget_bytes=request.memory_bytes,
+    )
+    return with_stages(plan, spec, situation)
+
+
+def with_stages(plan: Plan, spec: CheckpointSpec, situation: Situation) -> Plan:
+    """The plan with its stages chosen anew for its precision and budget. Raises BudgetError."""
+    hardware = situation.hardware
+    limit_bytes = plan.budget_bytes
+    if limit_bytes is None and hardware.free_bytes is not None:
+        limit_bytes = int(hardware.free_bytes * FREE_SHARE)
+    room = Room(hardware, limit_bytes)
+    found = {
+        STAGE_FIELDS[stage]: room.choose(_ways(stage, plan, spec, situation, room))
+        for stage in _planned_stages(plan, situation)
+    }
+    if plan.budget_bytes is not None and any(stage.peak_bytes > plan.budget_bytes for stage in found.values()):
+        raise _too_small(plan, spec, situation, found)
+    return dataclasses.replace(plan, **found)
+
+
+def shrunk(plan: Plan, spec: CheckpointSpec, situation: Situation, stage: str) -> Plan | None:
+    """The plan with less memory for one stage, after it ran out; None where it takes the least already."""
+    used_bytes = plan.planned_bytes.get(stage)
+    if used_bytes is None:
+        return None
+    base_bytes = situation.hardware.base_bytes
+    room = Room(situation.hardware, base_bytes + int(SHRINKS_TO * (used_bytes - base_bytes)))
+    smaller = room.choose(_ways(stage, plan, spec, situation, room))
+    return dataclasses.replace(plan, **{STAGE_FIELDS[stage]: smaller}) if smaller.peak_bytes < used_bytes else None
+
+
+def in_fp32(plan: Plan, spec: CheckpointSpec, situation: Situation, stage: str) -> Plan | None:
+    """The plan with one stage in fp32, after it gave numbers that are not finite; None where it is already.
+
+    Raises BudgetError where that does not fit.
+    """
+    component = PRECISION_FIELDS[stage]
+    if getattr(plan.precision, component) == "fp32":
+        return None
+    precision = dataclasses.replace(plan.precision, **{component: "fp32"})
+    return with_stages(dataclasses.replace(plan, precision=precision), spec, situation)
+
+
+def minimum_bytes(plan: Plan, spec: CheckpointSpec, situation: Situation) -> int | None:
+    """The smallest budget that this plan's job would be accepted with; None where it keeps no budget."""
+    if plan.decode != "rows":
+        return None
+    room = Room(situation.hardware, 0)
+    stages = [room.choose(_ways(stage, plan, spec, situation, room)) for stage in _planned_stages(plan, situation)]
+    least_bytes = max(stage.peak_bytes for stage in stages)
+    return -(-(least_bytes + MINIMUM_STEP_BYTES // 2) // MINIMUM_STEP_BYTES) * MINIMUM_STEP_BYTES
+
+
+def _planned_stages(plan: Plan, situation: Situation) -> list[str]:
+    stages = [] if situation.tokens is None else ["text", "denoise"]
+    return [*stages, "decode"] if plan.decode == "rows" else stages
+
+
+def _ways(
+    stage: str, plan: Plan, spec: CheckpointSpec, situation: Situation, room: Room
+) -> Iterable[TextStage] | Iterable[DenoiseStage] | Iterable[DecodeStage]:
+    """The ways to run one stage of a plan."""
+    hardware, tokens = situation.hardware, situation.tokens or 0
+    prompts = 2 if plan.guided and not spec.is_sprint else 1
+    if stage == "text":
+        precision = plan.precision.text_encoder
+        return [text_stage(spec.text_encoder, tokens, prompts, precision, situation)]
+    if stage == "denoise":
+        patch = spec.transformer.patch_size
+        job = Sampling(
+            rows=plan.latent_height // patch,
+            columns=plan.latent_width // patch,
+            tokens=tokens,
+            steps=plan.steps,
+            branches=prompts,
+            precision=plan.precision.transformer,
+        )
+        return denoise_stages(spec.transformer, job, hardware, room.stage_bytes)
+    precision = plan.precision.autoencoder
+    shape = DecoderShape(spec.autoencoder, plan.latent_height, plan.latent_width, BYTES[precision])
+    return decode_stages(shape, precision, hardware, room.stage_bytes, plan.strip_rows)
+
+
+class Room:
+    """What a stage may take within a limit, and what it takes in total."""
+
+    def __init__(self, hardware: Hardware, limit_bytes: int | None) -> None:
+        self.base_bytes = hardware.base_bytes
+        self.extra_bytes = CUDA_EXTRA_BYTES if hardware.is_cuda else CPU_EXTRA_BYTES
+        self.extra_share = CUDA_EXTRA_SHARE if hardware.is_cuda else CPU_EXTRA_SHARE
+        self.limit_bytes = limit_bytes
+
+    @property
+    def stage_bytes(self) -> int | None:
+        """What the tensors of a stage may take, which is what stages count."""
+        if self.limit_bytes is None:
+            return None
+        return max(0, int((self.limit_bytes - self.base_bytes - self.extra_bytes) / (1 + self.extra_share)))
+
+    def total_bytes(self, stage_bytes: int) -> int:
+        """What the process (or the CUDA allocator) holds at most while a stage's tensors take so much."""
+        return int(self.base_bytes + self.extra_bytes + stage_bytes * (1 + self.extra_share)) + 1
+
+    def choose(self, stages: Iterable[AnyStage]) -> AnyStage:
+        """The fastest that fits, with its bytes in total; the smallest where none does."""
+        options = list(stages)
+        fitting = [
+            stage
+            for stage in options
+            if self.limit_bytes is None or self.total_bytes(stage.peak_bytes) <= self.limit_bytes
+        ]
+        if fitting:
+            best = min(fitting, key=lambda stage: (stage.seconds, stage.peak_bytes))
+        else:
+            best = min(options, key=lambda stage: (stage.peak_bytes, stage.seconds))
+        return dataclasses.replace(best, peak_bytes=self.total_bytes(best.peak_bytes))  # type: ignore[type-var]
+
+
+def _too_small(plan: Plan, spec: CheckpointSpec, situation: Situation, stages: dict[str, Any]) -> BudgetError:
+    least_bytes, allowed_bytes = minimum_bytes(plan, spec, situation), plan.budget_bytes
+    assert least_bytes is not None
+    assert allowed_bytes is not None
+    largest = max(stages, key=lambda name: stages[name].peak_bytes)
+    name = {"text": "reading the prompt", "denoise": "denoising", "decoding": "decoding"}[largest]
+    return BudgetError(
+        f"{plan.width}x{plan.height} with {spec.name} in {plan.precision} needs at least "
+        f"--memory {least_bytes // MIB}MiB, for {name}; {allowed_bytes // MIB} MiB were allowed",
+        least_bytes,
     )

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Generator, Iterator
+from contextlib import closing
 
 import numpy as np
 import torch
@@ -11,30 +11,44 @@ from torch import Tensor
 
 from handscroll.banded import dcae
 from handscroll.errors import NumericsError
-from handscroll.plan.plan import Plan
 from handscroll.runtime.memory import trim
+from handscroll.runtime.stages import Stages
+from handscroll.runtime.weights import DTYPES
 
 
-def decode_rows(autoencoder: Any, latent: Tensor, plan: Plan) -> Iterator[np.ndarray]:
-    """latent [1, C, h, w] as the sampler leaves it -> strips [rows, plan.width, 3] uint8, plan.height rows in all.
+def decode_rows(stage: Stages, latent: Tensor) -> Iterator[np.ndarray]:
+    """latent [1, C, h, w] as the sampler leaves it -> strips [rows, width, 3] uint8, the plan's height in all.
 
-    autoencoder: an `AutoencoderDC`, of which only the decoder is used. Raises NumericsError for NaN or infinity.
+    Raises NumericsError for NaN or infinity, OutputError where a map finds no room on disk.
     """
-    row = 0
-    for strip in _strips(autoencoder, latent, plan):
-        strip = strip[..., : plan.height - row, : plan.width]
-        if strip.shape[-2]:
-            yield _to_uint8(strip)
-        row += strip.shape[-2]
+    plan, row = stage.plan, 0
+    with closing(_strips(stage, latent)) as strips:
+        for strip in strips:
+            strip = strip[..., : plan.height - row, : plan.width]
+            if strip.shape[-2]:
+                yield _to_uint8(strip)
+            row += strip.shape[-2]
+            del strip
 
 
-def _strips(autoencoder: Any, latent: Tensor, plan: Plan) -> Iterator[Tensor]:
+def _strips(stage: Stages, latent: Tensor) -> Generator[Tensor, None, None]:
     """Strips [1, 3, rows, W] in the autoencoder's dtype, by the way that the plan names."""
-    parameter = next(autoencoder.decoder.parameters())
-    scaled = latent.to(parameter.device, parameter.dtype) / autoencoder.config.scaling_factor
+    opened, plan = stage.decoder, stage.plan
+    autoencoder = opened.module
+    scaled = latent.to(plan.device, DTYPES[plan.precision.autoencoder]) / autoencoder.config.scaling_factor
     match plan.decode:
         case "rows":
-            yield from dcae.decode_rows(autoencoder.decoder, scaled, plan.strip_rows, on_sweep=lambda done, of: trim())
+            decoding = plan.decoding
+            yield from dcae.decode_rows(
+                autoencoder.decoder,
+                scaled,
+                plan.strip_rows,
+                heights=None if decoding is None else decoding.strip_rows,
+                starts=None if decoding is None else decoding.starts,
+                new_map=stage.new_map,
+                lend=None if opened.kept else lambda modules: opened.stream.lend(*modules),
+                on_sweep=lambda done, of: trim(),
+            )
         case "patch":
             from handscroll.banded.patches import decode_by_patches
 
@@ -54,6 +68,6 @@ def _to_uint8(strip: Tensor) -> np.ndarray:
     """[1, 3, rows, W] in -1 ... 1 -> [rows, W, 3] uint8, rounded as diffusers' image processor rounds."""
     strip = strip[0].permute(1, 2, 0).float()
     if not torch.isfinite(strip.sum()):
-        raise NumericsError("the autoencoder gave numbers that are not finite; try --precision fp32")
+        raise NumericsError("the autoencoder gave numbers that are not finite")
     pixels = (strip * 0.5 + 0.5).clamp_(0, 1).mul_(255).round_().to(torch.uint8)
     return pixels.cpu().contiguous().numpy()

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from handscroll.banded.dit import Branch
 from handscroll.errors import NumericsError, RunFolderError, UsageError
-from handscroll.runtime.text import Text
+from handscroll.runtime.stages import Transformer
+from handscroll.runtime.text_cache import Text
 
 # SanaSprintPipeline's defaults: the first timestep of the trigonometric flow, pi/2 rounded, and the one between two.
 SCM_MAX_TIMESTEP = 1.57080
@@ -51,13 +53,13 @@ class SamplerState:
 class Sampling:
     """What it takes to denoise one picture. `noise` [1, C, h, w] fp32 was drawn from `generator`, which goes on.
 
-    With `negative`, classifier-free guidance by two forwards a step; without, one. A few-step model (SCMScheduler)
+    With `negative`, classifier-free guidance by two branches a step; without, one. A few-step model (SCMScheduler)
     takes its guidance as an input. `on_step(done, of)` is told of each step. From `start` the sampling goes on, with
     the same bits as if it had never stopped. `on_state` is given a state where that is worth saving, and after the
     last step; it comes before that step's `on_step`.
     """
 
-    transformer: Any
+    transformer: Transformer
     scheduler: Any
     noise: Tensor
     generator: torch.Generator
@@ -78,9 +80,7 @@ def denoise(job: Sampling) -> Tensor:
     """
     latent = _denoise_scm(job) if hasattr(job.scheduler.config, "sigma_data") else _denoise_flow(job)
     if not torch.isfinite(latent).all():
-        raise NumericsError(
-            "the transformer gave numbers that are not finite; try --precision fp32 (in fp16 some overflow)"
-        )
+        raise NumericsError("the transformer gave numbers that are not finite")
     return latent
 
 
@@ -155,30 +155,27 @@ class _Journey:
         self.job.generator.set_state(state.generator)
 
 
-def _forward(transformer: Any, latent: Tensor, text: Text, timestep: Tensor, guidance: Tensor | None = None) -> Tensor:
+def _predictions(
+    transformer: Transformer, latent: Tensor, texts: Sequence[Text], timestep: Tensor, guidance: Tensor | None = None
+) -> list[Tensor]:
+    """The transformer's prediction under each text, in its own dtype."""
     dtype = transformer.dtype
-    return transformer(
-        latent.to(dtype),
-        encoder_hidden_states=text.embeddings.to(dtype),
-        encoder_attention_mask=text.mask,
-        timestep=timestep,
-        guidance=guidance,
-        return_dict=False,
-    )[0]
+    branches = [Branch(latent.to(dtype), text.embeddings.to(dtype), text.mask, timestep, guidance) for text in texts]
+    return transformer.predict(branches)
 
 
 def _denoise_flow(job: Sampling) -> Tensor:
     """As `SanaPipeline.__call__`."""
-    transformer, scheduler, text, device = job.transformer, job.scheduler, job.text, job.transformer.device
+    transformer, scheduler, device = job.transformer, job.scheduler, job.transformer.device
     timesteps = _set_timesteps(scheduler, job.steps, device=device)
     channels = job.noise.shape[1]
     journey = _Journey(job, timesteps)
     latent = (job.noise if job.start is None else job.start.latent).to(device)
     for index, t in journey.steps():
         timestep = t.expand(1) * transformer.config.timestep_scale
-        prediction = _forward(transformer, latent, text, timestep).float()
-        if job.negative is not None:
-            baseline = _forward(transformer, latent, job.negative, timestep).float()
+        texts = [job.text] if job.negative is None else [job.text, job.negative]
+        prediction, *baselines = (each.float() for each in _predictions(transformer, latent, texts, timestep))
+        for baseline in baselines:
             prediction = baseline + job.guidance * (prediction - baseline)
         if transformer.config.out_channels // 2 == channels:
             prediction = prediction.chunk(2, dim=1)[0]  # a learned variance is not used
@@ -209,7 +206,7 @@ def _denoise_scm(job: Sampling) -> Tensor:
         s = torch.sin(timestep) / (torch.cos(timestep) + torch.sin(timestep))
         norm = torch.sqrt(s**2 + (1 - s) ** 2).view(-1, 1, 1, 1)
         model_input = latent / sigma_data * norm
-        prediction = _forward(transformer, model_input, text, s, scale)
+        (prediction,) = _predictions(transformer, model_input, [text], s, scale)
         s = s.view(-1, 1, 1, 1)
         prediction = ((1 - 2 * s) * model_input + (1 - 2 * s + 2 * s**2) * prediction) / norm
         latent, denoised = scheduler.step(

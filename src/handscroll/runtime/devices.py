@@ -70,6 +70,11 @@ def find_hardware(device: str, precision: str, scratch: Path | None = None) -> H
     )
 
 
+def scratch_folder(beside: Path | None) -> Path | None:
+    """Where maps may be put on disk: HANDSCROLL_SCRATCH, or a folder of the job's own, or the system's (None)."""
+    return Path(own) if (own := os.environ.get("HANDSCROLL_SCRATCH")) else beside
+
+
 def import_libraries() -> None:
     """Imports what the stages will need, so that what the process holds before them can be measured."""
     for name in LIBRARIES:

@@ -1,27 +1,82 @@
-"""The stages of a run: each loads its module when it is first used, and the one before is freed first."""
+"""The stages of a run: each opens its module when it is first used, and the one before is freed first.
+
+What is opened has names and shapes; its weights are read layer by layer as they are needed, but for what the plan keeps
+in memory.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+import torch
+from torch import Tensor, nn
+
+from handscroll.banded import dit
+from handscroll.banded.dit import Branch
+from handscroll.banded.rows import RowMap
 from handscroll.errors import HandscrollError
 from handscroll.plan.plan import Plan
-from handscroll.runtime.checkpoint import DTYPES, load_module
+from handscroll.plan.store import Store
+from handscroll.runtime.checkpoint import open_module
 from handscroll.runtime.memory import release
-from handscroll.runtime.text import EMBEDDING_TABLE
+from handscroll.runtime.spill import DiskMap, HostMap
+from handscroll.runtime.text import open_text_encoder
+from handscroll.runtime.weights import DTYPES, WeightStream
 from handscroll.spec import CheckpointSpec
+
+
+@dataclass(frozen=True, eq=False)
+class Opened:
+    """A module and the stream that fills it. `kept`: all of it is in memory, and nothing need be lent."""
+
+    module: Any
+    stream: WeightStream
+    kept: bool = False
+
+
+class Transformer:
+    """A checkpoint's transformer as its plan runs it: in bands, layer by layer."""
+
+    def __init__(self, opened: Opened, plan: Plan, dtype: torch.dtype, scratch: Path | None) -> None:
+        self.module, self.stream, self.plan, self.scratch = opened.module, opened.stream, plan, scratch
+        self.config = opened.module.config
+        self.dtype, self.device = dtype, torch.device(plan.device)
+
+    def predict(self, branches: Sequence[Branch]) -> list[Tensor]:
+        """What the transformer gives for each branch. Takes and returns what `banded.dit.predict` does."""
+        stage = self.plan.denoise
+        residual: Store = "memory" if stage is None else stage.residual
+        return dit.predict(
+            self.module,
+            branches,
+            layer=self._lend,
+            band_rows=None if stage is None else stage.band_rows,
+            new_map=lambda height: make_map(residual, height, self.scratch),
+        )
+
+    @contextmanager
+    def _lend(self, index: int) -> Iterator[nn.Module]:
+        blocks = self.module.transformer_blocks
+        with self.stream.lend(blocks[index]):
+            self.stream.prefetch(blocks[(index + 1) % len(blocks)])  # after the last, for the next step
+            yield blocks[index]
 
 
 class Stages:
     """Text encoder, transformer and autoencoder of one checkpoint, one of them in memory at a time.
 
-    A context manager; `keep=True` holds on to every module once it is loaded, for repeated use.
+    A context manager; `keep=True` holds on to every module once it is loaded, whole, for repeated use. `plan` may be
+    replaced between stages. `scratch` is the folder for maps that the plan puts on disk.
     """
 
-    def __init__(self, spec: CheckpointSpec, plan: Plan, *, keep: bool = False) -> None:
-        self.spec, self.plan, self.keep = spec, plan, keep
-        self.loaded: dict[str, Any] = {}
+    def __init__(self, spec: CheckpointSpec, plan: Plan, *, keep: bool = False, scratch: Path | None = None) -> None:
+        self.spec, self.plan, self.keep, self.scratch = spec, plan, keep, scratch
+        self.opened: dict[str, Opened] = {}
 
     def __enter__(self) -> Self:
         return self
@@ -33,41 +88,71 @@ class Stages:
 
     def free(self) -> None:
         """Forgets every module and gives its memory back."""
-        if not self.loaded:
+        if not self.opened:
             return
-        self.loaded.clear()
+        for opened in self.opened.values():
+            opened.stream.close()
+        self.opened.clear()
         release(self.plan.device)
 
     @property
     def text(self) -> Any:
         """The text encoder; its embedding table stays in the file, which gives the few rows that a prompt needs."""
-        return self._get("text_encoder", self.plan.precision.text_encoder, leave={EMBEDDING_TABLE})
+        return self._open("text_encoder", self.plan.precision.text_encoder).module
 
     @property
-    def dit(self) -> Any:
-        """The transformer."""
-        factor = self.spec.transformer.patch_size
-        size = (self.plan.latent_height // factor, self.plan.latent_width // factor)
-        native = self.spec.transformer.sample_size // factor
-        # Away from the native size diffusers computes the position embedding anew, from the stored one's width alone.
-        has_table = self.spec.transformer.interpolation_scale is not None
-        leave = {"patch_embed.pos_embed"} if has_table and size != (native, native) and not self.keep else set()
-        return self._get("transformer", self.plan.precision.transformer, leave=leave)
+    def dit(self) -> Transformer:
+        """The transformer; its position embedding is never stored."""
+        precision = self.plan.precision.transformer
+        return Transformer(self._open("transformer", precision), self.plan, DTYPES[precision], self.scratch)
 
     @property
-    def decoder(self) -> Any:
+    def decoder(self) -> Opened:
         """The autoencoder with its decoder alone."""
-        return self._get("vae", self.plan.precision.autoencoder, part="decoder")
+        return self._open("vae", self.plan.precision.autoencoder)
 
-    def _get(self, component: Any, precision: str, **options: Any) -> Any:
+    def new_map(self, index: int, height: int) -> RowMap:
+        """The map that sweep `index` of the decoder starts from."""
+        store = self.plan.decoding.sweeps[index].store if self.plan.decoding else "memory"
+        return make_map(store or "memory", height, self.scratch)
+
+    def _open(self, component: Any, precision: str) -> Opened:
         key = f"{component} {precision}"
-        if key not in self.loaded:
+        if key not in self.opened:
             if not self.keep:
                 self.free()
             try:
-                self.loaded[key] = load_module(
-                    self.spec, component, dtype=DTYPES[precision], device=self.plan.device, **options
-                )
+                self.opened[key] = self._opened(component, DTYPES[precision])
             except OSError as error:
                 raise HandscrollError(f"{self.spec.folder / component}: cannot be read: {error.strerror}") from error
-        return self.loaded[key]
+        return self.opened[key]
+
+    def _opened(self, component: Any, dtype: torch.dtype) -> Opened:
+        if component == "text_encoder":
+            module, stream = open_text_encoder(self.spec, dtype=dtype, device=self.plan.device)
+            if self.keep:
+                stream.keep(module)
+            return Opened(module, stream, self.keep)
+        leave = {"patch_embed.pos_embed"} if component == "transformer" else set()
+        part: Any = "decoder" if component == "vae" else None
+        module, stream = open_module(
+            self.spec, component, dtype=dtype, device=self.plan.device, part=part, leave=leave
+        )
+        if self.keep or (component == "vae" and self.plan.decode != "rows"):
+            stream.keep(module)
+            return Opened(module, stream, kept=True)
+        if component == "transformer":
+            blocks: Any = module.transformer_blocks
+            resident = len(blocks) if self.plan.denoise is None else self.plan.denoise.resident_layers
+            stream.keep(module, but=blocks[resident:])
+        return Opened(module, stream)
+
+
+def make_map(store: Store, height: int, scratch: Path | None) -> RowMap:
+    """A map of so many rows where the plan wants it."""
+    match store:
+        case "host":
+            return HostMap(height)
+        case "disk":
+            return DiskMap(height, scratch)
+    return RowMap(height)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from handscroll.errors import NumericsError
 from handscroll.runtime.checkpoint import load_rows, open_module
 from handscroll.runtime.text_cache import Text, load_text, save_text, text_key
 from handscroll.runtime.weights import WeightStream
@@ -80,7 +81,7 @@ def encoded(
     """`encode_prompt` with a memory: a prompt that was encoded before is read from the cache, to the same bits.
 
     open_encoder: gives the text encoder in `dtype` on `device`, and the tokenizer; called only where the cache does
-    not know. Raises what it raises.
+    not know. Raises what it raises, and NumericsError for embeddings that are not finite.
     """
     device = torch.device(device)
     key = text_key(spec, normalised(prompt), instruction, dtype, device)
@@ -88,6 +89,8 @@ def encoded(
     if text is None:
         encoder, tokenizer = open_encoder()
         text = encode_prompt(spec, encoder, tokenizer, prompt, instruction)
+        if not torch.isfinite(text.embeddings).all():
+            raise NumericsError("the text encoder gave numbers that are not finite")
         save_text(key, text)
     return text.to(device)
 
@@ -95,6 +98,22 @@ def encoded(
 def normalised(prompt: str) -> str:
     """A prompt as the tokenizer gets it."""
     return prompt.lower().strip()
+
+
+def count_tokens(spec: CheckpointSpec, tokenizer: Any, prompt: str, instruction: str = "") -> int:
+    """How many tokens `encode_prompt` gives the encoder to read."""
+    _, mask = _tokens(spec, tokenizer, prompt, instruction)
+    return int(mask.sum()) or mask.numel()
+
+
+def _tokens(spec: CheckpointSpec, tokenizer: Any, prompt: str, instruction: str) -> tuple[Tensor, Tensor]:
+    """Token ids and the mask of those that are no padding, both [1, length]."""
+    length = spec.max_prompt_tokens
+    if instruction:
+        length += len(tokenizer.encode(instruction)) - 2
+    text = instruction + normalised(prompt)
+    tokens = tokenizer([text], padding="max_length", max_length=length, truncation=True, return_tensors="pt")
+    return tokens.input_ids, tokens.attention_mask.bool()
 
 
 def encode_prompt(spec: CheckpointSpec, encoder: nn.Module, tokenizer: Any, prompt: str, instruction: str = "") -> Text:
@@ -107,13 +126,8 @@ def encode_prompt(spec: CheckpointSpec, encoder: nn.Module, tokenizer: Any, prom
 
     encoder: `Gemma2Model` whose embedding table may have been left on the meta device; rows come from the file then.
     """
-    text = instruction + normalised(prompt)
-    length = spec.max_prompt_tokens
-    if instruction:
-        length += len(tokenizer.encode(instruction)) - 2
-    tokens = tokenizer([text], padding="max_length", max_length=length, truncation=True, return_tensors="pt")
-    ids, mask = tokens.input_ids, tokens.attention_mask.bool()
-    real = int(mask.sum())
+    ids, mask = _tokens(spec, tokenizer, prompt, instruction)
+    length, real = mask.shape[1], int(mask.sum())
     if real:
         ids = ids[:, :real]
     hidden = _run(spec, encoder, ids, None if real else mask)

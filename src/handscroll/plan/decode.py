@@ -1,0 +1,161 @@
+"""The decoding stage: which maps are kept, spilled or recomputed, and how tall the strips of each sweep are.
+
+A decoder with n barriers takes n + 1 sweeps; sweep i starts from map i, the input of attention i (map 0 is the latent).
+A map that is spilled lives on the host or in a file. A map that is recomputed never exists: the sweep that needs it
+starts from an earlier one and repeats the layers in between. All ways give the same picture.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from handscroll.plan.decoder_shape import DecoderShape
+from handscroll.plan.hardware import Hardware
+from handscroll.plan.store import CHUNK_BYTES, Store
+
+# What calling one operator for a strip costs, whatever its size.
+SECONDS_A_CALL = 5e-5
+
+
+@dataclass(frozen=True, slots=True)
+class SweepStage:
+    """`strip_rows` of its input at a time; `start`: the sweep whose input map it begins from; `store`: where that of
+    its own lives, which is nowhere (None) if no sweep begins from it."""
+
+    strip_rows: int
+    start: int
+    store: Store | None
+    peak_bytes: int
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeStage:
+    """The sweeps in order. `peak_bytes` of the whole stage; `seconds` by the hardware's rates."""
+
+    sweeps: tuple[SweepStage, ...]
+    peak_bytes: int
+    seconds: float
+
+    @property
+    def strip_rows(self) -> tuple[int, ...]:
+        return tuple(sweep.strip_rows for sweep in self.sweeps)
+
+    @property
+    def starts(self) -> tuple[int, ...]:
+        return tuple(sweep.start for sweep in self.sweeps)
+
+    @property
+    def spilled(self) -> bool:
+        return any(sweep.store in ("host", "disk") for sweep in self.sweeps)
+
+    @property
+    def recomputed(self) -> bool:
+        return any(sweep.store is None for sweep in self.sweeps)
+
+
+def decode_stages(
+    shape: DecoderShape,
+    precision: str,
+    hardware: Hardware,
+    limit_bytes: int | None,
+    strip_rows: int | None = None,
+) -> Iterator[DecodeStage]:
+    """Every way worth considering, each with the fastest strips that the limit lets; else with the smallest.
+
+    `strip_rows` fixes the height in the last sweep, and the others' by the same bytes.
+    """
+    latent_bytes = shape.rows * shape.columns * shape.spec.latent_channels * (4 + 2 * shape.element_bytes)
+    heights = [_heights(shape, index, strip_rows) for index in range(len(shape))]
+    for starts, stores in _layouts(shape, hardware):
+        layout = _Layout(shape, starts, stores, precision, hardware, latent_bytes)
+        sweeps = []
+        for index in range(len(shape)):
+            options = [layout.sweep(index, rows) for rows in heights[index]]
+            fitting = [option for option in options if limit_bytes is None or option.peak_bytes <= limit_bytes]
+            if fitting:
+                sweeps.append(min(fitting, key=lambda option: (option.seconds, option.peak_bytes)))
+            else:
+                sweeps.append(min(options, key=lambda option: (option.peak_bytes, option.seconds)))
+        yield DecodeStage(
+            tuple(sweeps), max(sweep.peak_bytes for sweep in sweeps), sum(sweep.seconds for sweep in sweeps)
+        )
+
+
+def _heights(shape: DecoderShape, index: int, strip_rows: int | None) -> list[int]:
+    """Strip heights to choose from: powers of two up to what makes the largest activation big."""
+    row_bytes = shape.row_bytes(index)
+    if strip_rows is not None:
+        last = len(shape) - 1
+        return [strip_rows if index == last else max(1, strip_rows * shape.row_bytes(last) // row_bytes)]
+    most = max(1, min(shape.map_rows(index), CHUNK_BYTES // row_bytes))
+    return [*(2**power for power in range(most.bit_length()) if 2**power < most), most]
+
+
+def _layouts(shape: DecoderShape, hardware: Hardware) -> Iterator[tuple[list[int], list[Store | None]]]:
+    """For every sweep where it starts and where its input map lives: all kept, the largest spilled, or recomputed."""
+    count = len(shape)
+    rooms: dict[Store, int] = {"disk": hardware.scratch_bytes}
+    if hardware.is_cuda:
+        rooms["host"] = hardware.host_bytes
+    for restart in _restarts(shape):
+        starts = [min(index, restart) for index in range(count)]
+        stored = set(starts)
+        yield starts, ["memory" if index in stored else None for index in range(count)]
+        for first_spilled in sorted(stored - {0}):
+            spilled = {index for index in stored if index >= first_spilled}
+            for store, room_bytes in rooms.items():
+                if _spilled_bytes(shape, spilled) <= room_bytes:
+                    where = [store if index in spilled else "memory" for index in range(count)]
+                    yield starts, [where[index] if index in stored else None for index in range(count)]
+
+
+def _restarts(shape: DecoderShape) -> list[int]:
+    """The sweep behind whose start nothing is stored: the last (nothing is recomputed), or where maps begin to grow."""
+    last = len(shape) - 1
+    return [last, *(index for index in reversed(range(last)) if shape.map_bytes(index) != shape.map_bytes(index + 1))]
+
+
+def _spilled_bytes(shape: DecoderShape, spilled: set[int]) -> int:
+    """The most that lies there at one time: two maps, one being read while the next is written."""
+    return sum(sorted((shape.map_bytes(index) for index in spilled), reverse=True)[:2])
+
+
+@dataclass(frozen=True, slots=True)
+class _Layout:
+    """Where sweeps start and maps live, and what that makes of a sweep."""
+
+    shape: DecoderShape
+    starts: Sequence[int]
+    stores: Sequence[Store | None]
+    precision: str
+    hardware: Hardware
+    latent_bytes: int
+
+    def sweep(self, index: int, strip_rows: int) -> SweepStage:
+        start, rates = self.starts[index], self.hardware.rates
+        made = self.shape.pass_shape(start, index, strip_rows)
+        strips = -(-self.shape.map_rows(index) // strip_rows)
+        seconds = made.flops / rates.flops(self.precision) + strips * made.calls * SECONDS_A_CALL
+        seconds += made.weight_bytes / rates.weight_bytes
+        for place in (start, index + 1):  # the map that is read, and the one that is written
+            store = self.stores[place] if 0 < place < len(self.shape) else None
+            if store in ("disk", "host"):
+                rate = rates.disk_bytes if store == "disk" else rates.host_bytes
+                seconds += self.shape.map_bytes(place) / rate
+        peak_bytes = made.peak_bytes + self._map_bytes(index) + self.latent_bytes
+        return SweepStage(strip_rows, start, self.stores[index], peak_bytes, seconds)
+
+    def _map_bytes(self, index: int) -> int:
+        """Device bytes of the maps that a sweep reads and writes."""
+        start = self.starts[index]
+        source = self._kept_bytes(start)
+        result = self._kept_bytes(index + 1) if index + 1 < len(self.shape) else 0
+        chunks = min(source, CHUNK_BYTES) + min(result, CHUNK_BYTES)
+        if any(later == start for later in self.starts[index + 1 :]):  # read again, and so not freed behind the reader
+            return source + result + chunks
+        return max(source, result) + chunks
+
+    def _kept_bytes(self, index: int) -> int:
+        return self.shape.map_bytes(index) if self.stores[index] == "memory" else 0

@@ -1,0 +1,130 @@
+"""The denoising stage: bytes and FLOPs of the transformer in row bands, and the ways to run it within a budget.
+
+Only the residual stream is whole, a map of tokens x width for each branch (with and without the prompt). Layers stay in
+memory or are read anew at every step; bands are as tall as memory allows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+
+from handscroll.plan.hardware import MIB, Hardware
+from handscroll.plan.precision import BYTES
+from handscroll.plan.store import Store, stored_bytes
+from handscroll.spec import TransformerSpec
+
+# A band whose widest activation is this big: beyond it nothing gets faster.
+BAND_BYTES = 32 * MIB
+# What calling a layer's operators costs for a band, whatever its size.
+SECONDS_A_BAND = 1e-3
+
+
+@dataclass(frozen=True, slots=True)
+class DenoiseStage:
+    """`band_rows` of the token map at a time; `resident_layers` of the transformer's layers stay in memory.
+
+    `residual` is where the residual streams live between bands. `peak_bytes` of the whole stage; `seconds` by the
+    hardware's rates.
+    """
+
+    band_rows: int
+    resident_layers: int
+    residual: Store
+    peak_bytes: int
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """What is asked of the transformer: a token map of `rows` x `columns`, and so many forwards of so many steps."""
+
+    rows: int
+    columns: int
+    tokens: int
+    steps: int
+    branches: int
+    precision: str
+
+    @property
+    def positions(self) -> int:
+        return self.rows * self.columns
+
+
+def denoise_stages(
+    spec: TransformerSpec, job: Sampling, hardware: Hardware, limit_bytes: int | None
+) -> Iterator[DenoiseStage]:
+    """Every way to run it that is worth considering; those that keep layers resident keep as many as the limit lets."""
+    element_bytes = BYTES[job.precision]
+    layer_bytes = spec.block_parameter_count * element_bytes
+    fixed_bytes = (spec.parameter_count - spec.num_layers * spec.block_parameter_count) * element_bytes
+    slots = 2 if hardware.is_cuda else 1
+    stream_bytes = job.positions * spec.width * element_bytes
+    samples_bytes = 8 * 4 * job.positions * spec.patch_size**2 * max(spec.in_channels, spec.out_channels)
+    text_bytes = job.branches * job.tokens * 3 * spec.width * element_bytes
+    compute_seconds = job.steps * job.branches * forward_flops(spec, job) / hardware.rates.flops(job.precision)
+    for residual in _stores(hardware, job.branches * stream_bytes):
+        held = fixed_bytes + text_bytes + samples_bytes
+        held += (job.branches - 1) * stored_bytes(stream_bytes, residual)
+        held += stored_bytes(stream_bytes, residual, rewritten=True)
+        moved_bytes = 0 if residual == "memory" else 3 * job.steps * job.branches * spec.num_layers * stream_bytes
+        moving_seconds = moved_bytes / (hardware.rates.disk_bytes if residual == "disk" else hardware.rates.host_bytes)
+        for band_rows in band_heights(spec, job):
+            bands = -(-job.rows // band_rows)
+            calls = job.steps * job.branches * spec.num_layers * bands
+            working = held + band_bytes(spec, job.columns, band_rows, job.tokens, element_bytes)
+            for resident in {0, _resident_layers(spec.num_layers, layer_bytes, slots, working, limit_bytes)}:
+                streamed = spec.num_layers - resident
+                weight_bytes = (resident + (min(slots, streamed))) * layer_bytes
+                reading_seconds = job.steps * streamed * layer_bytes / hardware.rates.weight_bytes
+                if hardware.is_cuda:  # read on a stream of their own while a layer computes
+                    busy_seconds = max(compute_seconds, reading_seconds)
+                else:
+                    busy_seconds = compute_seconds + reading_seconds
+                yield DenoiseStage(
+                    band_rows=band_rows,
+                    resident_layers=resident,
+                    residual=residual,
+                    peak_bytes=working + weight_bytes,
+                    seconds=busy_seconds + moving_seconds + calls * SECONDS_A_BAND,
+                )
+
+
+def _stores(hardware: Hardware, n_bytes: int) -> Iterator[Store]:
+    yield "memory"
+    if hardware.is_cuda and n_bytes <= hardware.host_bytes:
+        yield "host"
+    if n_bytes <= hardware.scratch_bytes:
+        yield "disk"
+
+
+def _resident_layers(layers: int, layer_bytes: int, slots: int, other_bytes: int, limit_bytes: int | None) -> int:
+    """The most layers that stay in memory within the limit; all but the last need room for those that pass through."""
+    if limit_bytes is None or other_bytes + layers * layer_bytes <= limit_bytes:
+        return layers
+    return max(0, min(layers - 1, (limit_bytes - other_bytes) // layer_bytes - slots))
+
+
+def band_heights(spec: TransformerSpec, job: Sampling) -> list[int]:
+    """Heights of bands to choose from, in rows of tokens: powers of two up to what makes the widest activation big."""
+    row_bytes = job.columns * 2 * spec.hidden_channels * BYTES[job.precision]
+    most = min(job.rows, max(1, BAND_BYTES // row_bytes))
+    return [*(2**power for power in range(most.bit_length()) if 2**power < most), most]
+
+
+def forward_flops(spec: TransformerSpec, job: Sampling) -> float:
+    """One forward: two a weight and position it meets, and the attentions themselves."""
+    width, cross, hidden = spec.width, spec.cross_width, spec.hidden_channels
+    positions = job.positions
+    self_attention = 2 * positions * (4 * width**2 + 2 * width * spec.attention_head_dim)
+    cross_attention = 2 * positions * 2 * width * cross + 4 * positions * job.tokens * cross
+    cross_attention += 2 * job.tokens * 2 * width * cross
+    feed_forward = 2 * positions * (width * 2 * hidden + 9 * 2 * hidden + hidden * width)
+    return float(spec.num_layers * (self_attention + cross_attention + feed_forward))
+
+
+@lru_cache(maxsize=4096)
+def band_bytes(spec: TransformerSpec, columns: int, band_rows: int, tokens: int, element_bytes: int) -> int:
+    """The most that a layer holds for one band, beside weights and residual streams."""
+    return 4 * (band_rows + 2) * columns * 2 * spec.hidden_channels * element_bytes

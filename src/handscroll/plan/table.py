@@ -1,0 +1,93 @@
+"""A plan as a person reads it, and as a program does."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from handscroll.plan.decode import DecodeStage
+from handscroll.plan.denoise import DenoiseStage
+from handscroll.plan.plan import Plan
+from handscroll.plan.text import TextStage
+from handscroll.spec import CheckpointSpec
+
+PLACES = {"memory": "in memory", "host": "in the host's memory", "disk": "on disk"}
+
+
+def plan_dict(spec: CheckpointSpec, plan: Plan, minimum_bytes: int | None) -> dict[str, Any]:
+    """JSON values: the request's numbers, the budget, and for each stage its bytes, seconds and choices."""
+    stages = {name: dataclasses.asdict(stage) for name, stage in _stages(plan).items()}
+    return {
+        "model": spec.name,
+        "width": plan.width,
+        "height": plan.height,
+        "steps": plan.steps,
+        "guidance": plan.guidance,
+        "precision": str(plan.precision),
+        "device": plan.device,
+        "exact": plan.exact,
+        "memory": {
+            "budget_bytes": plan.budget_bytes,
+            "minimum_bytes": minimum_bytes,
+            "planned_peak_bytes": plan.planned_peak_bytes,
+        },
+        "stages": stages,
+        "seconds": round(sum(stage.seconds for stage in _stages(plan).values()), 1),
+    }
+
+
+def plan_table(spec: CheckpointSpec, plan: Plan, minimum_bytes: int | None) -> str:
+    """A heading, a line a stage, and what it comes to."""
+    budget = "no budget" if plan.budget_bytes is None else f"budget {_gibibytes(plan.budget_bytes)}"
+    heading = (
+        f"{spec.name}, {plan.width}x{plan.height}, {plan.steps} steps, guidance {plan.guidance:g}, {plan.precision} "
+        f"on {plan.device}, {budget}"
+    )
+    rows = [("STAGE", "PEAK", "ABOUT", "HOW")]
+    rows += [
+        (name, _gibibytes(stage.peak_bytes), _seconds(stage.seconds), _how(stage, spec))
+        for name, stage in _stages(plan).items()
+    ]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
+    total_seconds = sum(stage.seconds for stage in _stages(plan).values())
+    peak = "" if plan.planned_peak_bytes is None else f"peak {_gibibytes(plan.planned_peak_bytes)}, "
+    least = "" if minimum_bytes is None else f"; the least that would do is --memory {minimum_bytes // 2**20}MiB"
+    return "\n".join([heading, "", *lines, "", f"{peak}about {_seconds(total_seconds)} a picture{least}"])
+
+
+def _stages(plan: Plan) -> dict[str, TextStage | DenoiseStage | DecodeStage]:
+    stages = {"text": plan.text, "denoise": plan.denoise, "decode": plan.decoding}
+    return {name: stage for name, stage in stages.items() if stage is not None}
+
+
+def _how(stage: TextStage | DenoiseStage | DecodeStage, spec: CheckpointSpec) -> str:
+    match stage:
+        case TextStage():
+            return f"{stage.tokens} tokens, layers read one at a time"
+        case DenoiseStage():
+            layers = spec.transformer.num_layers
+            streamed = layers - stage.resident_layers
+            weights = f"{layers} layers in memory" if not streamed else f"{streamed} of {layers} layers read every step"
+            residual = "" if stage.residual == "memory" else f", token maps {PLACES[stage.residual]}"
+            return f"bands of {_rows(stage.band_rows)}, {weights}{residual}"
+        case DecodeStage():
+            heights = [sweep.strip_rows for sweep in stage.sweeps]
+            spilled = {sweep.store for sweep in stage.sweeps[1:] if sweep.store in ("host", "disk")}
+            remarks = [f"{sum(s.store == where for s in stage.sweeps)} maps {PLACES[where or '']}" for where in spilled]
+            if stage.recomputed:
+                remarks.append(f"{sum(sweep.store is None for sweep in stage.sweeps)} maps recomputed")
+            span = f"{min(heights)} to {max(heights)} rows" if len(set(heights)) > 1 else _rows(heights[0])
+            return ", ".join([f"{len(heights)} sweeps in strips of {span}", *(remarks or ["maps in memory"])])
+
+
+def _rows(count: int) -> str:
+    return "1 row" if count == 1 else f"{count} rows"
+
+
+def _gibibytes(n_bytes: int) -> str:
+    return f"{n_bytes / 2**30:.2f} GiB" if n_bytes >= 2**30 else f"{n_bytes / 2**20:.0f} MiB"
+
+
+def _seconds(seconds: float) -> str:
+    return f"{seconds:.1f} s" if seconds < 100 else f"{seconds / 60:.0f} min" if seconds > 600 else f"{seconds:.0f} s"

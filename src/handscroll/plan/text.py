@@ -1,0 +1,56 @@
+"""The text stage: bytes and FLOPs of encoding a prompt, one layer's weights in memory at a time."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from handscroll.plan.hardware import MIB, Situation
+from handscroll.plan.precision import BYTES
+from handscroll.spec import TextEncoderSpec
+
+STAGING_BYTES = 16 * MIB  # through which weights of another dtype are read
+
+
+@dataclass(frozen=True, slots=True)
+class TextStage:
+    """`tokens` of the longer prompt; `peak_bytes` of the whole stage; `seconds` by the hardware's rates."""
+
+    tokens: int
+    peak_bytes: int
+    seconds: float
+
+
+def text_stage(
+    spec: TextEncoderSpec, tokens: int, prompts: int, precision: str, situation: Situation
+) -> TextStage:
+    """Encoding `prompts` prompts of at most `tokens` tokens in `precision`."""
+    hardware = situation.hardware
+    slots = 2 if hardware.is_cuda else 1
+    held = slots * spec.layer_parameter_count * BYTES[precision] + activation_bytes(spec, tokens, precision)
+    if not hardware.is_cuda:
+        held += STAGING_BYTES + situation.tokenizer_bytes
+    read_bytes = prompts * spec.num_hidden_layers * spec.layer_parameter_count * BYTES[precision]
+    seconds = prompts * flops(spec, tokens) / hardware.rates.flops(precision) + read_bytes / hardware.rates.weight_bytes
+    return TextStage(tokens, held, seconds)
+
+
+def activation_bytes(spec: TextEncoderSpec, tokens: int, precision: str) -> int:
+    """The most that a layer holds beside its weights: in its gated MLP, or in its attention's scores.
+
+    Scores are made in `precision`, soft-capped, and their softmax is fp32: 8 bytes a head and pair of tokens in all.
+    """
+    element_bytes = BYTES[precision]
+    hidden = tokens * spec.hidden_size * element_bytes
+    heads = spec.num_attention_heads + 2 * spec.num_key_value_heads
+    projected = tokens * heads * spec.head_dim * element_bytes
+    masks = 2 * tokens**2 * element_bytes
+    mlp = 4 * tokens * spec.intermediate_size * element_bytes
+    attention = 8 * tokens**2 * spec.num_attention_heads + 2 * projected
+    return 3 * hidden + masks + max(mlp, attention)
+
+
+def flops(spec: TextEncoderSpec, tokens: int) -> float:
+    """Of one prompt: two a weight and token, and the scores and their application."""
+    matrices = 2 * tokens * spec.layer_parameter_count
+    scores = 4 * tokens**2 * spec.num_attention_heads * spec.head_dim
+    return float(spec.num_hidden_layers * (matrices + scores))

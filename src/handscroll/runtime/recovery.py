@@ -1,0 +1,89 @@
+"""A stage that ran out of memory, or out of numbers, is tried again another way, and nothing that was finished is lost.
+
+Other programs take memory in the middle of a run, and half precisions overflow. The retry starts outside the `except`
+block: an exception's traceback keeps alive every tensor of the frames that it came through.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import TypeVar
+
+from handscroll.errors import BudgetError, NumericsError, OutOfMemoryError, is_out_of_memory
+from handscroll.events import OnEvent, notice
+from handscroll.plan.hardware import MIB, Situation
+from handscroll.plan.plan import in_fp32, shrunk
+from handscroll.runtime.stages import Stages
+
+Result = TypeVar("Result")
+
+# When a stage takes the least already, only another program can make room: it is given some time to.
+LAST_TRIES, WAIT_SECONDS = 3, 1.0
+
+NAMES = {"text": "reading the prompt", "denoise": "denoising", "decode": "decoding"}
+
+
+class Recovery:
+    """Runs the stages of one job. `situation` is what it was planned in."""
+
+    def __init__(self, stages: Stages, situation: Situation, on_event: OnEvent) -> None:
+        self.stages, self.situation, self.on_event = stages, situation, on_event
+
+    def run(self, stage: str, work: Callable[[], Result], picture: int = 0) -> Result:
+        """The result of `work`, which reads `stages.plan` anew at every try, and may go on from what it has saved.
+
+        Out of memory: again with smaller strips or bands, and at last as it is. Not finite: again in fp32, where the
+        stage was in less. Raises OutOfMemoryError or NumericsError when nothing is left to try.
+        """
+        tries_left = LAST_TRIES
+        while True:
+            try:
+                return work()
+            except NumericsError as error:
+                numerics, line = True, str(error)
+            except Exception as error:
+                if not is_out_of_memory(error):
+                    raise
+                numerics, line = False, _one_line(error)
+            self.stages.free()
+            if numerics:
+                self._in_fp32(stage, line, picture)
+                continue
+            tries_left -= not self._shrink(stage, line, picture)
+            if not tries_left:
+                raise OutOfMemoryError(
+                    f"out of memory while {NAMES[stage]}, which takes the least already: {line}; close other programs, "
+                    "or use a smaller --size"
+                )
+
+    def _shrink(self, stage: str, line: str, picture: int) -> bool:
+        """Plans a stage with less memory; or waits, where it takes the least already, and says so with False."""
+        plan = self.stages.plan
+        smaller = shrunk(plan, self.stages.spec, self.situation, stage)
+        if smaller is None:
+            self.on_event(notice(f"out of memory while {NAMES[stage]} ({line}); trying again", picture))
+            time.sleep(WAIT_SECONDS)
+            return False
+        self.stages.plan = smaller
+        planned = smaller.planned_bytes[stage] // MIB
+        self.on_event(
+            notice(f"out of memory while {NAMES[stage]} ({line}); trying again within {planned} MiB", picture)
+        )
+        return True
+
+    def _in_fp32(self, stage: str, line: str, picture: int) -> None:
+        """Plans a stage in fp32. Raises NumericsError where that is what it ran in, or where fp32 does not fit."""
+        try:
+            plan = in_fp32(self.stages.plan, self.stages.spec, self.situation, stage)
+        except BudgetError as error:
+            raise NumericsError(f"{line}; fp32 does not fit: {error}") from error
+        if plan is None:
+            raise NumericsError(line)
+        self.stages.plan = plan
+        self.on_event(notice(f"{line}: {NAMES[stage]} again in fp32", picture))
+
+
+def _one_line(error: BaseException) -> str:
+    line = " ".join(str(error).split()) or type(error).__name__
+    return line if len(line) <= 120 else f"{line[:117]}..."
