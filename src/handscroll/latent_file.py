@@ -77,7 +77,7 @@ def write_tensors(
         checksum = zlib.crc32(data[-1], checksum)
         dtype = _DTYPE_NAMES[str(tensor.dtype).removeprefix("torch.")]
         entries[name] = {"dtype": dtype, "shape": list(tensor.shape), "data_offsets": [start, end]}
-    entries["__metadata__"] = {**metadata, CHECKSUM: f"{checksum:08x}"}
+    entries["__metadata__"] = dict(sorted({**metadata, CHECKSUM: f"{checksum:08x}"}.items()))
     header = json.dumps(entries, ensure_ascii=False).encode("utf-8", "replace")
     header += b" " * (-len(header) % 8)
     write_whole(path, [len(header).to_bytes(8, "little"), header, *data], part=part)
