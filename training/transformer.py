@@ -7,6 +7,7 @@ caption. sigma is logit-normal, shifted towards noise as the sampler's steps are
 from __future__ import annotations
 
 import argparse
+import math
 import signal
 import time
 from collections.abc import Sequence
@@ -252,8 +253,8 @@ class TransformerTraining:
         signal.signal(signal.SIGTERM, self.stop)
         signal.signal(signal.SIGINT, self.stop)
         print(f"{sum(p.numel() for p in self.model.parameters()) / 1e6:.2f} M parameters", flush=True)
-        started, losses = time.process_time(), []
-        while self.step < options.steps and not self.stopping:
+        began, started, losses = time.monotonic(), time.process_time(), []
+        while self.step < options.steps and not self.stopping and time.monotonic() - began < 60 * options.minutes:
             if self.step % 100 == 0:
                 for files in self.sets:
                     files.refresh()
@@ -302,6 +303,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=1024, help="of latent, in one worker's batch")
     parser.add_argument("--workers", type=int, default=2, help="on a CPU as many as cores, on a GPU 1")
     parser.add_argument("--rate", type=float, default=1.0e-3)
+    parser.add_argument("--minutes", type=float, default=math.inf, help="save and stop after so long")
     parser.add_argument("--horizon", type=int, default=500, help="of the running average, in steps")
     options = parser.parse_args()
     torch.set_flush_denormal(True)
