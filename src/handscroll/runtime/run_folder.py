@@ -307,6 +307,8 @@ class RunFolder:
 
     def keep_copy(self, index: int, path: Path) -> None:
         """Copies a latent to where the user wants one too. Raises OutputError."""
+        if index not in self._latents:
+            return  # a run that was killed while it cleaned up: latents are copied before pictures are made
         latent, facts = self._held.get(index) or load_latent(self._latent_path(index))
         save_latent(path, latent, {k: v for k, v in facts.items() if k != "run"}, part=self.part_for(path.absolute()))
 
