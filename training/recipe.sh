@@ -30,7 +30,7 @@ fi
 # 1. Windows of renders for the autoencoder. CPU: 3 minutes. CUDA machine: 1 minute.
 python -m training.windows --work "$work" --count "$windows" --processes "$processes"
 
-# 2. The autoencoder, from the linear solution: both halves together, then the decoder alone on noisier latents.
+# 2. The autoencoder, from the linear solution: both halves together, then the decoder alone.
 #    CPU: 2 hours. CUDA: 12 minutes. Step 3 may begin beside it once "encoder fixed" is printed.
 python -m training.autoencoder --work "$work" --device "$device" --steps "$autoencoder_steps" \
     --encoder-steps "$encoder_steps" --batch "$autoencoder_batch" --rate 3e-4
@@ -45,6 +45,7 @@ python -m training.transformer --work "$work" --device "$device" --steps "$steps
 # 5. The scorer, which learns from renders alone. CPU: 1 hour. CUDA: 3 minutes.
 python -m training.scorer --work "$work" --device "$device" --steps "$scorer_steps" --jobs "$jobs" --processes "$processes"
 
-# 6. The folder that ships, and what it is worth. CPU: 1 hour, most of it for 300 held-out prompts at 1024x1024.
+# 6. The folder that ships, what it is worth, and its gallery. CPU: 2 hours, half of it for 300 prompts at 1024x1024.
 python -m training.export --work "$work"
 python -m training.evaluate --work "$work"
+python -m training.gallery --work "$work"

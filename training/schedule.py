@@ -14,9 +14,11 @@ Model = TypeVar("Model", bound=nn.Module)
 
 def pick_device(name: str) -> torch.device:
     """`auto` is CUDA where there is one; there, products of fp32 matrices may round their factors to TF32."""
-    torch.set_float32_matmul_precision("high")
-    torch.backends.cudnn.allow_tf32 = True
-    return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
+    device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
+    if device.type == "cuda":
+        torch.backends.cuda.matmul.allow_tf32 = True
+        torch.backends.cudnn.allow_tf32 = True
+    return device
 
 
 def learning_rate(step: int, steps: int, peak: float, warmup: int, floor: float = 0.06) -> float:

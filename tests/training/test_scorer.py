@@ -9,8 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from training.claims import ATTRIBUTES
+from training.claims import ATTRIBUTES, claims
 from training.evaluate import held_out_prompts, kept_claims, octaves
+from training.gallery import LARGE, SENTENCES, nearest, thumbnail
 from training.scorer import SIDE, Reading, Scorer, ScorerTraining, answers, draw, load_scorer, loss_of, read, to_scorer
 from training.world import render, sample_scene
 
@@ -88,3 +89,22 @@ def test_octaves_tell_fine_detail_from_coarse() -> None:
     energies = [octaves(np.repeat(p[..., None], 3, axis=2).astype(np.uint8)) for p in (fine, coarse)]
     assert energies[0].argmax() == 0
     assert energies[1].argmax() == 3
+
+
+def test_the_nearest_render_of_a_render_is_itself() -> None:
+    pictures = [render(sample_scene(np.random.default_rng(i)), 64, 64) for i in range(6)]
+    thumbnails = np.stack([thumbnail(picture) for picture in pictures])
+    assert [nearest(picture, thumbnails) for picture in pictures] == list(range(6))
+
+
+def test_the_gallery_asks_for_many_different_things() -> None:
+    assert len(set(SENTENCES)) == 32
+    assert len(set(LARGE)) == 8
+    assert all(claims(sentence) for sentence in SENTENCES)
+    assert {name for sentence in SENTENCES for name in claims(sentence)} >= {
+        "style",
+        "time",
+        "relief",
+        "subject",
+        "weather",
+    }
