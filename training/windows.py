@@ -13,7 +13,7 @@ from training.world import render, sample_scene
 
 SIDE = 256
 # (rows of the render, share of the windows, windows cut from one render)
-MIXTURE = ((256, 0.36, 1), (512, 0.34, 3), (1024, 0.24, 8), (2048, 0.06, 24))
+MIXTURE = ((256, 0.22, 1), (512, 0.26, 3), (1024, 0.30, 8), (2048, 0.14, 20), (4096, 0.08, 40))
 TRAINING_SEED, HELD_OUT_SEED = 1, 2
 
 
@@ -21,8 +21,15 @@ def _cut_windows(job: tuple[int, int, int]) -> list[NDArray[np.uint8]]:
     size, count, seed = job
     rng = np.random.default_rng((seed, size))
     picture = render(sample_scene(rng), size, size)
-    corners = rng.integers(0, (size - SIDE) // 32 + 1, (count, 2)) * 32
-    return [picture[y : y + SIDE, x : x + SIDE] for y, x in corners]
+    # Most of a large picture is sky: of twice as many windows, the half with more detail is kept.
+    corners = rng.integers(0, (size - SIDE) // 32 + 1, (2 * count if size >= 1024 else count, 2)) * 32
+    windows = [picture[y : y + SIDE, x : x + SIDE] for y, x in corners]
+    return sorted(windows, key=_detail)[-count:]
+
+
+def _detail(window: NDArray[np.uint8]) -> float:
+    rows = window[::2, ::2].astype(np.float32)
+    return float(np.abs(np.diff(rows, axis=0)).mean() + np.abs(np.diff(rows, axis=1)).mean())
 
 
 def window_jobs(count: int, seed: int) -> list[tuple[int, int, int]]:
@@ -60,11 +67,11 @@ def make_windows(path: Path, count: int, seed: int, processes: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--work", type=Path, required=True, help="folder for everything on the way")
-    parser.add_argument("--count", type=int, default=6000)
+    parser.add_argument("--count", type=int, default=8000)
     parser.add_argument("--processes", type=int, default=2)
     options = parser.parse_args()
     options.work.mkdir(parents=True, exist_ok=True)
-    make_windows(options.work / "windows-held-out.npy", 96, HELD_OUT_SEED, options.processes)
+    make_windows(options.work / "windows-held-out.npy", 128, HELD_OUT_SEED, options.processes)
     make_windows(options.work / "windows.npy", options.count, TRAINING_SEED, options.processes)
 
 
