@@ -122,6 +122,9 @@ class BudgetError(HandscrollError):
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether memory ran out: Python's own error, CUDA's, or the one of torch on a CPU, which has no type of its own."""
-    named = isinstance(error, MemoryError) or type(error).__name__ in ("OutOfMemoryError", "AcceleratorOutOfMemoryError")
+    """Whether memory ran out: Python's own error, CUDA's, or that of torch on a CPU, which has no type of its own."""
+    named = isinstance(error, MemoryError) or type(error).__name__ in (
+        "OutOfMemoryError",
+        "AcceleratorOutOfMemoryError",
+    )
     return named or (isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error))

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import secrets
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -98,9 +98,8 @@ def generate(
             meters = [meter.fork() for _ in plan.seeds]
             for index in run.to_denoise():
                 with meters[index].stage("denoise"):
-                    latent = recovery.run(
-                        "denoise", lambda i=index: denoise_picture(stage, text, negative, i, on_event, run), index
-                    )
+                    work = partial(denoise_picture, stage, text, negative, index, on_event, run)
+                    latent = recovery.run("denoise", work, index)
                     run.keep_latent(index, latent, _latent_facts(request, _facts(request, stage, index)))
                     del latent
             for index, latent_path in enumerate(latent_paths):
@@ -109,13 +108,8 @@ def generate(
             for index in run.to_decode():
                 with meters[index].stage("decode"):
                     part = run.part_for(targets[index].final_path)
-                    recovery.run(
-                        "decode",
-                        lambda i=index, part=part: write_picture(
-                            stage, run.latent(i), targets[i], request, i, quality, on_event, part
-                        ),
-                        index,
-                    )
+                    show = partial(write_picture, stage, run.latent(index), targets[index], request, index)
+                    recovery.run("decode", partial(show, quality, on_event, part), index)
                     run.mark_done(index)
             plan = stage.plan
     return [
@@ -307,7 +301,7 @@ def encode_prompts(stage: Stages, request: Request) -> tuple[Text, Text | None]:
     The text encoder is opened only for what the cache of embeddings does not know.
     """
 
-    @functools.cache
+    @cache
     def opened() -> tuple[Any, Any]:
         return stage.text, load_tokenizer(stage.spec)
 

@@ -58,7 +58,9 @@ class Request:
         check_range("strip rows", self.strip_rows, 1, 1_000_000)
         check_range("memory", self.memory_bytes, 1, 2**60)
         if self.memory_bytes is not None and self.decode != "rows":
-            raise UsageError(f"a memory budget is kept by --decode rows alone; leave out --memory or --decode {self.decode}")
+            raise UsageError(
+                f"a memory budget is kept by --decode rows alone; leave out --memory or --decode {self.decode}"
+            )
         check_choice("precision", self.precision, PRECISIONS)
         check_choice("decode", self.decode, DECODES)
         check_device(self.device)

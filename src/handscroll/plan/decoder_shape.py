@@ -1,7 +1,7 @@
 """The shape of an `AutoencoderDC`'s decoder as sweeps: bytes, FLOPs and weights of each, from the spec alone.
 
-It mirrors what banded/dcae.py builds from the module itself; tests hold the two together. Bytes are those of tensors, on
-a CPU with oneDNN, for one picture. By unit, for r rows of its input, all of them W wide:
+It mirrors what banded/dcae.py builds from the module itself; tests hold the two together. Bytes are those of tensors,
+on a CPU with oneDNN, for one picture. By unit, for r rows of its input, all of them W wide:
 
     kind        line buffers (rows x channels)    waiting in queues     at work
     conv_in     2 x Cin                           -                     r Cin + r C, twice where channels are repeated
@@ -282,9 +282,7 @@ class DecoderShape:
             buffered = sum((size - 1) * channels for size, channels in unit.windows)
             held += (buffered + unit.queued_channels) * columns * element_bytes
             for size, channels in unit.windows:
-                workspace = max(
-                    workspace, (size - 1 + max(rows, size // 2)) * channels * columns * element_bytes
-                )
+                workspace = max(workspace, (size - 1 + max(rows, size // 2)) * channels * columns * element_bytes)
             working = max(working, waiting + unit.working_bytes(rows, columns, element_bytes))
             if rows * unit.factor > _rows_at(strip_rows, unit.scale * unit.factor, own):
                 # What comes out is cut to fewer rows; the others wait above the units that follow.

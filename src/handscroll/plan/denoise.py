@@ -15,8 +15,10 @@ from handscroll.plan.precision import BYTES
 from handscroll.plan.store import Store, stored_bytes
 from handscroll.spec import TransformerSpec
 
-# A band whose widest activation is this big: beyond it nothing gets faster.
-BAND_BYTES = 32 * MIB
+# A band whose widest activation is this big: beyond it nothing gets faster (4 rows of 128 tokens in bf16 are enough).
+BAND_BYTES = 16 * MIB
+# Of the Mix-FFN's hidden channels so many are made at a time, as in banded/dit.py.
+SLAB_CHANNELS, SLAB_MULTIPLE = 1120, 32
 # What calling a layer's operators costs for a band, whatever its size.
 SECONDS_A_BAND = 1e-3
 
@@ -62,7 +64,7 @@ def denoise_stages(
     slots = 2 if hardware.is_cuda else 1
     stream_bytes = job.positions * spec.width * element_bytes
     samples_bytes = 8 * 4 * job.positions * spec.patch_size**2 * max(spec.in_channels, spec.out_channels)
-    text_bytes = job.branches * job.tokens * 3 * spec.width * element_bytes
+    text_bytes = job.branches * job.tokens * (3 * spec.width + spec.caption_channels) * element_bytes
     compute_seconds = job.steps * job.branches * forward_flops(spec, job) / hardware.rates.flops(job.precision)
     for residual in _stores(hardware, job.branches * stream_bytes):
         held = fixed_bytes + text_bytes + samples_bytes
@@ -126,5 +128,17 @@ def forward_flops(spec: TransformerSpec, job: Sampling) -> float:
 
 @lru_cache(maxsize=4096)
 def band_bytes(spec: TransformerSpec, columns: int, band_rows: int, tokens: int, element_bytes: int) -> int:
-    """The most that a layer holds for one band, beside weights and residual streams."""
-    return 4 * (band_rows + 2) * columns * 2 * spec.hidden_channels * element_bytes
+    """The most that a layer holds for one band, beside weights and residual streams: in its Mix-FFN.
+
+    Its hidden channels are made a slab at a time (banded/dit.py); the gated half of them exists for the whole band, and
+    four rows of both halves in line buffers. The text's keys and values, the attention's sums and what is laid out of
+    the depthwise convolution come on top.
+    """
+    width, hidden = spec.width, spec.hidden_channels
+    slabs = -(-hidden // SLAB_CHANNELS)
+    slab = -(-hidden // (slabs * SLAB_MULTIPLE)) * SLAB_MULTIPLE
+    band = band_rows * hidden + (3 * band_rows + 2) * slab + (2 * band_rows + 1) * width + 4 * hidden
+    keys_and_values = 2 * tokens * spec.cross_width
+    small = 20 * hidden + 20 * width
+    sums = 4 * width * (spec.attention_head_dim + 1)
+    return (columns * band + keys_and_values + small) * element_bytes + sums

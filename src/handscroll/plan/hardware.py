@@ -1,4 +1,4 @@
-"""What planning knows of a machine: memory, and how fast it computes and moves bytes. Measured by runtime/devices.py."""
+"""What planning knows of a machine: memory, and how fast it computes and moves bytes (runtime/devices.py measures)."""
 
 from __future__ import annotations
 

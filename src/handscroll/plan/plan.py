@@ -1,4 +1,4 @@
-"""(spec, request, hardware) -> a frozen Plan: every default filled in, and every choice made, before a weight is read."""
+"""(spec, request, situation) -> a frozen Plan: every default filled in, every choice made, before a weight is read."""
 
 from __future__ import annotations
 
@@ -17,11 +17,12 @@ from handscroll.plan.text import TextStage, text_stage
 from handscroll.request import MAX_SIDE_PX, Request
 from handscroll.spec import CheckpointSpec
 
-# On a CPU a stage takes more of the process's memory than its tensors: code that is touched for the first time, threads'
-# own heaps, oneDNN's scratch and compiled kernels, the file writer; and a share of small blocks that lie between others.
-CPU_EXTRA_BYTES, CPU_EXTRA_SHARE = 40 * MIB, 0.03
+# On a CPU a stage takes more of the process's memory than its tensors: code that is touched for the first time, heaps
+# of threads, oneDNN's scratch and compiled kernels, the file writer; and a share of small blocks between others.
+CPU_EXTRA_BYTES, CPU_EXTRA_SHARE = 60 * MIB, 0.03
 # CUDA's caching allocator reserves in blocks of 2 and 20 MiB, and some of what it holds is between two tensors.
 CUDA_EXTRA_BYTES, CUDA_EXTRA_SHARE = 96 * MIB, 0.08
+STAGING_BYTES = 16 * MIB
 # A stated minimum is rounded up, so that it still does when the process itself takes a little more the next time.
 MINIMUM_STEP_BYTES = 16 * MIB
 # Of the memory that the machine has left, what a run without a budget may take.
@@ -48,8 +49,8 @@ class Plan:
     """What will run. Sizes in pixels; `latent_height` and `latent_width` in latent pixels; `seeds` one a picture.
 
     `text`, `denoise` and `decoding` say how each stage runs; their bytes are of the whole process on a CPU, of the
-    allocator on a CUDA device. A stage is None where it is not part of the job, `decoding` also for the ways of decoding
-    that others have, which keep no budget.
+    allocator on a CUDA device. A stage is None where it is not part of the job, `decoding` also for the ways that
+    others decode, which keep no budget.
     """
 
     width: int
@@ -130,13 +131,11 @@ def make_plan(spec: CheckpointSpec, request: Request, situation: Situation, seed
 
 def with_stages(plan: Plan, spec: CheckpointSpec, situation: Situation) -> Plan:
     """The plan with its stages chosen anew for its precision and budget. Raises BudgetError."""
-    hardware = situation.hardware
-    limit_bytes = plan.budget_bytes
-    if limit_bytes is None and hardware.free_bytes is not None:
-        limit_bytes = int(hardware.free_bytes * FREE_SHARE)
-    room = Room(hardware, limit_bytes)
+    limit_bytes, free_bytes = plan.budget_bytes, situation.hardware.free_bytes
+    if limit_bytes is None and free_bytes is not None:
+        limit_bytes = int(free_bytes * FREE_SHARE)
     found = {
-        STAGE_FIELDS[stage]: room.choose(_ways(stage, plan, spec, situation, room))
+        STAGE_FIELDS[stage]: _choose(stage, plan, spec, situation, limit_bytes)
         for stage in _planned_stages(plan, situation)
     }
     if plan.budget_bytes is not None and any(stage.peak_bytes > plan.budget_bytes for stage in found.values()):
@@ -150,8 +149,8 @@ def shrunk(plan: Plan, spec: CheckpointSpec, situation: Situation, stage: str) -
     if used_bytes is None:
         return None
     base_bytes = situation.hardware.base_bytes
-    room = Room(situation.hardware, base_bytes + int(SHRINKS_TO * (used_bytes - base_bytes)))
-    smaller = room.choose(_ways(stage, plan, spec, situation, room))
+    limit_bytes = base_bytes + int(SHRINKS_TO * (used_bytes - base_bytes))
+    smaller = _choose(stage, plan, spec, situation, limit_bytes)
     return dataclasses.replace(plan, **{STAGE_FIELDS[stage]: smaller}) if smaller.peak_bytes < used_bytes else None
 
 
@@ -171,8 +170,7 @@ def minimum_bytes(plan: Plan, spec: CheckpointSpec, situation: Situation) -> int
     """The smallest budget that this plan's job would be accepted with; None where it keeps no budget."""
     if plan.decode != "rows":
         return None
-    room = Room(situation.hardware, 0)
-    stages = [room.choose(_ways(stage, plan, spec, situation, room)) for stage in _planned_stages(plan, situation)]
+    stages = [_choose(stage, plan, spec, situation, 0) for stage in _planned_stages(plan, situation)]
     least_bytes = max(stage.peak_bytes for stage in stages)
     return -(-(least_bytes + MINIMUM_STEP_BYTES // 2) // MINIMUM_STEP_BYTES) * MINIMUM_STEP_BYTES
 
@@ -180,6 +178,18 @@ def minimum_bytes(plan: Plan, spec: CheckpointSpec, situation: Situation) -> int
 def _planned_stages(plan: Plan, situation: Situation) -> list[str]:
     stages = [] if situation.tokens is None else ["text", "denoise"]
     return [*stages, "decode"] if plan.decode == "rows" else stages
+
+
+def _choose(stage: str, plan: Plan, spec: CheckpointSpec, situation: Situation, limit_bytes: int | None) -> Any:
+    room = Room(situation.hardware, limit_bytes, _staging_bytes(stage, plan, spec))
+    return room.choose(_ways(stage, plan, spec, situation, room))
+
+
+def _staging_bytes(stage: str, plan: Plan, spec: CheckpointSpec) -> int:
+    """The buffer through which weights are read that are stored in another precision."""
+    component = {"text": "text_encoder", "denoise": "transformer", "decode": "vae"}[stage]
+    stored = {entry.dtype for entry in spec.weights_of(component).tensors}
+    return STAGING_BYTES if stored - {getattr(plan.precision, PRECISION_FIELDS[stage])} else 0
 
 
 def _ways(
@@ -210,9 +220,9 @@ def _ways(
 class Room:
     """What a stage may take within a limit, and what it takes in total."""
 
-    def __init__(self, hardware: Hardware, limit_bytes: int | None) -> None:
+    def __init__(self, hardware: Hardware, limit_bytes: int | None, staging_bytes: int) -> None:
         self.base_bytes = hardware.base_bytes
-        self.extra_bytes = CUDA_EXTRA_BYTES if hardware.is_cuda else CPU_EXTRA_BYTES
+        self.extra_bytes = CUDA_EXTRA_BYTES if hardware.is_cuda else CPU_EXTRA_BYTES + staging_bytes
         self.extra_share = CUDA_EXTRA_SHARE if hardware.is_cuda else CPU_EXTRA_SHARE
         self.limit_bytes = limit_bytes
 

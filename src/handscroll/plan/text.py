@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from handscroll.plan.hardware import MIB, Situation
+from handscroll.plan.hardware import Situation
 from handscroll.plan.precision import BYTES
 from handscroll.spec import TextEncoderSpec
-
-STAGING_BYTES = 16 * MIB  # through which weights of another dtype are read
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,15 +18,13 @@ class TextStage:
     seconds: float
 
 
-def text_stage(
-    spec: TextEncoderSpec, tokens: int, prompts: int, precision: str, situation: Situation
-) -> TextStage:
+def text_stage(spec: TextEncoderSpec, tokens: int, prompts: int, precision: str, situation: Situation) -> TextStage:
     """Encoding `prompts` prompts of at most `tokens` tokens in `precision`."""
     hardware = situation.hardware
     slots = 2 if hardware.is_cuda else 1
     held = slots * spec.layer_parameter_count * BYTES[precision] + activation_bytes(spec, tokens, precision)
     if not hardware.is_cuda:
-        held += STAGING_BYTES + situation.tokenizer_bytes
+        held += situation.tokenizer_bytes
     read_bytes = prompts * spec.num_hidden_layers * spec.layer_parameter_count * BYTES[precision]
     seconds = prompts * flops(spec, tokens) / hardware.rates.flops(precision) + read_bytes / hardware.rates.weight_bytes
     return TextStage(tokens, held, seconds)

@@ -110,6 +110,8 @@ def open_module(
         setattr(module, "encoder" if part == "decoder" else "decoder", None)
 
     entries = _match(spec, component, module, part)
+    for parameter in module.parameters():  # so that a module tells its dtype before its weights are there
+        parameter.data = parameter.data.to(dtype)
     _recompute_buffers(module, dtype, device, leave)
     for name, buffer in module.named_buffers():
         if buffer.is_meta and name not in entries and name not in leave:

@@ -135,9 +135,7 @@ class Stages:
             return Opened(module, stream, self.keep)
         leave = {"patch_embed.pos_embed"} if component == "transformer" else set()
         part: Any = "decoder" if component == "vae" else None
-        module, stream = open_module(
-            self.spec, component, dtype=dtype, device=self.plan.device, part=part, leave=leave
-        )
+        module, stream = open_module(self.spec, component, dtype=dtype, device=self.plan.device, part=part, leave=leave)
         if self.keep or (component == "vae" and self.plan.decode != "rows"):
             stream.keep(module)
             return Opened(module, stream, kept=True)
