@@ -140,14 +140,20 @@ class AutoencoderTraining:
             self.model = linear_autoencoder(self.windows[:1200])
         self.model.to(self.device)
         self.average = Average(self.model, horizon=600)
-        last_layer = [*self.model.decoder.norm_out.parameters(), *self.model.decoder.conv_out.parameters()]
-        last = {id(p) for p in last_layer}
+        last = {
+            id(p) for module in (self.model.decoder.norm_out, self.model.decoder.conv_out) for p in module.parameters()
+        }
+        gates = {id(p) for n, p in self.model.named_parameters() if ".norm" in n and id(p) not in last}
+        encoder = [p for p in self.model.encoder.parameters() if id(p) not in gates]
+        decoder = [p for p in self.model.decoder.parameters() if id(p) not in gates | last]
         self.optimiser = torch.optim.AdamW(
             [
-                {"params": list(self.model.encoder.parameters()), "share": 0.5},
-                {"params": [p for p in self.model.decoder.parameters() if id(p) not in last]},
+                {"params": encoder, "share": 0.5},
+                {"params": decoder},
+                # Residual branches end in these norms, which start at zero: nothing is learnt before they open.
+                {"params": [p for p in self.model.parameters() if id(p) in gates], "share": 3.0},
                 # These see the lifted channels: each of their weights moves the brightness of everything.
-                {"params": last_layer, "share": 0.2},
+                {"params": [p for p in self.model.parameters() if id(p) in last], "share": 0.2},
             ],
             lr=0.0,
             betas=(0.9, 0.99),
@@ -158,6 +164,7 @@ class AutoencoderTraining:
             self.step = saved["step"]
             self.model.load_state_dict(saved["model"])
             self.average.model.load_state_dict(saved["average"])
+            self.average.updates = self.step
             self.optimiser.load_state_dict(saved["optimiser"])
         self.stopping = False
 
