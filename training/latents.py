@@ -7,6 +7,7 @@ file with the captions of each picture, a line of tab-separated paraphrases each
 from __future__ import annotations
 
 import argparse
+import multiprocessing
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -128,7 +129,8 @@ def main() -> None:
     targets = [round(count * options.scale) for _, count in PLAN]
     for files in buckets:
         files.trim()
-    with ProcessPoolExecutor(options.processes) as pool:
+    # Spawned: a process forked from one that has used threads or a GPU may hang.
+    with ProcessPoolExecutor(options.processes, mp_context=multiprocessing.get_context("spawn")) as pool:
         for files, indices in _rounds(buckets, targets, rounds=12):
             side = max(1, 16 * 64 // files.bucket.tokens)
             for start in range(indices.start, indices.stop, side):

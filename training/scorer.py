@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import multiprocessing
 import signal
 import time
 from collections import deque
@@ -99,7 +100,8 @@ def draw(seed: int) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
 
 def endless(first: int, processes: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Batches of fresh renders, painted ahead by other processes."""
-    with ProcessPoolExecutor(processes) as pool:
+    # Spawned: a process forked from one that has used threads or a GPU may hang.
+    with ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn")) as pool:
         ahead: deque[Future[tuple[NDArray[np.uint8], NDArray[np.int64]]]] = deque()
         seed = first
         while True:
