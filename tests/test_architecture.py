@@ -22,7 +22,7 @@ MAY_IMPORT = {
     "image_file": LEAVES,
     "latent_file": LEAVES,
     "pipeline": LEAVES | {"plan", "runtime", "image_file", "latent_file"},
-    "drop_in": LEAVES | {"banded", "runtime"},
+    "drop_in": LEAVES | {"banded", "plan", "runtime"},
     "progress_bars": LEAVES,
     "doctor": LEAVES | {"runtime"},
     "cli": LEAVES | {"plan", "runtime", "image_file", "latent_file", "pipeline", "progress_bars", "doctor"},

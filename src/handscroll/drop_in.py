@@ -14,13 +14,18 @@ from torch import Tensor
 
 from handscroll.banded import dcae
 from handscroll.errors import BudgetError, UsageError
+from handscroll.plan.decode import decode_stages
+from handscroll.plan.decoder_shape import DecoderShape
+from handscroll.plan.hardware import Hardware
 from handscroll.request import check_range, parse_bytes
 from handscroll.runtime.memory import trim
+from handscroll.spec import AutoencoderSpec
 
 _METHODS = ("_decode", "_encode")
-# What a sweep takes beside its map and its weights, in rows of its largest activation: so many whatever the strip
-# height, for line buffers, and so many for each row of a strip. Fitted from above to the peaks of f32c32-sana, holes
-# in the heap included.
+# In somebody else's process the heap is left as it is, with holes between what is in use.
+_HEAP_SHARE = 0.7
+# Encoding, in rows of a sweep's largest activation: so many whatever the strip height, for line buffers, and so many
+# for each row of a strip. Fitted from above to the peaks of f32c32-sana, holes in the heap included.
 _ROWS_ALWAYS, _ROWS_A_ROW = 22, 15
 
 
@@ -64,13 +69,12 @@ def _decode(autoencoder: Any, z: Tensor, *, strip_rows: int | None, memory_bytes
     """[B, C, h, w] -> [B, 3, H, W], in place of `AutoencoderDC._decode`."""
     decoder = autoencoder.decoder
     z = _moved(decoder, z)
-    if memory_bytes is not None:
-        strip_rows = _rows_within(dcae.decoder_units(decoder), z, memory_bytes)
+    route = {} if memory_bytes is None else _route_within(autoencoder, z, memory_bytes)
     factor = autoencoder.spatial_compression_ratio
     batch, _, height, width = z.shape
     out = z.new_empty(batch, autoencoder.config.in_channels, height * factor, width * factor)
     row = 0
-    for strip in dcae.decode_rows(decoder, z, strip_rows, on_sweep=lambda done, of: trim()):
+    for strip in dcae.decode_rows(decoder, z, strip_rows, on_sweep=lambda done, of: trim(), **route):
         out[:, :, row : row + strip.shape[2]] = strip
         row += strip.shape[2]
     return out
@@ -96,6 +100,22 @@ def _moved(module: torch.nn.Module, x: Tensor) -> Tensor:
     return x.to(parameter.device, parameter.dtype)
 
 
+def _route_within(autoencoder: Any, z: Tensor, memory_bytes: int) -> dict[str, Any]:
+    """Strip heights and starts whose planned peak stays within `memory_bytes`. Raises BudgetError with the least."""
+    batch, _, height, width = z.shape
+    spec = AutoencoderSpec.from_config(dict(autoencoder.config))
+    shape = DecoderShape(spec, height, width * batch, z.element_size())
+    precision = {2: "bf16", 4: "fp32"}.get(z.element_size(), "fp32")
+    limit_bytes = int(memory_bytes * _HEAP_SHARE)
+    ways = list(decode_stages(shape, precision, Hardware(str(z.device), scratch_bytes=0), limit_bytes))
+    fitting = [way for way in ways if way.peak_bytes <= limit_bytes]
+    if not fitting:
+        least_bytes = min(way.peak_bytes for way in ways)
+        raise _too_little(height, width, memory_bytes, int(least_bytes / _HEAP_SHARE) + 1)
+    best = min(fitting, key=lambda way: way.seconds)
+    return {"heights": best.strip_rows, "starts": best.starts}
+
+
 def _rows_within(units: list[dcae.Unit], x: Tensor, memory_bytes: int) -> int:
     """The strip height whose estimated peak stays within `memory_bytes`. Raises BudgetError with the least."""
     batch, _, height, width = x.shape
@@ -105,9 +125,13 @@ def _rows_within(units: list[dcae.Unit], x: Tensor, memory_bytes: int) -> int:
     row_bytes = [sweep.row_bytes(width, element_bytes) for sweep in sweeps]
     minimum = resident_bytes + (_ROWS_ALWAYS + _ROWS_A_ROW) * max(row_bytes)
     if memory_bytes < minimum:
-        raise BudgetError(
-            f"streaming {height}x{width} needs at least {minimum / 2**20:.0f} MiB above weights, input and result; "
-            f"{memory_bytes / 2**20:.0f} MiB were allowed",
-            minimum,
-        )
+        raise _too_little(height, width, memory_bytes, minimum)
     return max(1, ((memory_bytes - resident_bytes) // max(row_bytes) - _ROWS_ALWAYS) // _ROWS_A_ROW)
+
+
+def _too_little(height: int, width: int, memory_bytes: int, minimum_bytes: int) -> BudgetError:
+    return BudgetError(
+        f"streaming {height}x{width} needs at least {minimum_bytes / 2**20:.0f} MiB above weights, input and result; "
+        f"{memory_bytes / 2**20:.0f} MiB were allowed",
+        minimum_bytes,
+    )

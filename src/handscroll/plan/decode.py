@@ -9,8 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache, lru_cache
 
-from handscroll.plan.decoder_shape import DecoderShape
+from handscroll.plan.decoder_shape import DecoderShape, PassShape
 from handscroll.plan.hardware import Hardware
 from handscroll.plan.store import CHUNK_BYTES, Store
 
@@ -66,21 +67,53 @@ def decode_stages(
 
     `strip_rows` fixes the height in the last sweep, and the others' by the same bytes.
     """
-    latent_bytes = shape.rows * shape.columns * shape.spec.latent_channels * (4 + 2 * shape.element_bytes)
-    heights = [_heights(shape, index, strip_rows) for index in range(len(shape))]
-    for starts, stores in _layouts(shape, hardware):
-        layout = _Layout(shape, starts, stores, precision, hardware, latent_bytes)
+    for route in _routes(shape, precision, hardware, strip_rows):
         sweeps = []
-        for index in range(len(shape)):
-            options = [layout.sweep(index, rows) for rows in heights[index]]
+        for options in route:
             fitting = [option for option in options if limit_bytes is None or option.peak_bytes <= limit_bytes]
             if fitting:
-                sweeps.append(min(fitting, key=lambda option: (option.seconds, option.peak_bytes)))
+                sweeps.append(min(fitting, key=_by_seconds))
             else:
-                sweeps.append(min(options, key=lambda option: (option.peak_bytes, option.seconds)))
+                sweeps.append(min(options, key=_by_bytes))
         yield DecodeStage(
             tuple(sweeps), max(sweep.peak_bytes for sweep in sweeps), sum(sweep.seconds for sweep in sweeps)
         )
+
+
+def _by_seconds(option: SweepStage) -> tuple[float, int]:
+    return option.seconds, option.peak_bytes
+
+
+def _by_bytes(option: SweepStage) -> tuple[int, float]:
+    return option.peak_bytes, option.seconds
+
+
+@lru_cache(maxsize=8)  # a job asks several times: for its budget, for the least, for the next try
+def _routes(
+    shape: DecoderShape, precision: str, hardware: Hardware, strip_rows: int | None
+) -> tuple[tuple[tuple[SweepStage, ...], ...], ...]:
+    """For every layout, for every sweep, what each strip height makes of it."""
+    latent_bytes = shape.rows * shape.columns * shape.spec.latent_channels * (4 + 2 * shape.element_bytes)
+    heights = [_heights(shape, index, strip_rows) for index in range(len(shape))]
+    routes = []
+    known: dict[tuple[object, ...], tuple[SweepStage, ...]] = {}
+
+    @cache
+    def passes(start: int, index: int) -> list[PassShape]:
+        return [shape.pass_shape(start, index, rows) for rows in heights[index]]
+
+    for starts, stores in _layouts(shape, hardware):
+        layout = _Layout(shape, starts, stores, precision, hardware, latent_bytes)
+        route = []
+        for index in range(len(shape)):
+            start = starts[index]
+            key = (index, start, stores[index : index + 2], stores[start], starts[index + 1 : index + 2] == [start])
+            if key not in known:
+                made = zip(heights[index], passes(start, index), strict=True)
+                known[key] = tuple(layout.sweep(index, rows, each) for rows, each in made)
+            route.append(known[key])
+        routes.append(tuple(route))
+    return tuple(routes)
 
 
 def _heights(shape: DecoderShape, index: int, strip_rows: int | None) -> list[int]:
@@ -93,7 +126,7 @@ def _heights(shape: DecoderShape, index: int, strip_rows: int | None) -> list[in
     return [*(2**power for power in range(most.bit_length()) if 2**power < most), most]
 
 
-def _layouts(shape: DecoderShape, hardware: Hardware) -> Iterator[tuple[list[int], list[Store | None]]]:
+def _layouts(shape: DecoderShape, hardware: Hardware) -> Iterator[tuple[list[int], tuple[Store | None, ...]]]:
     """For every sweep where it starts and where its input map lives: all kept, the largest spilled, or recomputed."""
     count = len(shape)
     rooms: dict[Store, int] = {"disk": hardware.scratch_bytes}
@@ -102,13 +135,18 @@ def _layouts(shape: DecoderShape, hardware: Hardware) -> Iterator[tuple[list[int
     for restart in _restarts(shape):
         starts = [min(index, restart) for index in range(count)]
         stored = set(starts)
-        yield starts, ["memory" if index in stored else None for index in range(count)]
+        yield starts, tuple("memory" if index in stored else None for index in range(count))
         for first_spilled in sorted(stored - {0}):
             spilled = {index for index in stored if index >= first_spilled}
             for store, room_bytes in rooms.items():
                 if _spilled_bytes(shape, spilled) <= room_bytes:
-                    where = [store if index in spilled else "memory" for index in range(count)]
-                    yield starts, [where[index] if index in stored else None for index in range(count)]
+                    yield (
+                        starts,
+                        tuple(
+                            (store if index in spilled else "memory") if index in stored else None
+                            for index in range(count)
+                        ),
+                    )
 
 
 def _restarts(shape: DecoderShape) -> list[int]:
@@ -133,9 +171,8 @@ class _Layout:
     hardware: Hardware
     latent_bytes: int
 
-    def sweep(self, index: int, strip_rows: int) -> SweepStage:
+    def sweep(self, index: int, strip_rows: int, made: PassShape) -> SweepStage:
         start, rates = self.starts[index], self.hardware.rates
-        made = self.shape.pass_shape(start, index, strip_rows)
         strips = -(-self.shape.map_rows(index) // strip_rows)
         seconds = made.flops / rates.flops(self.precision) + strips * made.calls * SECONDS_A_CALL
         seconds += made.weight_bytes / rates.weight_bytes

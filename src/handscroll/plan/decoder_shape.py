@@ -22,7 +22,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import cached_property, lru_cache
+from functools import cached_property
 
 from handscroll.plan.hardware import MIB
 from handscroll.spec import AutoencoderSpec
@@ -171,15 +171,15 @@ def decoder_units(spec: AutoencoderSpec) -> Iterator[UnitShape]:
         if stage < len(channels) - 1:
             yield _up(spec, scale, channels[stage + 1], width)
             scale *= 2
-        for _ in range(layers[stage]):
-            if spec.decoder_block_types[stage] == "ResBlock":
-                macs = 18 * width**2
-                yield UnitShape("res_block", scale, width, width, macs + 3 * width, macs, norm=norm)
-            else:
-                yield _attention(spec, stage, scale, width)
-                hidden = 4 * width
-                macs = 3 * width * hidden + 18 * hidden
-                yield UnitShape("mix_ffn", scale, width, width, macs + 4 * hidden + 2 * width, macs)
+        if spec.decoder_block_types[stage] == "ResBlock":
+            macs = 18 * width**2
+            block = [UnitShape("res_block", scale, width, width, macs + 3 * width, macs, norm=norm)]
+        else:
+            hidden = 4 * width
+            macs = 3 * width * hidden + 18 * hidden
+            feed_forward = UnitShape("mix_ffn", scale, width, width, macs + 4 * hidden + 2 * width, macs)
+            block = [_attention(spec, stage, scale, width), feed_forward]
+        yield from block * layers[stage]
     last = channels[0] if layers[0] > 0 else channels[1]
     yield UnitShape("norm_out", scale, last, last, 2 * last, 0)
     if layers[0] > 0:
@@ -256,7 +256,6 @@ class DecoderShape:
         """Of the map that sweep `index` starts from."""
         return self.rows * self.sweeps[index][0].scale
 
-    @lru_cache(maxsize=1024)  # noqa: B019 - shapes are few and small
     def map_bytes(self, index: int) -> int:
         """The map that sweep `index` starts from; nothing for the first, whose input is the latent."""
         first = self.sweeps[index][0]
@@ -268,38 +267,72 @@ class DecoderShape:
         widest = max(unit.widest_channels * (unit.scale * unit.factor) ** 2 for unit in self.sweeps[index])
         return widest * self.columns * self.element_bytes // own
 
-    @lru_cache(maxsize=65536)  # noqa: B019
+    @cached_property
+    def _parts(self) -> tuple[tuple[tuple[_Part, ...], _Part | None], ...]:
+        """Of every sweep its units, and the sums that it makes for the next one's attention."""
+        parts = {id(unit): _Part.of(unit, self.element_bytes) for sweep in self.sweeps for unit in sweep}
+        sums = [_Part.of(replace(sweep[0], kind="sums"), self.element_bytes) for sweep in self.sweeps[1:]]
+        return tuple(
+            (tuple(parts[id(unit)] for unit in sweep), side)
+            for sweep, side in zip(self.sweeps, [*sums, None], strict=True)
+        )
+
     def pass_shape(self, start: int, index: int, strip_rows: int) -> PassShape:
         """The pass that makes sweep `index` from map `start`, `strip_rows` rows of map `index` at a time."""
-        units = [unit for sweep in self.sweeps[start : index + 1] for unit in sweep]
         own, element_bytes = self.sweeps[index][0].scale, self.element_bytes
-        if index + 1 < len(self.sweeps):
-            units.append(replace(self.sweeps[index + 1][0], kind="sums"))
-        held = working = workspace = waiting = weights = layout = 0
-        for unit in units:
+        parts = [part for each, _ in self._parts[start : index + 1] for part in each]
+        if (side := self._parts[index][1]) is not None:
+            parts.append(side)
+        working = workspace = waiting = 0
+        for part in dict.fromkeys(parts):  # layers of the same shape on the same map are one
+            unit = part.unit
             columns, strip = self.columns * unit.scale, _rows_at(strip_rows, unit.scale, own)
             rows = min(strip, self.rows * unit.scale)
-            buffered = sum((size - 1) * channels for size, channels in unit.windows)
-            held += (buffered + unit.queued_channels) * columns * element_bytes
-            for size, channels in unit.windows:
+            for size, channels in part.windows:
                 workspace = max(workspace, (size - 1 + max(rows, size // 2)) * channels * columns * element_bytes)
             working = max(working, waiting + unit.working_bytes(rows, columns, element_bytes))
             if rows * unit.factor > _rows_at(strip_rows, unit.scale * unit.factor, own):
                 # What comes out is cut to fewer rows; the others wait above the units that follow.
                 waiting += rows * unit.out_channels * columns * unit.factor**2 * element_bytes
-            weights += unit.laid_out * element_bytes
-            layout = max(layout, unit.layout_bytes(element_bytes) + unit.parameters * element_bytes)
         attentions = [sweep[0] for sweep in self.sweeps[1 : index + 2]]
         sums = sum(4 * unit.inner * (unit.head_dim + 1) * (1 + len(unit.scales)) for unit in attentions)
         if element_bytes == 2:
             working += min(FP32_PIECES_BYTES, working)
-        pixels = self.rows * self.columns
+        held = sum(part.held_channels for part in parts) * self.columns * element_bytes
         return PassShape(
             running_bytes=held + workspace + sums + working,
-            weight_bytes=weights,
-            layout_bytes=layout + sums,
-            flops=2.0 * pixels * sum(unit.macs * unit.scale**2 for unit in units),
-            calls=8 * len(units),
+            weight_bytes=sum(part.laid_out_bytes for part in parts),
+            layout_bytes=max(part.layout_bytes for part in parts) + sums,
+            flops=2.0 * self.rows * self.columns * sum(part.macs for part in parts),
+            calls=8 * len(parts),
+        )
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Part:
+    """A unit and what it takes whatever the strips: the same of every unit of this shape on this map.
+
+    held_channels: rows x channels of line buffers and queues, and macs, both for one pixel of the latent's width or
+    area.
+    """
+
+    unit: UnitShape
+    windows: tuple[tuple[int, int], ...]
+    held_channels: int
+    laid_out_bytes: int
+    layout_bytes: int
+    macs: int
+
+    @staticmethod
+    def of(unit: UnitShape, element_bytes: int) -> _Part:
+        buffered = sum((size - 1) * channels for size, channels in unit.windows)
+        return _Part(
+            unit,
+            tuple(unit.windows),
+            (buffered + unit.queued_channels) * unit.scale,
+            unit.laid_out * element_bytes,
+            unit.layout_bytes(element_bytes) + unit.parameters * element_bytes,
+            unit.macs * unit.scale**2,
         )
 
 

@@ -20,6 +20,8 @@ from handscroll.spec import CheckpointSpec
 # On a CPU a stage takes more of the process's memory than its tensors: code that is touched for the first time, heaps
 # of threads, oneDNN's scratch and compiled kernels, the file writer; and a share of small blocks between others.
 CPU_EXTRA_BYTES, CPU_EXTRA_SHARE = 60 * MIB, 0.03
+# In half precision oneDNN compiles more kernels and keeps more scratch.
+CPU_HALF_EXTRA_BYTES = 12 * MIB
 # CUDA's caching allocator reserves in blocks of 2 and 20 MiB, and some of what it holds is between two tensors.
 CUDA_EXTRA_BYTES, CUDA_EXTRA_SHARE = 96 * MIB, 0.08
 STAGING_BYTES = 16 * MIB
@@ -181,15 +183,17 @@ def _planned_stages(plan: Plan, situation: Situation) -> list[str]:
 
 
 def _choose(stage: str, plan: Plan, spec: CheckpointSpec, situation: Situation, limit_bytes: int | None) -> Any:
-    room = Room(situation.hardware, limit_bytes, _staging_bytes(stage, plan, spec))
+    room = Room(situation.hardware, limit_bytes, _beside_bytes(stage, plan, spec))
     return room.choose(_ways(stage, plan, spec, situation, room))
 
 
-def _staging_bytes(stage: str, plan: Plan, spec: CheckpointSpec) -> int:
-    """The buffer through which weights are read that are stored in another precision."""
+def _beside_bytes(stage: str, plan: Plan, spec: CheckpointSpec) -> int:
+    """What a stage's precision takes on a CPU: kernels, and a buffer to read weights stored in another through."""
     component = {"text": "text_encoder", "denoise": "transformer", "decode": "vae"}[stage]
     stored = {entry.dtype for entry in spec.weights_of(component).tensors}
-    return STAGING_BYTES if stored - {getattr(plan.precision, PRECISION_FIELDS[stage])} else 0
+    precision = getattr(plan.precision, PRECISION_FIELDS[stage])
+    half_bytes = CPU_HALF_EXTRA_BYTES if precision != "fp32" else 0
+    return half_bytes + (STAGING_BYTES if stored - {precision} else 0)
 
 
 def _ways(
@@ -220,9 +224,9 @@ def _ways(
 class Room:
     """What a stage may take within a limit, and what it takes in total."""
 
-    def __init__(self, hardware: Hardware, limit_bytes: int | None, staging_bytes: int) -> None:
+    def __init__(self, hardware: Hardware, limit_bytes: int | None, beside_bytes: int) -> None:
         self.base_bytes = hardware.base_bytes
-        self.extra_bytes = CUDA_EXTRA_BYTES if hardware.is_cuda else CPU_EXTRA_BYTES + staging_bytes
+        self.extra_bytes = CUDA_EXTRA_BYTES if hardware.is_cuda else CPU_EXTRA_BYTES + beside_bytes
         self.extra_share = CUDA_EXTRA_SHARE if hardware.is_cuda else CPU_EXTRA_SHARE
         self.limit_bytes = limit_bytes
 
