@@ -95,6 +95,7 @@ def generate(
                     on_event(Progress("text", 0, 1))
                     text, negative = recovery.run("text", lambda: encode_prompts(stage, request))
                     on_event(Progress("text", 1, 1))
+                stage.free()  # here, so that no stage is measured with the one before
             meters = [meter.fork() for _ in plan.seeds]
             for index in run.to_denoise():
                 with meters[index].stage("denoise"):
@@ -102,6 +103,7 @@ def generate(
                     latent = recovery.run("denoise", work, index)
                     run.keep_latent(index, latent, _latent_facts(request, _facts(request, stage, index)))
                     del latent
+            stage.free()
             for index, latent_path in enumerate(latent_paths):
                 if latent_path is not None:
                     run.keep_copy(index, latent_path)

@@ -70,11 +70,8 @@ def decode_stages(
     for route in _routes(shape, precision, hardware, strip_rows):
         sweeps = []
         for options in route:
-            fitting = [option for option in options if limit_bytes is None or option.peak_bytes <= limit_bytes]
-            if fitting:
-                sweeps.append(min(fitting, key=_by_seconds))
-            else:
-                sweeps.append(min(options, key=_by_bytes))
+            fitting = (option for option in options if limit_bytes is None or option.peak_bytes <= limit_bytes)
+            sweeps.append(next(fitting, None) or min(options, key=_by_bytes))
         yield DecodeStage(
             tuple(sweeps), max(sweep.peak_bytes for sweep in sweeps), sum(sweep.seconds for sweep in sweeps)
         )
@@ -92,7 +89,7 @@ def _by_bytes(option: SweepStage) -> tuple[int, float]:
 def _routes(
     shape: DecoderShape, precision: str, hardware: Hardware, strip_rows: int | None
 ) -> tuple[tuple[tuple[SweepStage, ...], ...], ...]:
-    """For every layout, for every sweep, what each strip height makes of it."""
+    """For every layout, for every sweep, what each strip height makes of it, the fastest first."""
     latent_bytes = shape.rows * shape.columns * shape.spec.latent_channels * (4 + 2 * shape.element_bytes)
     heights = [_heights(shape, index, strip_rows) for index in range(len(shape))]
     routes = []
@@ -110,7 +107,7 @@ def _routes(
             key = (index, start, stores[index : index + 2], stores[start], starts[index + 1 : index + 2] == [start])
             if key not in known:
                 made = zip(heights[index], passes(start, index), strict=True)
-                known[key] = tuple(layout.sweep(index, rows, each) for rows, each in made)
+                known[key] = tuple(sorted((layout.sweep(index, rows, each) for rows, each in made), key=_by_seconds))
             route.append(known[key])
         routes.append(tuple(route))
     return tuple(routes)
