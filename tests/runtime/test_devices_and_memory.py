@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,7 +11,7 @@ import torch
 
 from handscroll.errors import UsageError
 from handscroll.runtime.devices import find_hardware, remembered
-from handscroll.runtime.memory import Meter, release
+from handscroll.runtime.memory import Meter, peak_resident_bytes, release
 
 
 def test_a_measurement_is_taken_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -52,3 +54,10 @@ def test_a_stage_is_measured_by_itself() -> None:
     with forked.stage("other"):
         pass
     assert "other" not in meter.seconds
+
+
+def test_what_the_starting_process_held_is_not_counted() -> None:
+    ours = torch.ones(600 * 2**20, dtype=torch.uint8)
+    code = "from handscroll.runtime.memory import peak_resident_bytes; print(peak_resident_bytes())"
+    child = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert 10 * 2**20 < int(child.stdout) < ours.nbytes < peak_resident_bytes()

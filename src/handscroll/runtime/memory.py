@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import gc
 import os
@@ -71,6 +72,11 @@ def resident_bytes() -> int:
 
 def peak_resident_bytes() -> int:
     """The most this process has held so far, as `/usr/bin/time -v` prints it."""
+    # Linux lets a new program inherit the usage of the process that started it, which may have held gigabytes.
+    with contextlib.suppress(OSError), open("/proc/self/status", "rb") as file:
+        for line in file:
+            if line.startswith(b"VmHWM:"):
+                return int(line.split()[1]) * 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 
