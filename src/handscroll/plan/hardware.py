@@ -57,3 +57,4 @@ class Situation:
     hardware: Hardware
     tokens: int | None = None
     tokenizer_bytes: int = 0
+    suffix: str = ".png"

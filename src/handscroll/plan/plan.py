@@ -14,12 +14,13 @@ from handscroll.plan.denoise import DenoiseStage, Sampling, denoise_stages
 from handscroll.plan.hardware import MIB, Hardware, Situation
 from handscroll.plan.precision import BYTES, Precision, resolve_precision
 from handscroll.plan.text import TextStage, text_stage
+from handscroll.plan.writer import writer_bytes
 from handscroll.request import MAX_SIDE_PX, Request
 from handscroll.spec import CheckpointSpec
 
 # On a CPU a stage takes more of the process's memory than its tensors: code that is touched for the first time, heaps
 # of threads, oneDNN's scratch and compiled kernels, the file writer; and a share of small blocks between others.
-CPU_EXTRA_BYTES, CPU_EXTRA_SHARE = 60 * MIB, 0.03
+CPU_EXTRA_BYTES, CPU_EXTRA_SHARE = 56 * MIB, 0.03
 # In half precision oneDNN compiles more kernels and keeps more scratch.
 CPU_HALF_EXTRA_BYTES = 12 * MIB
 # CUDA's caching allocator reserves in blocks of 2 and 20 MiB, and some of what it holds is between two tensors.
@@ -183,17 +184,18 @@ def _planned_stages(plan: Plan, situation: Situation) -> list[str]:
 
 
 def _choose(stage: str, plan: Plan, spec: CheckpointSpec, situation: Situation, limit_bytes: int | None) -> Any:
-    room = Room(situation.hardware, limit_bytes, _beside_bytes(stage, plan, spec))
+    room = Room(situation.hardware, limit_bytes, _beside_bytes(stage, plan, spec, situation.suffix))
     return room.choose(_ways(stage, plan, spec, situation, room))
 
 
-def _beside_bytes(stage: str, plan: Plan, spec: CheckpointSpec) -> int:
-    """What a stage's precision takes on a CPU: kernels, and a buffer to read weights stored in another through."""
+def _beside_bytes(stage: str, plan: Plan, spec: CheckpointSpec, suffix: str) -> int:
+    """What a stage takes on a CPU for its precision (kernels, a buffer to read other weights through) and its file."""
     component = {"text": "text_encoder", "denoise": "transformer", "decode": "vae"}[stage]
     stored = {entry.dtype for entry in spec.weights_of(component).tensors}
     precision = getattr(plan.precision, PRECISION_FIELDS[stage])
     half_bytes = CPU_HALF_EXTRA_BYTES if precision != "fp32" else 0
-    return half_bytes + (STAGING_BYTES if stored - {precision} else 0)
+    file_bytes = writer_bytes(suffix, plan.width, plan.height) if stage == "decode" else 0
+    return half_bytes + (STAGING_BYTES if stored - {precision} else 0) + file_bytes
 
 
 def _ways(

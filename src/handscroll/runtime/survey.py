@@ -32,4 +32,4 @@ def survey(spec: CheckpointSpec, request: Request, output: Path, *, prompts: boo
         del tokenizer
         release("cpu")
     hardware = find_hardware(request.device, request.precision, scratch_folder(output.absolute().parent))
-    return Situation(hardware, tokens, tokenizer_bytes)
+    return Situation(hardware, tokens, tokenizer_bytes, output.suffix or ".png")
