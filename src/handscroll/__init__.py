@@ -7,13 +7,16 @@ from typing import TYPE_CHECKING, Any
 
 from handscroll.errors import (
     BudgetError,
+    BusyError,
     CheckpointError,
     FetchError,
     FormatError,
     HandscrollError,
     NumericsError,
+    OutOfMemoryError,
     OutputError,
     PromptError,
+    RunFolderError,
     SizeError,
     UnknownModelError,
     UsageError,
@@ -24,22 +27,25 @@ from handscroll.version import __version__
 
 if TYPE_CHECKING:
     from handscroll.drop_in import attach, detach
-    from handscroll.pipeline import Handscroll, Picture, Result, decode_latent, generate
+    from handscroll.pipeline import Handscroll, Picture, Result, decode_latent, generate, resume
 
 __all__ = [
     "BudgetError",
+    "BusyError",
     "CheckpointError",
     "FetchError",
     "FormatError",
     "Handscroll",
     "HandscrollError",
     "NumericsError",
+    "OutOfMemoryError",
     "OutputError",
     "Picture",
     "Progress",
     "PromptError",
     "Request",
     "Result",
+    "RunFolderError",
     "SizeError",
     "UnknownModelError",
     "UsageError",
@@ -48,6 +54,7 @@ __all__ = [
     "decode_latent",
     "detach",
     "generate",
+    "resume",
 ]
 
 _LAZY = {
@@ -56,6 +63,7 @@ _LAZY = {
     "Result": "handscroll.pipeline",
     "decode_latent": "handscroll.pipeline",
     "generate": "handscroll.pipeline",
+    "resume": "handscroll.pipeline",
     "attach": "handscroll.drop_in",
     "detach": "handscroll.drop_in",
 }

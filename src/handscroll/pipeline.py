@@ -173,7 +173,7 @@ def decode_latent(
 
 
 def plan_of(
-    request: Request, path: Path = Path(), on_event: OnEvent = ignore
+    request: Request, path: Path | None = None, on_event: OnEvent = ignore
 ) -> tuple[CheckpointSpec, Plan, int | None]:
     """What `generate` would run, where and in how much memory, and the smallest budget that would do.
 
@@ -248,7 +248,7 @@ class Handscroll:
             strip_rows=strip_rows,
             memory_bytes=self.memory_bytes,
         )
-        situation = survey(self.spec, request, Path())
+        situation = survey(self.spec, request)
         plan = make_plan(self.spec, request, situation, random_seed())
         enforce(plan.device, plan.budget_bytes)
         stage = self._stages(plan)

@@ -35,7 +35,7 @@ LIBRARIES = (
 )
 
 
-def find_hardware(device: str, precision: str, scratch: Path | None = None) -> Hardware:
+def find_hardware(device: str, precision: str, scratch: Path = Path()) -> Hardware:
     """Resolves `auto`, `cpu`, `cuda` or `cuda:N`. Raises UsageError for a device that is not here.
 
     bf16 is timed against fp32 only where the answer matters: `precision` auto, on a CPU with bf16 instructions. Speeds
@@ -43,7 +43,7 @@ def find_hardware(device: str, precision: str, scratch: Path | None = None) -> H
     """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    scratch_bytes = _free_disk_bytes(scratch or Path.cwd())
+    scratch_bytes = _free_disk_bytes(scratch)
     if device.startswith("cuda"):
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
         index = int(device.partition(":")[2] or 0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
 
 from handscroll.plan.hardware import Situation
@@ -13,10 +14,11 @@ from handscroll.runtime.text import count_tokens, instruction_of
 from handscroll.spec import CheckpointSpec
 
 
-def survey(spec: CheckpointSpec, request: Request, output: Path, *, prompts: bool = True) -> Situation:
+def survey(spec: CheckpointSpec, request: Request, output: Path | None = None, *, prompts: bool = True) -> Situation:
     """The device, its speed and free memory, and the length of the prompts, which the tokenizer is read for.
 
-    `output` is the picture's path, beside which maps may be put on disk. Without `prompts` only decoding is surveyed.
+    `output` is the picture's path, beside which maps may be put on disk; without it, in the system's temporary folder.
+    Without `prompts` only decoding is surveyed.
     Raises UsageError for a device that is not here, CheckpointError for a tokenizer that cannot be read.
     """
     import_libraries()
@@ -31,5 +33,6 @@ def survey(spec: CheckpointSpec, request: Request, output: Path, *, prompts: boo
         tokenizer_bytes = max(0, resident_bytes() - before_bytes)
         del tokenizer
         release("cpu")
-    hardware = find_hardware(request.device, request.precision, scratch_folder(output.absolute().parent))
-    return Situation(hardware, tokens, tokenizer_bytes, output.suffix or ".png")
+    folder = scratch_folder(None if output is None else output.absolute().parent)
+    hardware = find_hardware(request.device, request.precision, folder or Path(tempfile.gettempdir()))
+    return Situation(hardware, tokens, tokenizer_bytes, ".png" if output is None else output.suffix)
