@@ -20,7 +20,7 @@ class LiveBytes(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.alive: dict[int, tuple[StorageWeakRef, int]] = {}
-        self.given: dict[int, StorageWeakRef] = {}
+        self.given: dict[int, StorageWeakRef] = {}  # a reference keeps the address from being used again
         self.peak_bytes = 0
         self.now_bytes = 0
 
@@ -41,7 +41,6 @@ class LiveBytes(TorchDispatchMode):
                 if storage._cdata not in self.given and storage._cdata not in self.alive:
                     self.alive[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
         self.alive = {key: entry for key, entry in self.alive.items() if not entry[0].expired()}
-        self.given = {key: reference for key, reference in self.given.items() if not reference.expired()}
         self.now_bytes = sum(n_bytes for _, n_bytes in self.alive.values())
         self.peak_bytes = max(self.peak_bytes, self.now_bytes)
         return out

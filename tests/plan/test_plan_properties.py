@@ -1,0 +1,216 @@
+"""What every plan keeps, whatever is asked of whatever machine: random checkpoints, sizes, budgets and hardware."""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pytest
+
+from handscroll.errors import BudgetError
+from handscroll.plan.decoder_shape import DecoderShape
+from handscroll.plan.hardware import MIB, Hardware, Rates, Situation
+from handscroll.plan.plan import MINIMUM_STEP_BYTES, STAGE_FIELDS, Plan, make_plan, minimum_bytes, shrunk
+from handscroll.plan.precision import BYTES
+from handscroll.request import Request
+from handscroll.spec import F32C32_SANA, CheckpointSpec, TextEncoderSpec, TransformerSpec
+
+Miniature = Callable[..., Path]
+BUILTIN = Path(__file__).parents[2] / "src" / "handscroll" / "builtin" / "tiny-landscape"
+DRAWS_A_PART = 500
+
+SANA_06B = TransformerSpec(
+    num_layers=28,
+    num_attention_heads=36,
+    num_cross_attention_heads=16,
+    cross_attention_head_dim=72,
+    cross_attention_dim=1152,
+)
+OFFICIAL = (
+    TransformerSpec(),
+    TransformerSpec(qk_norm="rms_norm_across_heads"),
+    TransformerSpec(qk_norm="rms_norm_across_heads", num_layers=60),
+    SANA_06B,
+    replace(SANA_06B, qk_norm="rms_norm_across_heads", guidance_embeds=True),
+)
+F64C128 = replace(
+    F32C32_SANA,
+    latent_channels=128,
+    encoder_block_types=("ResBlock",) * 3 + ("EfficientViTBlock",) * 4,
+    decoder_block_types=("ResBlock",) * 3 + ("EfficientViTBlock",) * 4,
+    encoder_block_out_channels=(128, 256, 512, 512, 1024, 1024, 2048),
+    decoder_block_out_channels=(128, 256, 512, 512, 1024, 1024, 2048),
+    encoder_layers_per_block=(0, 4, 8, 2, 2, 2, 2),
+    decoder_layers_per_block=(0, 5, 10, 2, 2, 2, 2),
+    encoder_qkv_multiscales=((),) * 7,
+    decoder_qkv_multiscales=((),) * 7,
+    decoder_norm_types=("batch_norm",) * 3 + ("rms_norm",) * 4,
+    decoder_act_fns=("relu",) * 3 + ("silu",) * 4,
+    upsample_block_type="pixel_shuffle",
+)
+
+
+@pytest.fixture(scope="module")
+def specs(miniature: Miniature) -> list[CheckpointSpec]:
+    """Official shapes, the built-in model and miniatures, whose weights are stored in this and that."""
+    built_in = CheckpointSpec.from_folder(BUILTIN)
+    mini = CheckpointSpec.from_folder(miniature("1.6b"))
+    official = replace(built_in, autoencoder=F32C32_SANA, text_encoder=TextEncoderSpec())
+    return [
+        built_in,
+        mini,
+        CheckpointSpec.from_folder(miniature("sprint-1.6b")),
+        *(replace(official, transformer=transformer) for transformer in OFFICIAL),
+        *(
+            replace(mini, transformer=each, autoencoder=F32C32_SANA, text_encoder=TextEncoderSpec())
+            for each in OFFICIAL
+        ),
+        replace(mini, transformer=replace(SANA_06B, in_channels=128, out_channels=128), autoencoder=F64C128),
+        replace(mini, transformer=replace(OFFICIAL[0], patch_size=2)),
+    ]
+
+
+@dataclass(frozen=True)
+class Draw:
+    spec: CheckpointSpec
+    request: Request
+    situation: Situation
+    budget_bytes: int
+
+    def plan(self, budget_bytes: int | None) -> Plan:
+        return make_plan(self.spec, replace(self.request, memory_bytes=budget_bytes), self.situation, 0)
+
+
+def draw_one(rng: random.Random, specs: list[CheckpointSpec]) -> Draw:
+    def log_uniform(least: float, most: float) -> int:
+        return int(least * (most / least) ** rng.random())
+
+    on_cuda = rng.random() < 0.4
+    rates = Rates(*(10 ** rng.uniform(9, 15) for _ in range(3)), *(10 ** rng.uniform(7, 11) for _ in range(3)))
+    hardware = Hardware(
+        "cuda:0" if on_cuda else "cpu",
+        bf16_is_faster=rng.random() < 0.5,
+        base_bytes=0 if on_cuda else log_uniform(100 * MIB, 2048 * MIB),
+        free_bytes=None if rng.random() < 0.2 else log_uniform(64 * MIB, 2**38),
+        host_bytes=rng.choice([0, log_uniform(MIB, 2**36)]) if on_cuda else 0,
+        scratch_bytes=rng.choice([0, 2**62, log_uniform(MIB, 2**40)]),
+        rates=Rates() if rng.random() < 0.3 else rates,
+    )
+    request = Request(
+        "a lake",
+        width=min(32768, log_uniform(32, 32769)),
+        height=min(32768, log_uniform(32, 32769)),
+        steps=rng.randint(1, 50),
+        guidance=rng.choice([1.0, 4.5]),
+        seed=0,
+        precision=rng.choice(["auto", "fp32", "bf16", "fp16"]),
+        strip_rows=rng.choice([1, 7, 64]) if rng.random() < 0.1 else None,
+    )
+    tokens = None if rng.random() < 0.1 else rng.randint(1, 2000)
+    situation = Situation(hardware, tokens, rng.choice([0, 150 * MIB]))
+    return Draw(rng.choice(specs), request, situation, log_uniform(64 * MIB, 2**39))
+
+
+def check(draw: Draw) -> None:
+    """All that is promised, of one draw."""
+    unlimited = draw.plan(None)
+    minimum = minimum_bytes(unlimited, draw.spec, draw.situation)
+    assert minimum is not None
+    assert minimum % MINIMUM_STEP_BYTES == 0
+
+    # It is the least that would do, plus half a step, rounded up to a step.
+    too_small = minimum - 3 * MINIMUM_STEP_BYTES // 2 - 1
+    if too_small > 0:
+        with pytest.raises(BudgetError) as refused:
+            draw.plan(too_small)
+        assert refused.value.minimum_bytes == minimum
+    refusals: list[tuple[int, int]] = []
+    plans = [draw.plan(minimum - MINIMUM_STEP_BYTES // 2), draw.plan(minimum)]
+    for budget_bytes in sorted({draw.budget_bytes, minimum + draw.budget_bytes // 7}):
+        try:
+            plans.append(draw.plan(budget_bytes))
+        except BudgetError as error:
+            refusals.append((budget_bytes, error.minimum_bytes))
+    assert all(budget_bytes < minimum == least_bytes for budget_bytes, least_bytes in refusals)
+    for plan in plans:
+        check_plan(draw, plan)
+        assert plan.budget_bytes is not None
+        assert plan.planned_peak_bytes is not None
+        assert plan.planned_peak_bytes <= plan.budget_bytes
+    plans.sort(key=lambda plan: plan.budget_bytes or 0)
+    seconds = [total_seconds(plan) for plan in plans]
+    assert seconds == sorted(seconds, reverse=True), "more budget made a plan slower"
+    free_bytes = draw.situation.hardware.free_bytes
+    if free_bytes is None:
+        assert total_seconds(unlimited) <= seconds[-1]
+    check_plan(draw, unlimited)
+
+
+def total_seconds(plan: Plan) -> float:
+    return sum(getattr(plan, field).seconds for field in STAGE_FIELDS.values() if getattr(plan, field) is not None)
+
+
+def check_plan(draw: Draw, plan: Plan) -> None:
+    hardware = draw.situation.hardware
+    assert plan.decoding is not None
+    if draw.situation.tokens is None:
+        assert plan.text is plan.denoise is None
+    else:
+        assert plan.denoise is not None
+        assert 0 <= plan.denoise.resident_layers <= draw.spec.transformer.num_layers
+        assert 1 <= plan.denoise.band_rows <= -(-plan.latent_height // draw.spec.transformer.patch_size)
+        assert plan.denoise.residual != "host" or hardware.is_cuda
+
+    stage, starts = plan.decoding, plan.decoding.starts
+    precision = plan.precision.autoencoder
+    shape = DecoderShape(draw.spec.autoencoder, plan.latent_height, plan.latent_width, BYTES[precision])
+    assert len(stage.sweeps) == len(shape)
+    assert starts[0] == 0
+    for index, sweep in enumerate(stage.sweeps):
+        assert sweep.strip_rows >= 1
+        assert 0 <= sweep.start <= index
+        assert (sweep.store is not None) == (index in starts), "a map exists where a sweep starts from it"
+        assert sweep.store != "host" or hardware.is_cuda
+        assert sweep.seconds > 0
+    assert stage.sweeps[0].store == "memory"
+    room = {"disk": hardware.scratch_bytes, "host": hardware.host_bytes}
+    for first, second in zip(stage.sweeps[:-1], stage.sweeps[1:], strict=True):
+        index = stage.sweeps.index(second)
+        for place in {first.store, second.store} & room.keys():
+            both = [shape.map_bytes(i) for i in (index - 1, index) if stage.sweeps[i].store == place]
+            assert sum(both) <= room[place]
+
+    for name, used_bytes in plan.planned_bytes.items():
+        tries, smaller = 0, shrunk(plan, draw.spec, draw.situation, name)
+        while smaller is not None and tries < 2:
+            assert smaller.planned_bytes[name] < used_bytes
+            others = {other: n_bytes for other, n_bytes in plan.planned_bytes.items() if other != name}
+            assert others.items() <= smaller.planned_bytes.items()
+            used_bytes = smaller.planned_bytes[name]
+            tries, smaller = tries + 1, shrunk(smaller, draw.spec, draw.situation, name)
+
+
+def check_draws(specs: list[CheckpointSpec], seed: int, draws: int) -> None:
+    rng = random.Random(seed)
+    for number in range(draws):
+        draw = draw_one(rng, specs)
+        try:
+            check(draw)
+        except BaseException as error:
+            error.add_note(f"draw {number} of seed {seed}: {draw.spec.name} {draw.request} {draw.situation}")
+            error.add_note(f"budget {draw.budget_bytes}, transformer {dataclasses.asdict(draw.spec.transformer)}")
+            raise
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_what_every_plan_keeps(specs: list[CheckpointSpec], seed: int) -> None:
+    check_draws(specs, seed, DRAWS_A_PART)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(100, 110))
+def test_what_ten_thousand_plans_keep(specs: list[CheckpointSpec], seed: int) -> None:
+    check_draws(specs, seed, 1000)
