@@ -27,12 +27,14 @@ SECONDS_A_BAND = 1e-3
 class DenoiseStage:
     """`band_rows` of the token map at a time; `resident_layers` of the transformer's layers stay in memory.
 
-    `residual` is where the residual streams live between bands. `peak_bytes` of the whole stage; `seconds` by the
-    hardware's rates.
+    `together`: guidance's branches pass through each layer one after another, so that it is read once a step; else one
+    forward follows the other, and one residual stream exists at a time. `residual` is where the streams live between
+    bands. `peak_bytes` of the whole stage; `seconds` by the hardware's rates.
     """
 
     band_rows: int
     resident_layers: int
+    together: bool
     residual: Store
     peak_bytes: int
     seconds: float
@@ -66,9 +68,10 @@ def denoise_stages(
     samples_bytes = 8 * 4 * job.positions * spec.patch_size**2 * max(spec.in_channels, spec.out_channels)
     text_bytes = job.branches * job.tokens * (3 * spec.width + spec.caption_channels) * element_bytes
     compute_seconds = job.steps * job.branches * forward_flops(spec, job) / hardware.rates.flops(job.precision)
-    for residual in _stores(hardware, job.branches * stream_bytes):
+    for residual, together in _residuals(hardware, job.branches, stream_bytes):
+        streams = job.branches if together else 1
         held = fixed_bytes + text_bytes + samples_bytes
-        held += (job.branches - 1) * stored_bytes(stream_bytes, residual)
+        held += (streams - 1) * stored_bytes(stream_bytes, residual)
         held += stored_bytes(stream_bytes, residual, rewritten=True)
         moved_bytes = 0 if residual == "memory" else 3 * job.steps * job.branches * spec.num_layers * stream_bytes
         moving_seconds = moved_bytes / (hardware.rates.disk_bytes if residual == "disk" else hardware.rates.host_bytes)
@@ -79,7 +82,8 @@ def denoise_stages(
             for resident in {0, _resident_layers(spec.num_layers, layer_bytes, slots, working, limit_bytes)}:
                 streamed = spec.num_layers - resident
                 weight_bytes = (resident + (min(slots, streamed))) * layer_bytes
-                reading_seconds = job.steps * streamed * layer_bytes / hardware.rates.weight_bytes
+                readings = job.steps * (1 if together else job.branches)
+                reading_seconds = readings * streamed * layer_bytes / hardware.rates.weight_bytes
                 if hardware.is_cuda:  # read on a stream of their own while a layer computes
                     busy_seconds = max(compute_seconds, reading_seconds)
                 else:
@@ -87,18 +91,22 @@ def denoise_stages(
                 yield DenoiseStage(
                     band_rows=band_rows,
                     resident_layers=resident,
+                    together=together,
                     residual=residual,
                     peak_bytes=working + weight_bytes,
                     seconds=busy_seconds + moving_seconds + calls * SECONDS_A_BAND,
                 )
 
 
-def _stores(hardware: Hardware, n_bytes: int) -> Iterator[Store]:
-    yield "memory"
-    if hardware.is_cuda and n_bytes <= hardware.host_bytes:
-        yield "host"
-    if n_bytes <= hardware.scratch_bytes:
-        yield "disk"
+def _residuals(hardware: Hardware, branches: int, stream_bytes: int) -> Iterator[tuple[Store, bool]]:
+    """Where residual streams live, and whether all branches' exist at a time. Each is written as another is read."""
+    yield "memory", True
+    if branches > 1:
+        yield "memory", False
+    if hardware.is_cuda and (branches + 1) * stream_bytes <= hardware.host_bytes:
+        yield "host", True
+    if (branches + 1) * stream_bytes <= hardware.scratch_bytes:
+        yield "disk", True
 
 
 def _resident_layers(layers: int, layer_bytes: int, slots: int, other_bytes: int, limit_bytes: int | None) -> int:

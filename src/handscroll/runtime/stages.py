@@ -50,6 +50,8 @@ class Transformer:
     def predict(self, branches: Sequence[Branch]) -> list[Tensor]:
         """What the transformer gives for each branch. Takes and returns what `banded.dit.predict` does."""
         stage = self.plan.denoise
+        if stage is not None and not stage.together and len(branches) > 1:
+            return [self.predict([branch])[0] for branch in branches]
         residual: Store = "memory" if stage is None else stage.residual
         return dit.predict(
             self.module,
