@@ -63,7 +63,7 @@ def main() -> None:
     if arguments.threads:
         os.environ["OMP_NUM_THREADS"] = str(arguments.threads)
     if arguments.mode == "child":
-        print(json.dumps(plan_jobs(json.loads(arguments.jobs))))
+        print(json.dumps(plan_jobs(json.loads(arguments.jobs.read_text()), arguments.jobs.parent)))
         return
     with tempfile.TemporaryDirectory(prefix="handscroll-bench-", dir=arguments.scratch) as folder:
         measure = {"generate": generate, "decode": decode, "draws": draws}[arguments.mode]
@@ -103,7 +103,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     mode.add_argument("--largest", type=int, default=2048, help="side in pixels that no picture passes")
 
     mode = modes.add_parser("child", parents=[shared])
-    mode.add_argument("jobs")
+    mode.add_argument("jobs", type=Path)
     return parser.parse_args(argv)
 
 
@@ -295,14 +295,16 @@ def plan_decodes(arguments: argparse.Namespace, folder: Path) -> list[dict[str, 
 
 def planned_jobs(jobs: list[dict[str, Any]], folder: Path) -> list[dict[str, Any]]:
     """What is planned for jobs without a budget and with the least, in a process of its own."""
-    done = child.run([sys.executable, __file__, "child", json.dumps(jobs)], fresh_cache(folder))
+    listed = folder / "jobs.json"
+    listed.write_text(json.dumps(jobs))
+    done = child.run([sys.executable, __file__, "child", listed], fresh_cache(folder))
     if done.exit_code:
         raise child.ChildError(done.why)
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def plan_jobs(jobs: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The child of `planned_jobs`. With `decode` in a job, only decoding is planned."""
+def plan_jobs(jobs: list[dict[str, Any]], folder: Path) -> list[dict[str, Any]]:
+    """The child of `planned_jobs`. With `decode` in a job, only decoding is planned; pictures go to `folder`."""
     found = []
     for job in jobs:
         spec = open_checkpoint(job["model"])
@@ -316,7 +318,7 @@ def plan_jobs(jobs: list[dict[str, Any]]) -> list[dict[str, Any]]:
             precision=job["precision"],
             device="cpu",
         )
-        situation = survey(spec, request, Path(), prompts="decode" not in job)
+        situation = survey(spec, request, folder / "planned.png", prompts="decode" not in job)
         free = make_plan(spec, request, situation, 1)
         least = minimum_bytes(free, spec, situation)
         answer = {"size_px": [job["width"], job["height"]], "minimum_bytes": least}
