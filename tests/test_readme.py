@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 import subprocess
@@ -42,10 +43,25 @@ def test_the_first_command_makes_a_picture(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [picture]
 
 
-def test_the_python_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
+def test_the_commands_with_a_budget_run_within_it(tmp_path: Path) -> None:
+    commands = [line for block in blocks("sh") for line in block.splitlines() if " --memory " in line]
+    assert [shlex.split(command)[:2] for command in commands] == [["handscroll", "plan"], ["handscroll", "generate"]]
+    for command in commands:
+        arguments = [*shlex.split(command)[1:], "--json"]
+        done = subprocess.run(
+            [sys.executable, "-m", "handscroll", *arguments], cwd=tmp_path, capture_output=True, text=True, timeout=300
+        )
+        assert done.returncode == 0, done.stderr
+        memory = json.loads(done.stdout)["memory"]
+        assert memory["planned_peak_bytes"] <= memory["budget_bytes"]
+    assert memory["measured_peak_bytes"] <= memory["budget_bytes"]
+
+
+def test_the_python_example_runs(tmp_path: Path) -> None:
     (example,) = [block for block in blocks("python") if "Handscroll.from_pretrained" in block]
-    exec(compile(example, "README.md", "exec"), {})
+    # In a process of its own, since the budget is of the whole process.
+    done = subprocess.run([sys.executable, "-c", example], cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
     assert (tmp_path / "hills.png").stat().st_size > 10_000
 
 
