@@ -20,7 +20,7 @@ from handscroll.spec import CheckpointSpec
 
 # On a CPU a stage takes more of the process's memory than its tensors: code that is touched for the first time, heaps
 # of threads, oneDNN's scratch and compiled kernels, the file writer; and a share of small blocks between others.
-CPU_EXTRA_BYTES, CPU_EXTRA_SHARE = 56 * MIB, 0.03
+CPU_EXTRA_BYTES, CPU_EXTRA_SHARE = {"text": 32 * MIB, "denoise": 40 * MIB, "decode": 56 * MIB}, 0.03
 # In half precision oneDNN compiles more kernels and keeps more scratch.
 CPU_HALF_EXTRA_BYTES = 12 * MIB
 # CUDA's caching allocator reserves in blocks of 2 and 20 MiB, and some of what it holds is between two tensors.
@@ -184,18 +184,20 @@ def _planned_stages(plan: Plan, situation: Situation) -> list[str]:
 
 
 def _choose(stage: str, plan: Plan, spec: CheckpointSpec, situation: Situation, limit_bytes: int | None) -> Any:
-    room = Room(situation.hardware, limit_bytes, _beside_bytes(stage, plan, spec, situation.suffix))
+    room = Room(situation.hardware, limit_bytes, _extra_bytes(stage, plan, spec, situation))
     return room.choose(_ways(stage, plan, spec, situation, room))
 
 
-def _beside_bytes(stage: str, plan: Plan, spec: CheckpointSpec, suffix: str) -> int:
-    """What a stage takes on a CPU for its precision (kernels, a buffer to read other weights through) and its file."""
+def _extra_bytes(stage: str, plan: Plan, spec: CheckpointSpec, situation: Situation) -> int:
+    """What a stage takes beside tensors: on a CPU also kernels, a buffer to read other weights through, and its file."""
+    if situation.hardware.is_cuda:
+        return CUDA_EXTRA_BYTES
     component = {"text": "text_encoder", "denoise": "transformer", "decode": "vae"}[stage]
     stored = {entry.dtype for entry in spec.weights_of(component).tensors}
     precision = getattr(plan.precision, PRECISION_FIELDS[stage])
-    half_bytes = CPU_HALF_EXTRA_BYTES if precision != "fp32" else 0
-    file_bytes = writer_bytes(suffix, plan.width, plan.height) if stage == "decode" else 0
-    return half_bytes + (STAGING_BYTES if stored - {precision} else 0) + file_bytes
+    extra_bytes = CPU_EXTRA_BYTES[stage] + (CPU_HALF_EXTRA_BYTES if precision != "fp32" else 0)
+    file_bytes = writer_bytes(situation.suffix, plan.width, plan.height) if stage == "decode" else 0
+    return extra_bytes + (STAGING_BYTES if stored - {precision} else 0) + file_bytes
 
 
 def _ways(
@@ -226,9 +228,9 @@ def _ways(
 class Room:
     """What a stage may take within a limit, and what it takes in total."""
 
-    def __init__(self, hardware: Hardware, limit_bytes: int | None, beside_bytes: int) -> None:
+    def __init__(self, hardware: Hardware, limit_bytes: int | None, extra_bytes: int) -> None:
         self.base_bytes = hardware.base_bytes
-        self.extra_bytes = CUDA_EXTRA_BYTES if hardware.is_cuda else CPU_EXTRA_BYTES + beside_bytes
+        self.extra_bytes = extra_bytes
         self.extra_share = CUDA_EXTRA_SHARE if hardware.is_cuda else CPU_EXTRA_SHARE
         self.limit_bytes = limit_bytes
 
