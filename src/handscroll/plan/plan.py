@@ -21,6 +21,8 @@ from handscroll.spec import CheckpointSpec
 # On a CPU a stage takes more of the process's memory than its tensors: code that is touched for the first time, heaps
 # of threads, oneDNN's scratch and compiled kernels, the file writer; and a share of small blocks between others.
 CPU_EXTRA_BYTES, CPU_EXTRA_SHARE = {"text": 32 * MIB, "denoise": 40 * MIB, "decode": 56 * MIB}, 0.03
+# Without a budget the heap keeps holes between what is in use.
+CPU_HEAP_SHARE = 0.6
 # In half precision oneDNN compiles more kernels and keeps more scratch.
 CPU_HALF_EXTRA_BYTES = 12 * MIB
 # CUDA's caching allocator reserves in blocks of 2 and 20 MiB, and some of what it holds is between two tensors.
@@ -173,6 +175,7 @@ def minimum_bytes(plan: Plan, spec: CheckpointSpec, situation: Situation) -> int
     """The smallest budget that this plan's job would be accepted with; None where it keeps no budget."""
     if plan.decode != "rows":
         return None
+    plan = dataclasses.replace(plan, budget_bytes=0)
     stages = [_choose(stage, plan, spec, situation, 0) for stage in _planned_stages(plan, situation)]
     least_bytes = max(stage.peak_bytes for stage in stages)
     return -(-(least_bytes + MINIMUM_STEP_BYTES // 2) // MINIMUM_STEP_BYTES) * MINIMUM_STEP_BYTES
@@ -184,12 +187,15 @@ def _planned_stages(plan: Plan, situation: Situation) -> list[str]:
 
 
 def _choose(stage: str, plan: Plan, spec: CheckpointSpec, situation: Situation, limit_bytes: int | None) -> Any:
-    room = Room(situation.hardware, limit_bytes, _extra_bytes(stage, plan, spec, situation))
+    extra_share = CPU_EXTRA_SHARE if plan.budget_bytes is not None else CPU_HEAP_SHARE
+    if situation.hardware.is_cuda:
+        extra_share = CUDA_EXTRA_SHARE
+    room = Room(situation.hardware, limit_bytes, _extra_bytes(stage, plan, spec, situation), extra_share)
     return room.choose(_ways(stage, plan, spec, situation, room))
 
 
 def _extra_bytes(stage: str, plan: Plan, spec: CheckpointSpec, situation: Situation) -> int:
-    """What a stage takes beside tensors: on a CPU also kernels, a buffer to read other weights through, and its file."""
+    """What a stage takes beside tensors: on a CPU kernels, a buffer to read other weights through, and its file."""
     if situation.hardware.is_cuda:
         return CUDA_EXTRA_BYTES
     component = {"text": "text_encoder", "denoise": "transformer", "decode": "vae"}[stage]
@@ -228,10 +234,9 @@ def _ways(
 class Room:
     """What a stage may take within a limit, and what it takes in total."""
 
-    def __init__(self, hardware: Hardware, limit_bytes: int | None, extra_bytes: int) -> None:
+    def __init__(self, hardware: Hardware, limit_bytes: int | None, extra_bytes: int, extra_share: float) -> None:
         self.base_bytes = hardware.base_bytes
-        self.extra_bytes = extra_bytes
-        self.extra_share = CUDA_EXTRA_SHARE if hardware.is_cuda else CPU_EXTRA_SHARE
+        self.extra_bytes, self.extra_share = extra_bytes, extra_share
         self.limit_bytes = limit_bytes
 
     @property
