@@ -7,18 +7,18 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from handscroll.errors import SizeError, UsageError
-from handscroll.plan.hardware import Hardware
+from handscroll.plan.hardware import Hardware, Situation
 from handscroll.plan.plan import make_plan
 from handscroll.plan.precision import resolve_precision
 from handscroll.request import MAX_SEED, Request, parse_bytes, parse_size
 from handscroll.spec import CheckpointSpec
 
 Miniature = Callable[..., Path]
-CPU = Hardware("cpu")
+CPU = Situation(Hardware("cpu"), tokens=20)
 
 
 @pytest.fixture
@@ -81,6 +81,7 @@ def test_defaults_come_from_the_checkpoint(spec: CheckpointSpec) -> None:
     assert make_plan(spec, Request("a lake", width=96), CPU, seed=0).height == 96
 
 
+@settings(deadline=None, max_examples=40)
 @given(st.integers(32, 5000), st.integers(32, 5000))
 def test_the_latent_holds_the_picture_and_no_more(width: int, height: int) -> None:
     folder = Path(__file__).parents[2] / "src" / "handscroll" / "builtin" / "tiny-landscape"
@@ -104,6 +105,8 @@ def test_the_latent_holds_the_picture_and_no_more(width: int, height: int) -> No
         {"device": "tpu"},
         {"decode": "magic"},
         {"strip_rows": 0},
+        {"memory_bytes": 0},
+        {"memory_bytes": 2**30, "decode": "tiled"},
     ],
 )
 def test_a_request_that_cannot_be_meant_is_refused(options: dict) -> None:

@@ -33,7 +33,9 @@ def text_stage(spec: TextEncoderSpec, tokens: int, prompts: int, precision: str,
 def activation_bytes(spec: TextEncoderSpec, tokens: int, precision: str) -> int:
     """The most that a layer holds beside its weights: in its gated MLP, or in its attention's scores.
 
-    Scores are made in `precision`, soft-capped, and their softmax is fp32: 8 bytes a head and pair of tokens in all.
+    Scores are made in `precision` and soft-capped; their softmax is fp32, and so is a copy of what half precisions give
+    it: 8 or 10 bytes a head and pair of tokens in all. Positions are rotated by a cosine and a sine a token and channel
+    of a head.
     """
     element_bytes = BYTES[precision]
     hidden = tokens * spec.hidden_size * element_bytes
@@ -41,8 +43,10 @@ def activation_bytes(spec: TextEncoderSpec, tokens: int, precision: str) -> int:
     projected = tokens * heads * spec.head_dim * element_bytes
     masks = 2 * tokens**2 * element_bytes
     mlp = 4 * tokens * spec.intermediate_size * element_bytes
-    attention = 8 * tokens**2 * spec.num_attention_heads + 2 * projected
-    return 3 * hidden + masks + max(mlp, attention)
+    score_bytes = 8 if element_bytes == 4 else element_bytes + 8
+    attention = score_bytes * tokens**2 * spec.num_attention_heads + 2 * projected
+    rotations = 4 * tokens * spec.head_dim * element_bytes
+    return 3 * hidden + masks + rotations + max(mlp, attention)
 
 
 def flops(spec: TextEncoderSpec, tokens: int) -> float:

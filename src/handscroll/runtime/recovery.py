@@ -50,20 +50,21 @@ class Recovery:
             if numerics:
                 self._in_fp32(stage, line, picture)
                 continue
-            tries_left -= not self._shrink(stage, line, picture)
+            if self._shrink(stage, line, picture):
+                continue
+            tries_left -= 1
             if not tries_left:
                 raise OutOfMemoryError(
                     f"out of memory while {NAMES[stage]}, which takes the least already: {line}; close other programs, "
                     "or use a smaller --size"
                 )
-
-    def _shrink(self, stage: str, line: str, picture: int) -> bool:
-        """Plans a stage with less memory; or waits, where it takes the least already, and says so with False."""
-        plan = self.stages.plan
-        smaller = shrunk(plan, self.stages.spec, self.situation, stage)
-        if smaller is None:
             self.on_event(notice(f"out of memory while {NAMES[stage]} ({line}); trying again", picture))
             time.sleep(WAIT_SECONDS)
+
+    def _shrink(self, stage: str, line: str, picture: int) -> bool:
+        """Plans a stage with less memory, and says so; False where it takes the least already."""
+        smaller = shrunk(self.stages.plan, self.stages.spec, self.situation, stage)
+        if smaller is None:
             return False
         self.stages.plan = smaller
         planned = smaller.planned_bytes[stage] // MIB

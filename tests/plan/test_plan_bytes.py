@@ -1,0 +1,301 @@
+"""The plan's arithmetic against the modules themselves, and against what real passes over them hold."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import AutoencoderDC, SanaTransformer2DModel
+from torch import Tensor
+from transformers import Gemma2Config, Gemma2Model
+
+import miniatures
+from handscroll.banded import dcae, dit
+from handscroll.banded.kernels import has_onednn
+from handscroll.banded.rows import RowMap, cut
+from handscroll.plan.decoder_shape import DecoderShape, decoder_units
+from handscroll.plan.denoise import band_bytes
+from handscroll.plan.store import stored_bytes
+from handscroll.plan.text import activation_bytes
+from handscroll.spec import F32C32_SANA, AutoencoderSpec, CheckpointSpec, TextEncoderSpec, TransformerSpec
+from live_bytes import LiveBytes
+
+BUILTIN = Path(__file__).parents[2] / "src" / "handscroll" / "builtin" / "tiny-landscape"
+MINIATURE = AutoencoderSpec.from_config(miniatures.AUTOENCODER)
+WIDE = replace(
+    F32C32_SANA,
+    encoder_block_out_channels=(32, 64, 128, 128, 256, 256),
+    decoder_block_out_channels=(32, 64, 128, 128, 256, 256),
+    decoder_layers_per_block=(1, 2, 2, 1, 2, 1),
+)
+# The kinds of stages that the family's other autoencoders have: f64c128, f128c512.
+F64 = replace(
+    MINIATURE,
+    latent_channels=16,
+    encoder_block_types=("ResBlock",) * 3 + ("EfficientViTBlock",) * 4,
+    decoder_block_types=("ResBlock",) * 3 + ("EfficientViTBlock",) * 4,
+    encoder_block_out_channels=(8, 16, 32, 32, 64, 64, 128),
+    decoder_block_out_channels=(8, 16, 32, 32, 64, 64, 128),
+    encoder_layers_per_block=(0, 1, 1, 1, 1, 1, 1),
+    decoder_layers_per_block=(0, 1, 2, 1, 1, 1, 1),
+    encoder_qkv_multiscales=((),) * 7,
+    decoder_qkv_multiscales=((),) * 7,
+    decoder_norm_types=("batch_norm",) * 3 + ("rms_norm",) * 4,
+    decoder_act_fns=("relu",) * 3 + ("silu",) * 4,
+    upsample_block_type="pixel_shuffle",
+)
+AUTOENCODERS = {
+    "f32c32-sana": F32C32_SANA,
+    "diffusers' default": AutoencoderSpec(),
+    "miniature": MINIATURE,
+    "wide": WIDE,
+    "f64": F64,
+    "f64, interpolated": replace(F64, upsample_block_type="interpolate"),
+    "f128": replace(
+        F64,
+        encoder_block_types=("ResBlock",) * 3 + ("EfficientViTBlock",) * 5,
+        decoder_block_types=("ResBlock",) * 3 + ("EfficientViTBlock",) * 5,
+        encoder_block_out_channels=(8, 16, 32, 32, 64, 64, 64, 64),
+        decoder_block_out_channels=(8, 16, 32, 32, 64, 64, 64, 64),
+        encoder_layers_per_block=(0, 1, 1, 1, 1, 1, 1, 1),
+        decoder_layers_per_block=(0, 1, 1, 1, 1, 1, 1, 1),
+        encoder_qkv_multiscales=((),) * 8,
+        decoder_qkv_multiscales=((),) * 8,
+        decoder_norm_types=("rms_norm",) * 8,
+        decoder_act_fns=("silu",) * 8,
+    ),
+    "pixel_shuffle": replace(MINIATURE, upsample_block_type="pixel_shuffle"),
+    "batch_norm": replace(MINIATURE, decoder_norm_types=("batch_norm",) * 6),
+    "two scales": replace(MINIATURE, decoder_qkv_multiscales=((), (), (), (3, 5), (3,), (5, 7))),
+    "a stage without layers": replace(MINIATURE, decoder_layers_per_block=(1, 0, 1, 1, 2, 1)),
+    "attention in all": replace(
+        MINIATURE,
+        decoder_block_types=("EfficientViTBlock",) * 6,
+        decoder_qkv_multiscales=((5,),) * 6,
+    ),
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _small_maps_want_one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def meta_decoder(spec: AutoencoderSpec) -> Any:
+    with torch.device("meta"):
+        return AutoencoderDC(**asdict(spec)).eval().requires_grad_(False).decoder
+
+
+def real_decoder(spec: AutoencoderSpec, dtype: torch.dtype) -> Any:
+    torch.manual_seed(0)
+    decoder = meta_decoder(spec).to_empty(device="cpu")
+    for parameter in decoder.parameters():
+        parameter.normal_(0, 0.1)
+    for buffer in decoder.buffers():
+        buffer.fill_(1)
+    return decoder.to(dtype)
+
+
+# Weights
+
+
+@pytest.mark.parametrize("name", AUTOENCODERS)
+def test_a_decoders_units_have_the_modules_parameters(name: str) -> None:
+    spec = AUTOENCODERS[name]
+    decoder = meta_decoder(spec)
+    ours, theirs = list(decoder_units(spec)), dcae.decoder_units(decoder)
+    counts = [sum(parameter.numel() for parameter in unit.module.parameters()) for unit in theirs]
+    assert [unit.parameters for unit in ours] == counts
+    assert sum(counts) == spec.decoder_parameter_count == sum(each.numel() for each in decoder.parameters())
+    assert [(unit.scale, unit.factor) for unit in ours] == [(unit.in_scale, unit.factor) for unit in theirs]
+    assert [unit.kind == "attention" for unit in ours] == [isinstance(unit, dcae.Attention) for unit in theirs]
+
+
+@pytest.mark.parametrize("name", AUTOENCODERS)
+def test_a_decoder_is_cut_where_it_runs(name: str) -> None:
+    spec, rng = AUTOENCODERS[name], random.Random(name)
+    units = dcae.decoder_units(meta_decoder(spec))
+    for _ in range(60):
+        rows, columns = (rng.choice([1, 2, 3, 5, 8, rng.randint(1, 1024)]) for _ in range(2))
+        element_bytes = rng.choice([2, 4])
+        ours = DecoderShape(spec, rows, columns, element_bytes)
+        theirs = dcae.cut_at_barriers(units, rows, columns)
+        assert len(ours) == len(theirs)
+        for index, sweep in enumerate(theirs):
+            assert ours.sweeps[index][0].scale == sweep.in_scale
+            assert ours.map_rows(index) == round(rows * sweep.in_scale)
+            assert ours.map_bytes(index) == sweep.map_bytes(rows, columns, element_bytes)
+
+
+# What a pass of the decoder holds
+
+
+class Given(RowMap):
+    """A map that was there before, so that it does not count."""
+
+    def __init__(self, whole: Tensor) -> None:
+        super().__init__(whole.shape[1])
+        self.whole = whole
+
+    def write(self, strip: Tensor | None) -> None:
+        assert strip is not None
+        self.whole[:, self.rows_written : self.rows_written + strip.shape[1]] = strip
+        self.rows_written += strip.shape[1]
+
+    def strips(self, strip_rows: int, keep: bool = False) -> Iterator[Tensor]:
+        return cut(self.whole, strip_rows)
+
+    def close(self) -> None:
+        pass
+
+
+@contextmanager
+def peaks_of_passes(live: LiveBytes) -> Iterator[list[int]]:
+    """Of every pass over rows the most that was alive, maps and the layouts of oneDNN's weights left out."""
+    peaks: list[int] = []
+    real = dcae.sweep
+
+    def sweep(source: Any, stages: Any) -> Iterator[Tensor]:
+        live.peak_bytes = 0
+        yield from real(source, stages)
+        peaks.append(live.peak_bytes)
+
+    dcae.sweep = sweep  # type: ignore[assignment]
+    try:
+        yield peaks
+    finally:
+        dcae.sweep = real
+
+
+def measured_passes(decoder: Any, latent: Tensor, heights: Sequence[int], starts: Sequence[int]) -> list[int]:
+    sweeps = dcae.cut_at_barriers(dcae.decoder_units(decoder), *latent.shape[2:])
+    rows, columns = latent.shape[2:]
+    maps = {}
+    for index, sweep in enumerate(sweeps[1:], 1):
+        assert sweep.attention is not None
+        channels = sweep.attention.module.to_out.out_features
+        sides = round(rows * sweep.in_scale), round(columns * sweep.in_scale)
+        maps[index] = torch.zeros(1, *sides, channels, dtype=latent.dtype)
+    with torch.no_grad(), LiveBytes() as live, peaks_of_passes(live) as peaks:
+        strips = dcae.decode_rows(
+            decoder, latent, heights=heights, starts=starts, new_map=lambda index, _: Given(maps[index])
+        )
+        for strip in strips:
+            del strip
+    return peaks
+
+
+# What maps of a few pixels hold more, or less, than their formulas say: rows of pixels, a norm's scales, fp32 pieces.
+LESS_BYTES, MORE_BYTES = 160 * 2**10, 512 * 2**10
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+
+
+def check_bytes(planned_bytes: int, measured_bytes: int, where: str) -> None:
+    assert planned_bytes + LESS_BYTES >= 0.98 * measured_bytes, f"{where}: {planned_bytes} for {measured_bytes}"
+    assert planned_bytes - MORE_BYTES <= 1.25 * measured_bytes, f"{where}: {planned_bytes} for {measured_bytes}"
+
+
+@DTYPES
+@pytest.mark.parametrize(
+    ("name", "sizes"),
+    [
+        ("miniature", [(3, 2), (2, 4)]),
+        ("wide", [(3, 2)]),
+        ("f64", [(2, 3)]),
+        ("two scales", [(4, 2)]),
+        *(
+            pytest.param(name, [(7, 4), (2, 6), (5, 3), (3, 5)], marks=pytest.mark.slow)
+            for name in ("miniature", "wide", "built-in", "f64", "pixel_shuffle", "batch_norm", "two scales")
+        ),
+    ],
+)
+def test_a_pass_of_the_decoder_holds_what_is_planned(
+    name: str, sizes: list[tuple[int, int]], dtype: torch.dtype
+) -> None:
+    if not has_onednn(torch.zeros(1, dtype=dtype)):
+        pytest.skip("planned for CPUs with oneDNN in this precision")
+    spec = CheckpointSpec.from_folder(BUILTIN).autoencoder if name == "built-in" else AUTOENCODERS[name]
+    decoder, rng = real_decoder(spec, dtype), random.Random(7)
+    for number, (rows, columns) in enumerate(sizes):
+        shape = DecoderShape(spec, rows, columns, dtype.itemsize)
+        count = len(shape)
+        heights = [rng.choice([1, 2, 3, shape.map_rows(index)]) for index in range(count)]
+        starts = [rng.randint(0, index) if number % 2 else index for index in range(count)]
+        latent = torch.randn(1, spec.latent_channels, rows, columns, dtype=dtype)
+        measured = measured_passes(decoder, latent, heights, starts)
+        assert len(measured) == count
+        for index, measured_bytes in enumerate(measured):
+            made = shape.pass_shape(starts[index], index, heights[index])
+            where = f"{rows}x{columns}, sweep {index} from {starts[index]} by {heights[index]} rows"
+            check_bytes(made.running_bytes, measured_bytes - latent.nbytes, where)
+
+
+# What a layer of the transformer holds
+
+TRANSFORMERS = {
+    "miniature": TransformerSpec.from_config(miniatures.TRANSFORMER),
+    "normed": TransformerSpec.from_config({**miniatures.TRANSFORMER, **miniatures.ROWS["1.5-1.6b"]}),
+    "wide": TransformerSpec(
+        num_layers=2,
+        num_attention_heads=16,
+        num_cross_attention_heads=8,
+        cross_attention_head_dim=64,
+        cross_attention_dim=512,
+        caption_channels=256,
+    ),
+}
+
+
+@DTYPES
+@pytest.mark.parametrize("branches", [1, 2])
+@pytest.mark.parametrize("name", TRANSFORMERS)
+def test_a_layer_of_the_transformer_holds_what_is_planned(name: str, branches: int, dtype: torch.dtype) -> None:
+    if not has_onednn(torch.zeros(1, dtype=dtype)):
+        pytest.skip("planned for CPUs with oneDNN in this precision")
+    spec, rng = TRANSFORMERS[name], random.Random(3)
+    torch.manual_seed(0)
+    transformer = SanaTransformer2DModel(**asdict(spec)).eval().to(dtype)
+    for rows, columns in ((7, 5), (12, 10)):
+        band_rows, tokens = rng.randint(1, rows), rng.choice([3, 40])
+        inputs = [
+            dit.Branch(
+                torch.randn(1, spec.in_channels, rows, columns, dtype=dtype),
+                torch.randn(1, tokens, spec.caption_channels, dtype=dtype),
+                None,
+                torch.tensor([500.0]),
+            )
+            for _ in range(branches)
+        ]
+        with LiveBytes() as live:
+            dit.predict(transformer, inputs, band_rows=band_rows)
+        stream_bytes = rows * columns * spec.width * dtype.itemsize
+        held = (branches - 1) * stored_bytes(stream_bytes, "memory") + branches * tokens * spec.width * dtype.itemsize
+        working = band_bytes(spec, columns, band_rows, tokens, dtype.itemsize)
+        planned = held + stored_bytes(stream_bytes, "memory", rewritten=True) + working
+        check_bytes(planned, live.peak_bytes, f"{rows}x{columns} in bands of {band_rows}, {tokens} tokens")
+
+
+# What a layer of the text encoder holds
+
+
+@DTYPES
+@pytest.mark.parametrize("tokens", [5, 90, 300])
+@pytest.mark.parametrize("wide", [False, True])
+def test_a_layer_of_the_text_encoder_holds_what_is_planned(wide: bool, tokens: int, dtype: torch.dtype) -> None:
+    changes = {"hidden_size": 288, "intermediate_size": 1152, "num_attention_heads": 4, "head_dim": 64} if wide else {}
+    encoder = Gemma2Model(Gemma2Config(**{**miniatures.TEXT_ENCODER, **changes})).eval().to(dtype)
+    spec = TextEncoderSpec.from_config({**miniatures.TEXT_ENCODER, **changes})
+    inputs = torch.randn(1, tokens, spec.hidden_size, dtype=dtype)
+    with torch.no_grad(), LiveBytes() as live:
+        encoder(inputs_embeds=inputs, use_cache=False)
+    planned = activation_bytes(spec, tokens, {torch.float32: "fp32", torch.bfloat16: "bf16"}[dtype])
+    assert live.peak_bytes - 8 * 2**10 <= planned <= 1.3 * live.peak_bytes + 8 * 2**10
