@@ -34,12 +34,16 @@ class HostLane:
     """The double buffering of a device with its own memory, on the host, where it can be watched."""
 
     def __init__(self) -> None:
-        self.allocated = 0
+        self.allocated = self.host_bytes = 0
         self.threads: set[str] = set()
 
-    def allocate(self, n_bytes: int) -> tuple[Tensor, Tensor]:
+    def allocate(self, n_bytes: int) -> Tensor:
         self.allocated += 1
-        return torch.empty(n_bytes, dtype=torch.uint8), torch.empty(n_bytes, dtype=torch.uint8)
+        return torch.empty(n_bytes, dtype=torch.uint8)
+
+    def allocate_host(self, n_bytes: int) -> Tensor:
+        self.host_bytes += n_bytes
+        return torch.empty(n_bytes, dtype=torch.uint8)
 
     def mark(self) -> object:
         return object()
@@ -317,6 +321,32 @@ def test_two_slots_serve_layer_after_layer(tmp_path: Path) -> None:
             with stream.lend(layer):
                 stream.prefetch(*module.layers[index + 1 : index + 2])
                 assert same_tensors(layer, loaded.layers[index])
+    assert lane.allocated == SLOTS
+    stream.close()
+
+
+def test_what_is_remembered_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded, opened = make_stack(tmp_path, layers=5)
+    lane = HostLane()
+    module, stream = opened(lane=lane)
+    layer_bytes = stream.bytes_of(module.layers[0])
+    stream.remember(3 * layer_bytes + layer_bytes // 2)
+    read: list[str] = []
+    fill = weights._Files.fill
+
+    def watched(self: Any, layout: Any, flat: Tensor) -> None:
+        read.extend(site.entry.name for site, _ in layout.places if site.leaf == "weight")
+        fill(self, layout, flat)
+
+    monkeypatch.setattr(weights._Files, "fill", watched)
+    for _ in range(3):
+        for index, layer in enumerate(module.layers):
+            with stream.lend(layer):
+                stream.prefetch(module.layers[(index + 1) % 5])
+                assert same_tensors(layer, loaded.layers[index])
+    first = [f"layers.{index}.weight" for index in range(3)]
+    assert all(read.count(name) == 1 for name in first)
+    assert read.count("layers.4.weight") == 3
     assert lane.allocated == SLOTS
     stream.close()
 

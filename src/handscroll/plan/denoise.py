@@ -21,6 +21,8 @@ BAND_BYTES = 16 * MIB
 SLAB_CHANNELS, SLAB_MULTIPLE = 1120, 32
 # What calling a layer's operators costs for a band, whatever its size.
 SECONDS_A_BAND = 1e-3
+# Of the time that reading layers takes beside computing, this much shows.
+READING_SHARE = 0.05
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,13 +31,15 @@ class DenoiseStage:
 
     `together`: guidance's branches pass through each layer one after another, so that it is read once a step; else one
     forward follows the other, and one residual stream exists at a time. `residual` is where the streams live between
-    bands. `peak_bytes` of the whole stage; `seconds` by the hardware's rates.
+    bands. Beside a CUDA device, `host_bytes` of the layers that are read anew are kept in the host's memory. `peak_bytes`
+    of the whole stage; `seconds` by the hardware's rates.
     """
 
     band_rows: int
     resident_layers: int
     together: bool
     residual: Store
+    host_bytes: int
     peak_bytes: int
     seconds: float
 
@@ -83,9 +87,12 @@ def denoise_stages(
                 streamed = spec.num_layers - resident
                 weight_bytes = (resident + (min(slots, streamed))) * layer_bytes
                 readings = job.steps * (1 if together else job.branches)
-                reading_seconds = readings * streamed * layer_bytes / hardware.rates.weight_bytes
-                if hardware.is_cuda:  # read on a stream of their own while a layer computes
-                    busy_seconds = max(compute_seconds, reading_seconds)
+                read_bytes = streamed * layer_bytes
+                host_bytes = read_bytes if hardware.is_cuda and read_bytes <= hardware.host_bytes else 0
+                rate = hardware.rates.host_bytes if host_bytes else hardware.rates.weight_bytes
+                reading_seconds = readings * read_bytes / rate
+                if hardware.is_cuda:  # on a stream of its own while a layer computes, and not quite for nothing
+                    busy_seconds = max(compute_seconds, reading_seconds) + READING_SHARE * reading_seconds
                 else:
                     busy_seconds = compute_seconds + reading_seconds
                 yield DenoiseStage(
@@ -93,6 +100,7 @@ def denoise_stages(
                     resident_layers=resident,
                     together=together,
                     residual=residual,
+                    host_bytes=host_bytes,
                     peak_bytes=working + weight_bytes,
                     seconds=busy_seconds + moving_seconds + calls * SECONDS_A_BAND,
                 )

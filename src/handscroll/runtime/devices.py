@@ -126,7 +126,7 @@ def _measure_rates(device: str) -> Rates:
     block.to(device)
     torch.cuda.synchronize(device)
     host_bytes = block.nbytes / (time.perf_counter() - start)
-    return Rates(**flops, weight_bytes=host_bytes, host_bytes=host_bytes)
+    return Rates(**flops, host_bytes=host_bytes)
 
 
 def _cpu_bf16_is_faster() -> bool:

@@ -145,6 +145,8 @@ class Stages:
             blocks: Any = module.transformer_blocks
             resident = len(blocks) if self.plan.denoise is None else self.plan.denoise.resident_layers
             stream.keep(module, but=blocks[resident:])
+            if self.plan.denoise is not None:
+                stream.remember(int(1.01 * self.plan.denoise.host_bytes))  # alignment pads a little
         return Opened(module, stream)
 
 

@@ -112,6 +112,14 @@ class WeightStream:
         if sites:
             self._memory.prefetch(self._layout(sites))
 
+    def remember(self, n_bytes: int) -> None:
+        """Lets a CUDA device's stream keep so many bytes of what it has read in pinned host memory, to send it again.
+
+        What was read first is kept. On a CPU this does nothing: the system's page cache does as much.
+        """
+        if isinstance(self._memory, _ReadAhead):
+            self._memory.room_bytes = n_bytes
+
     def bytes_of(self, *modules: nn.Module, but: Iterable[nn.Module] = ()) -> int:
         """Bytes of `modules`, without those in `but`, in `dtype`: what lending them fills, or keeping them holds."""
         return sum(site.n_bytes for site in self._sites_of(modules, but))
@@ -461,8 +469,11 @@ class _InPlace:
 class Lane(Protocol):
     """How bytes get from the host to where they are computed with, in order with what is computed there."""
 
-    def allocate(self, n_bytes: int) -> tuple[Tensor, Tensor]:
-        """Bytes over there, and on the host."""
+    def allocate(self, n_bytes: int) -> Tensor:
+        """Bytes over there."""
+
+    def allocate_host(self, n_bytes: int) -> Tensor:
+        """Bytes on the host, to be sent from."""
 
     def mark(self) -> Any:
         """An event: what was asked for so far by those who compute."""
@@ -482,9 +493,11 @@ class _CudaLane:
         self.device = device
         self.stream = torch.cuda.Stream(device)
 
-    def allocate(self, n_bytes: int) -> tuple[Tensor, Tensor]:
-        there = torch.empty(n_bytes, dtype=torch.uint8, device=self.device)
-        return there, torch.empty(n_bytes, dtype=torch.uint8, pin_memory=True)
+    def allocate(self, n_bytes: int) -> Tensor:
+        return torch.empty(n_bytes, dtype=torch.uint8, device=self.device)
+
+    def allocate_host(self, n_bytes: int) -> Tensor:
+        return torch.empty(n_bytes, dtype=torch.uint8, pin_memory=True)
 
     def mark(self) -> torch.cuda.Event:
         return torch.cuda.current_stream(self.device).record_event()
@@ -507,20 +520,23 @@ class _Slot:
     """A buffer over there and one on the host, and what has to have happened before each is written again."""
 
     there: Tensor
-    host: Tensor
     released: Any  # those who computed with `there` are done
-    copied: Any = None  # `host` has been copied
+    host: Tensor | None = None  # made when it is first needed
+    copied: Any = None  # what was sent last has been copied
     arriving: Future[None] = field(default_factory=Future)
 
 
 class _ReadAhead:
     """A thread reads into one slot while the other is computed with: for a device with its own memory.
 
-    Buffers are made by the thread that computes, since an allocator's memory belongs to the order of its work.
+    What was read once may be remembered on the host, so that it is only sent the next time. Buffers are made by the
+    thread that computes, since an allocator's memory belongs to the order of its work.
     """
 
     def __init__(self, files: _Files, lane: Lane) -> None:
         self._files, self._lane = files, lane
+        self.room_bytes = 0  # for what is remembered
+        self._remembered: dict[tuple[tuple[_Site, int], ...], Tensor] = {}
         self._idle: deque[_Slot] = deque()
         self._coming: dict[tuple[tuple[_Site, int], ...], _Slot] = {}
         self._lent = 0
@@ -557,6 +573,8 @@ class _ReadAhead:
         for key in list(self._coming):
             self._forget(key)
         self._idle.clear()
+        self.room_bytes += sum(host.numel() for host in self._remembered.values())
+        self._remembered.clear()
         if self._reader is not None:
             self._reader.shutdown()
             self._reader = None
@@ -570,19 +588,36 @@ class _ReadAhead:
             if self._idle:
                 self._idle.popleft()  # freed before the next is made
             with torch.inference_mode(False):  # the thread that fills it is in no mode
-                there, host = self._lane.allocate(layout.n_bytes)
-            slot = _Slot(there, host, released=self._lane.mark())
+                slot = _Slot(self._lane.allocate(layout.n_bytes), released=self._lane.mark())
         if self._reader is None:
             self._reader = ThreadPoolExecutor(1, thread_name_prefix="handscroll-weights")
-        slot.arriving = self._reader.submit(self._bring, slot, layout)
+        remembered = self._remembered.get(layout.places)
+        host = remembered
+        if host is None:
+            host = self._host_for(slot, layout)
+        slot.arriving = self._reader.submit(self._bring, slot, layout, host, remembered is None)
         return slot
 
-    def _bring(self, slot: _Slot, layout: _Layout) -> None:
+    def _host_for(self, slot: _Slot, layout: _Layout) -> Tensor:
+        """Where to read to: memory that is remembered while there is room, else the slot's own."""
+        n_bytes = layout.n_bytes
+        with torch.inference_mode(False):
+            if n_bytes <= self.room_bytes:
+                self.room_bytes -= n_bytes
+                return self._lane.allocate_host(n_bytes)
+            if slot.host is None or slot.host.numel() < n_bytes:
+                slot.host = self._lane.allocate_host(slot.there.numel())
+            return slot.host
+
+    def _bring(self, slot: _Slot, layout: _Layout, host: Tensor, read: bool) -> None:
         if slot.copied is not None:
             self._lane.finish(slot.copied)
-        self._files.fill(layout, slot.host)
+        if read:
+            self._files.fill(layout, host)
+            if host is not slot.host:
+                self._remembered[layout.places] = host
         n_bytes = layout.n_bytes
-        slot.copied = self._lane.send(slot.host[:n_bytes], slot.there[:n_bytes], slot.released)
+        slot.copied = self._lane.send(host[:n_bytes], slot.there[:n_bytes], slot.released)
 
     def _forget(self, key: tuple[tuple[_Site, int], ...]) -> None:
         """What was read ahead and not asked for."""
