@@ -12,9 +12,11 @@ from dataclasses import dataclass
 from functools import cache, lru_cache
 
 from handscroll.plan.decoder_shape import DecoderShape, PassShape
-from handscroll.plan.hardware import Hardware
+from handscroll.plan.hardware import MIB, Hardware
 from handscroll.plan.store import CHUNK_BYTES, Store
 
+# A strip whose largest activation is this big: beyond it nothing gets faster.
+STRIP_BYTES, CUDA_STRIP_BYTES = 16 * MIB, 256 * MIB
 # What calling one operator for a strip costs, whatever its size.
 SECONDS_A_CALL = 5e-5
 
@@ -91,7 +93,7 @@ def _routes(
 ) -> tuple[tuple[tuple[SweepStage, ...], ...], ...]:
     """For every layout, for every sweep, what each strip height makes of it, the fastest first."""
     latent_bytes = shape.rows * shape.columns * shape.spec.latent_channels * (4 + 2 * shape.element_bytes)
-    heights = [_heights(shape, index, strip_rows) for index in range(len(shape))]
+    heights = [_heights(shape, index, hardware, strip_rows) for index in range(len(shape))]
     routes = []
     known: dict[tuple[object, ...], tuple[SweepStage, ...]] = {}
 
@@ -113,13 +115,13 @@ def _routes(
     return tuple(routes)
 
 
-def _heights(shape: DecoderShape, index: int, strip_rows: int | None) -> list[int]:
+def _heights(shape: DecoderShape, index: int, hardware: Hardware, strip_rows: int | None) -> list[int]:
     """Strip heights to choose from: powers of two up to what makes the largest activation big."""
     row_bytes = shape.row_bytes(index)
     if strip_rows is not None:
         last = len(shape) - 1
         return [strip_rows if index == last else max(1, strip_rows * shape.row_bytes(last) // row_bytes)]
-    most = max(1, min(shape.map_rows(index), CHUNK_BYTES // row_bytes))
+    most = max(1, min(shape.map_rows(index), (CUDA_STRIP_BYTES if hardware.is_cuda else STRIP_BYTES) // row_bytes))
     return [*(2**power for power in range(most.bit_length()) if 2**power < most), most]
 
 

@@ -15,8 +15,9 @@ from handscroll.plan.precision import BYTES
 from handscroll.plan.store import Store, stored_bytes
 from handscroll.spec import TransformerSpec
 
-# A band whose widest activation is this big: beyond it nothing gets faster (4 rows of 128 tokens in bf16 are enough).
-BAND_BYTES = 16 * MIB
+# A band whose widest activation is this big: beyond it nothing gets faster (on a CPU 4 rows of 128 tokens in bf16 are
+# enough; a GPU wants more to do at a time).
+BAND_BYTES, CUDA_BAND_BYTES = 16 * MIB, 256 * MIB
 # Of the Mix-FFN's hidden channels so many are made at a time, as in banded/dit.py.
 SLAB_CHANNELS, SLAB_MULTIPLE = 1120, 32
 # What calling a layer's operators costs for a band, whatever its size.
@@ -31,8 +32,8 @@ class DenoiseStage:
 
     `together`: guidance's branches pass through each layer one after another, so that it is read once a step; else one
     forward follows the other, and one residual stream exists at a time. `residual` is where the streams live between
-    bands. Beside a CUDA device, `host_bytes` of the layers that are read anew are kept in the host's memory. `peak_bytes`
-    of the whole stage; `seconds` by the hardware's rates.
+    bands. Beside a CUDA device, `host_bytes` of the layers that are read anew are kept in the host's memory.
+    `peak_bytes` of the whole stage; `seconds` by the hardware's rates.
     """
 
     band_rows: int
@@ -79,7 +80,7 @@ def denoise_stages(
         held += stored_bytes(stream_bytes, residual, rewritten=True)
         moved_bytes = 0 if residual == "memory" else 3 * job.steps * job.branches * spec.num_layers * stream_bytes
         moving_seconds = moved_bytes / (hardware.rates.disk_bytes if residual == "disk" else hardware.rates.host_bytes)
-        for band_rows in band_heights(spec, job):
+        for band_rows in band_heights(spec, job, hardware):
             bands = -(-job.rows // band_rows)
             calls = job.steps * job.branches * spec.num_layers * bands
             working = held + band_bytes(spec, job.columns, band_rows, job.tokens, element_bytes)
@@ -124,10 +125,10 @@ def _resident_layers(layers: int, layer_bytes: int, slots: int, other_bytes: int
     return max(0, min(layers - 1, (limit_bytes - other_bytes) // layer_bytes - slots))
 
 
-def band_heights(spec: TransformerSpec, job: Sampling) -> list[int]:
+def band_heights(spec: TransformerSpec, job: Sampling, hardware: Hardware) -> list[int]:
     """Heights of bands to choose from, in rows of tokens: powers of two up to what makes the widest activation big."""
     row_bytes = job.columns * 2 * spec.hidden_channels * BYTES[job.precision]
-    most = min(job.rows, max(1, BAND_BYTES // row_bytes))
+    most = min(job.rows, max(1, (CUDA_BAND_BYTES if hardware.is_cuda else BAND_BYTES) // row_bytes))
     return [*(2**power for power in range(most.bit_length()) if 2**power < most), most]
 
 
