@@ -177,9 +177,9 @@ def plan_of(
 ) -> tuple[CheckpointSpec, Plan, int | None]:
     """What `generate` would run, where and in how much memory, and the smallest budget that would do.
 
-    No weight is read. Raises as `generate` does before it begins, BudgetError included.
+    No weight is read, or fetched. Raises as `generate` does before it begins, BudgetError included.
     """
-    spec = open_checkpoint(request.model, on_progress=_on_fetch(on_event))
+    spec = open_checkpoint(request.model, on_progress=_on_fetch(on_event), weights_too=False)
     situation = survey(spec, request, path)
     plan = make_plan(spec, request, situation, random_seed())
     return spec, plan, minimum_bytes(plan, spec, situation)

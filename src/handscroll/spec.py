@@ -299,7 +299,7 @@ class CheckpointSpec:
     `folder` is where it lies. `instruction` says whether the complex human instruction goes before a prompt;
     `instruction_lines` is the checkpoint's own text for it, and None means diffusers' text. A prompt longer than
     `max_prompt_tokens` is cut. The weight files are empty in a spec that describes a checkpoint which is not on this
-    machine.
+    machine; `published` is then what is known of its precision.
     """
 
     folder: Path
@@ -314,6 +314,7 @@ class CheckpointSpec:
     instruction: bool = True
     instruction_lines: tuple[str, ...] | None = None
     licence: str | None = None
+    published: str = "fp32"
     max_prompt_tokens: int = 300
     transformer_weights: WeightFiles = NO_WEIGHTS
     autoencoder_weights: WeightFiles = NO_WEIGHTS
@@ -383,6 +384,10 @@ class CheckpointSpec:
             case "text_encoder":
                 return self.text_encoder_weights
         raise ValueError(f"no component {component!r}; the components with weights are {', '.join(COMPONENTS)}")
+
+    def dtype_of(self, component: str) -> str:
+        """The dtype that a component's weights were published in: `fp32`, `bf16` or `fp16`."""
+        return self.weights_of(component).dtype or self.published
 
 
 def read_config(file: Path) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import threading
@@ -14,6 +15,8 @@ import pytest
 from huggingface_hub import constants
 
 from handscroll.errors import CheckpointError, FetchError, UnknownModelError
+from handscroll.pipeline import plan_of
+from handscroll.request import Request
 from handscroll.runtime import fetch as fetch_module
 from handscroll.runtime.checkpoint import open_checkpoint
 from handscroll.runtime.fetch import FetchProgress, choose_files, fetch, find_local
@@ -150,6 +153,19 @@ def test_a_checkpoint_is_fetched_once_and_then_needs_no_network(hub: Hub) -> Non
     assert fetch(HUB_ID) == find_local(HUB_ID) == folder
     assert open_checkpoint(HUB_ID).name == HUB_ID
     assert hub.requests == []
+
+
+def test_a_plan_needs_no_weights(hub: Hub) -> None:
+    spec, plan, minimum_bytes = plan_of(Request("a lake", model=HUB_ID, memory_bytes=2**40))
+    assert not any(name.endswith(".safetensors") for name in files_of(spec.folder))
+    assert find_local(HUB_ID) is None
+    assert plan.planned_peak_bytes is not None
+    assert minimum_bytes is not None
+    whole = open_checkpoint(HUB_ID)
+    assert find_local(HUB_ID) == whole.folder
+    assert dataclasses.replace(whole, name="", published="") == dataclasses.replace(
+        CheckpointSpec.from_folder(whole.folder), name="", published=""
+    )
 
 
 def test_pickles_and_second_copies_stay_where_they_are(hub: Hub) -> None:

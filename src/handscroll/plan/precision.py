@@ -39,7 +39,7 @@ def resolve_precision(spec: CheckpointSpec, requested: str, device: str, bf16_is
     auto follows the checkpoint on an accelerator, and on a CPU computes in fp32 unless bf16 is faster there. Text
     encoder and autoencoder are never fp16: their activations pass its 65,504 and the picture turns black.
     """
-    published = {name: spec.weights_of(name).dtype or "fp32" for name in ("text_encoder", "transformer", "vae")}
+    published = {name: spec.dtype_of(name) for name in ("text_encoder", "transformer", "vae")}
     bf16_is_faster = bf16_is_faster and spec.transformer.width >= BF16_MIN_WIDTH
     if requested != "auto":
         wanted = dict.fromkeys(published, requested)

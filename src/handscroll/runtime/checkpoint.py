@@ -18,7 +18,7 @@ from torch import nn
 
 from handscroll.errors import CheckpointError
 from handscroll.registry import Entry, resolve
-from handscroll.runtime.fetch import FetchProgress, fetch
+from handscroll.runtime.fetch import FetchProgress, fetch, find_local
 from handscroll.runtime.weights import DTYPES, WeightStream, read_rows
 from handscroll.spec import CheckpointSpec, read_config
 from handscroll.weight_files import TensorEntry, WeightFiles
@@ -32,8 +32,12 @@ SCHEDULERS = {
 }
 
 
-def open_checkpoint(model: str | Path, *, on_progress: Callable[[FetchProgress], None] | None = None) -> CheckpointSpec:
+def open_checkpoint(
+    model: str | Path, *, on_progress: Callable[[FetchProgress], None] | None = None, weights_too: bool = True
+) -> CheckpointSpec:
     """The spec of a model given by short name, folder or hub id; fetched first where it is not on this machine.
+
+    Without `weights_too` only the small files of such a model are fetched, and its spec names no weights.
 
     Raises UnknownModelError for a name that means nothing, FetchError if it cannot be fetched, CheckpointError if
     what is there is not a whole Sana checkpoint.
@@ -47,13 +51,18 @@ def open_checkpoint(model: str | Path, *, on_progress: Callable[[FetchProgress],
                 )
             return dataclasses.replace(CheckpointSpec.from_folder(folder), name=entry.name)
         case Entry(hub_id=str(hub_id)) as entry:
-            spec = CheckpointSpec.from_folder(fetch(hub_id, on_progress=on_progress))
-            return dataclasses.replace(spec, name=entry.name, licence=entry.licence)
+            spec = _fetched(hub_id, on_progress, weights_too)
+            return dataclasses.replace(spec, name=entry.name, licence=entry.licence, published=entry.precision)
         case Path() as folder:
             return CheckpointSpec.from_folder(folder)
         case hub_id:
-            spec = CheckpointSpec.from_folder(fetch(str(hub_id), on_progress=on_progress))
-            return dataclasses.replace(spec, name=str(hub_id))
+            return dataclasses.replace(_fetched(str(hub_id), on_progress, weights_too), name=str(hub_id))
+
+
+def _fetched(hub_id: str, on_progress: Callable[[FetchProgress], None] | None, weights_too: bool) -> CheckpointSpec:
+    folder = fetch(hub_id, on_progress=on_progress, weights_too=weights_too)
+    is_whole = weights_too or find_local(hub_id) is not None
+    return CheckpointSpec.from_folder(folder) if is_whole else CheckpointSpec.from_configs(folder)
 
 
 def load_module(

@@ -49,12 +49,14 @@ class FetchProgress:
 OnProgress = Callable[[FetchProgress], None]
 
 
-def fetch(hub_id: str, *, on_progress: OnProgress | None = None, offline: bool | None = None) -> Path:
+def fetch(
+    hub_id: str, *, on_progress: OnProgress | None = None, offline: bool | None = None, weights_too: bool = True
+) -> Path:
     """The folder of a hub checkpoint on this machine; downloaded first unless it is already here whole.
 
     A checkpoint that is here is used without asking the hub. `offline=True`, or HF_HUB_OFFLINE in the environment,
     never reaches for the network. The small files come first, so that a repository which is not Sana's is refused
-    before gigabytes are fetched.
+    before gigabytes are fetched. Without `weights_too` nothing else is: enough for a plan.
 
     Raises UnknownModelError if the hub knows no such model, FetchError if it cannot be reached, wants a login or the
     disk is too small, and CheckpointError if what it holds is not a Sana checkpoint in safetensors.
@@ -65,7 +67,7 @@ def fetch(hub_id: str, *, on_progress: OnProgress | None = None, offline: bool |
     if offline or (offline is None and constants.HF_HUB_OFFLINE):
         raise FetchError(f"{hub_id} is not on this machine and fetching is off (offline); {_where_to_look(hub_id)}")
     try:
-        return _download(hub_id, on_progress)
+        return _download(hub_id, on_progress, weights_too=weights_too)
     except HandscrollError:
         raise
     except Exception as error:  # hub, HTTP, xet and disk errors share no root but this one
@@ -122,18 +124,19 @@ def choose_files(names: Iterable[str], hub_id: str) -> tuple[list[str], list[str
 # Downloading.
 
 
-def _download(hub_id: str, on_progress: OnProgress | None) -> Path:
+def _download(hub_id: str, on_progress: OnProgress | None, *, weights_too: bool = True) -> Path:
     api = HfApi(endpoint=constants.ENDPOINT)
     info = api.model_info(hub_id, revision=REVISION, files_metadata=True, timeout=TIMEOUT_SECONDS)
     sizes = {sibling.rfilename: sibling.size or 0 for sibling in info.siblings or ()}
     small, weights = choose_files(sizes, hub_id)
-    wanted = {name: sizes.get(name, 0) for name in (*small, *weights)}
+    wanted = {name: sizes.get(name, 0) for name in (*small, *(weights if weights_too else ()))}
     _check_room(hub_id, sum(wanted.values()))
 
     report = _Report(hub_id, on_progress, wanted, _snapshot_folder(hub_id, info.sha))
     folder = _snapshot(hub_id, small, report)
     CheckpointSpec.from_configs(folder)
-    folder = _snapshot(hub_id, weights, report)
+    if weights_too:
+        folder = _snapshot(hub_id, weights, report)
     report.finish()
     return folder
 
