@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import secrets
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
@@ -97,25 +97,23 @@ def generate(
                     on_event(Progress("text", 1, 1))
                 stage.free()  # here, so that no stage is measured with the one before
             meters = [meter.fork() for _ in plan.seeds]
+            plans = [plan] * len(plan.seeds)
             for index in run.to_denoise():
                 with meters[index].stage("denoise"):
                     work = partial(denoise_picture, stage, text, negative, index, on_event, run)
-                    latent = recovery.run("denoise", work, index)
-                    run.keep_latent(index, latent, _latent_facts(request, _facts(request, stage, index)))
-                    del latent
+                    recovery.run("denoise", partial(keep_picture, work, stage, request, index, run), index)
             stage.free()
             for index, latent_path in enumerate(latent_paths):
                 if latent_path is not None:
                     run.keep_copy(index, latent_path)
             for index in run.to_decode():
                 with meters[index].stage("decode"):
-                    part = run.part_for(targets[index].final_path)
-                    show = partial(write_picture, stage, run.latent(index), targets[index], request, index)
-                    recovery.run("decode", partial(show, quality, on_event, part), index)
+                    show = partial(write_kept, stage, run, targets[index], request, index, quality, on_event)
+                    recovery.run("decode", show, index)
                     run.mark_done(index)
-            plan = stage.plan
+                plans[index] = stage.plan
     return [
-        _result(target.path, spec, plan, seed, meters[index], run.resumed_from(index))
+        _result(target.path, spec, plans[index], seed, meters[index], run.resumed_from(index))
         for index, (target, seed) in enumerate(zip(targets, plan.seeds, strict=True))
     ]
 
@@ -160,7 +158,7 @@ def decode_latent(
     request = _sized(request, tensor, spec, latent)
     situation = survey(spec, request, path, prompts=False)
     # A few-step model refuses a negative prompt, which the file may still name.
-    plan = make_plan(spec, dataclasses.replace(request, negative=""), situation, 0)
+    plan = _made_as(make_plan(spec, dataclasses.replace(request, negative=""), situation, 0), facts)
     target = check_target(path, plan.width, plan.height)
     enforce(plan.device, plan.budget_bytes)
     meter = Meter(plan.device)
@@ -346,6 +344,21 @@ def denoise_picture(
     return denoise(job)
 
 
+def keep_picture(work: Callable[[], Tensor], stage: Stages, request: Request, index: int, run: RunFolder) -> None:
+    """Keeps the latent that `work` gives, picture `index` of the plan, with what it was made in."""
+    latent = work()
+    run.keep_latent(index, latent, _latent_facts(request, _facts(request, stage, index)))
+
+
+def write_kept(
+    stage: Stages, run: RunFolder, target: Target, request: Request, index: int, quality: int | None, on_event: OnEvent
+) -> None:
+    """Decodes a run's finished latent into its file, which says in which precision the latent was made."""
+    latent, facts = run.latent_and_facts(index)
+    stage.plan = _made_as(stage.plan, facts)
+    write_picture(stage, latent, target, request, index, quality, on_event, run.part_for(target.final_path))
+
+
 def write_picture(
     stage: Stages,
     latent: Tensor,
@@ -417,6 +430,11 @@ def _facts(request: Request, stage: Stages, index: int) -> dict[str, Any]:
         "memory_mode": plan.decode,
         "exact": plan.exact,
     }
+
+
+def _made_as(plan: Plan, facts: Mapping[str, str]) -> Plan:
+    """The plan that decodes a latent: its precision before the decoder is what the latent's facts say."""
+    return dataclasses.replace(plan, precision=plan.precision.after(facts.get("precision", "")))
 
 
 def _latent_facts(request: Request, facts: dict[str, Any]) -> dict[str, str]:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from handscroll.errors import SizeError, UsageError
 from handscroll.plan.hardware import Hardware, Situation
 from handscroll.plan.plan import make_plan
-from handscroll.plan.precision import resolve_precision
+from handscroll.plan.precision import Precision, resolve_precision
 from handscroll.request import MAX_SEED, Request, parse_bytes, parse_size
 from handscroll.spec import CheckpointSpec
 
@@ -68,6 +68,14 @@ def test_precision(
     found = resolve_precision(published(spec, dtype), requested, device, bf16_is_faster)
     assert f"{found.text_encoder} {found.transformer} {found.autoencoder}" == expected
     assert bool(found.note) is (dtype == "fp16" and requested == "bf16")
+
+
+def test_a_decoder_follows_what_the_latent_was_made_in() -> None:
+    plain, mixed = Precision("bf16", "bf16", "bf16", "a note"), Precision("bf16", "fp32", "bf16")
+    assert plain.after("fp32") == Precision("fp32", "fp32", "bf16", "a note")
+    assert plain.after(str(mixed)) == dataclasses.replace(mixed, note="a note")
+    for unknown in ("", "auto", "fp8, fp8", "text encoder bf16", "transformer bf16, autoencoder bf16"):
+        assert plain.after(unknown) == plain
 
 
 def test_narrow_models_gain_nothing_from_bf16_on_a_cpu(spec: CheckpointSpec) -> None:

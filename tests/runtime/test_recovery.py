@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from handscroll import Request, cli, generate, pipeline
+from handscroll import Request, cli, decode_latent, generate, pipeline
 from handscroll.errors import NumericsError, OutOfMemoryError
 from handscroll.events import Progress, ignore
 from handscroll.image_file import read_parameters
@@ -58,18 +58,30 @@ def _quick(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 class Failing(LiveBytes):
-    """Raises in place of PyTorch's operations number `first` ... `last`, counted from 0, and measures what is alive."""
+    """Raises in place of PyTorch's operations number `first` ... `last`, and measures what is alive.
+
+    They are counted from 0. Views do not count: they take no memory.
+    """
 
     def __init__(self, first: int = -1, last: int = -1, error: Callable[[], BaseException] = MemoryError) -> None:
         super().__init__()
         self.first, self.last, self.error, self.operations = first, last, error, 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if _is_view(func):
+            return super().__torch_dispatch__(func, types, args, kwargs)
         number = self.operations
         self.operations += 1
         if self.first <= number <= self.last:
             raise self.error()
         return super().__torch_dispatch__(func, types, args, kwargs)
+
+
+def _is_view(func: Any) -> bool:
+    if func.overloadpacket.__name__ in ("contiguous", "reshape", "flatten", "to"):
+        return False  # they are views where they can, and copies where they cannot
+    given = [returned.alias_info for returned in func._schema.returns]
+    return any(alias is not None and not alias.is_write for alias in given)
 
 
 @dataclass
@@ -152,8 +164,11 @@ def test_memory_that_stays_out_ends_the_run_and_keeps_its_latent(
     real = pipeline.write_picture
 
     def write_picture(*arguments: Any) -> None:
-        failing.first, failing.last = 0, 2**62  # from here on there is none
-        real(*arguments)
+        failing.first, failing.last = 0, 2**62  # no decoder finds any
+        try:
+            real(*arguments)
+        finally:
+            failing.first = failing.last = -1
 
     monkeypatch.setattr(pipeline, "write_picture", write_picture)
     monkeypatch.chdir(job.folder)
@@ -285,6 +300,43 @@ def test_numbers_that_overflow_in_half_precision_are_made_in_fp32(
     assert kept
     for file in kept:
         assert torch.isfinite(load_file(file)["embeddings"].float()).all()
+
+
+def test_a_file_says_how_its_latent_was_made_also_in_another_session(miniature: Miniature, tmp_path: Path) -> None:
+    folder = fragile(Path(shutil.copytree(miniature("1.6b"), tmp_path / "model")), "denoise", 3.4e38)
+
+    def stop(event: Progress) -> None:
+        if event.stage == "decode":
+            raise KeyboardInterrupt
+
+    request = Request("a lake", model=str(folder), width=32, height=32, steps=1, seed=3, precision="bf16")
+    with pytest.raises(KeyboardInterrupt):
+        generate(request, tmp_path / "p.png", save_latent=tmp_path / "p.safetensors", on_event=stop)
+    (result,) = generate(request, tmp_path / "p.png", save_latent=tmp_path / "p.safetensors")
+    assert result.resumed_from_step == 1
+    assert result.precision == mixed("denoise", "bf16")
+    assert mixed("denoise", "bf16") in read_parameters(tmp_path / "p.png")
+    again = decode_latent(tmp_path / "p.safetensors", tmp_path / "again.png", precision="fp32")
+    assert again.precision == "text encoder bf16, transformer fp32, autoencoder fp32"
+
+
+def test_each_of_several_files_says_how_it_was_made(
+    miniature: Miniature, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, calls = pipeline.denoise, []
+
+    def overflow_once(job: Any) -> torch.Tensor:
+        calls.append(job)
+        if len(calls) == 2:
+            raise NumericsError("the transformer gave numbers that are not finite")
+        return real(job)
+
+    monkeypatch.setattr(pipeline, "denoise", overflow_once)
+    request = Request("a lake", model=str(miniature()), width=32, height=32, steps=1, seed=3, count=2, precision="bf16")
+    first, second = generate(request, tmp_path / "p.png")
+    assert (first.precision, second.precision) == ("bf16", mixed("denoise", "bf16"))
+    assert "Precision: bf16" in read_parameters(first.path)
+    assert mixed("denoise", "bf16") in read_parameters(second.path)
 
 
 @pytest.mark.parametrize("stage", FRAGILE)

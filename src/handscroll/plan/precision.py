@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from handscroll.spec import CheckpointSpec
 
@@ -31,6 +31,17 @@ class Precision:
         if len(set(parts.values())) == 1:
             return self.transformer
         return ", ".join(f"{name} {precision}" for name, precision in parts.items())
+
+    def after(self, made: str) -> Precision:
+        """This precision to decode what was `made` in another, as `str` puts it: its autoencoder behind their rest."""
+        if "," in made:
+            found = {name: precision for name, _, precision in (part.rpartition(" ") for part in made.split(", "))}
+        else:
+            found = {"text encoder": made, "transformer": made}
+        text_encoder, transformer = found.get("text encoder"), found.get("transformer")
+        if text_encoder not in BYTES or transformer not in BYTES:
+            return self
+        return replace(self, text_encoder=text_encoder, transformer=transformer)
 
 
 def resolve_precision(spec: CheckpointSpec, requested: str, device: str, bf16_is_faster: bool) -> Precision:

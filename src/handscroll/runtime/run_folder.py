@@ -259,7 +259,11 @@ class RunFolder:
 
     def latent(self, index: int) -> Tensor:
         """The finished latent [1, C, h, w] fp32 of a picture. Raises CheckpointError."""
-        return self._held[index][0] if index in self._held else load_latent(self._latent_path(index))[0]
+        return self.latent_and_facts(index)[0]
+
+    def latent_and_facts(self, index: int) -> tuple[Tensor, dict[str, str]]:
+        """The finished latent of a picture, and the facts it was kept with. Raises CheckpointError."""
+        return self._held.get(index) or load_latent(self._latent_path(index))
 
     def resumed_from(self, index: int) -> int | None:
         """How many steps of a picture were done in an earlier session; None if none were."""
