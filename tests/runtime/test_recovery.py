@@ -135,7 +135,7 @@ def check_survives(job: Job, number: int, error: Callable[[], BaseException]) ->
         r"out of memory while (reading the prompt|denoising|decoding) \([^\n]*\); trying again( within \d+ MiB)?",
         lines[0],
     )
-    assert alive[0] < 40_000, f"operation {number}: {alive[0]} bytes of the failed try are alive"
+    assert alive == [0], f"operation {number}: {alive} bytes of the failed try are alive"
 
 
 def test_memory_that_runs_out_at_one_operation_changes_nothing(job: Job) -> None:

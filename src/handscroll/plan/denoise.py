@@ -89,7 +89,9 @@ def denoise_stages(
                 weight_bytes = (resident + (min(slots, streamed))) * layer_bytes
                 readings = job.steps * (1 if together else job.branches)
                 read_bytes = streamed * layer_bytes
-                host_bytes = read_bytes if hardware.is_cuda and read_bytes <= hardware.host_bytes else 0
+                # Kept beside the device only where that is faster than the file.
+                kept = hardware.is_cuda and hardware.rates.host_bytes > hardware.rates.weight_bytes
+                host_bytes = read_bytes if kept and read_bytes <= hardware.host_bytes else 0
                 rate = hardware.rates.host_bytes if host_bytes else hardware.rates.weight_bytes
                 reading_seconds = readings * read_bytes / rate
                 if hardware.is_cuda:  # on a stream of its own while a layer computes, and not quite for nothing
