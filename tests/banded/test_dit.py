@@ -299,6 +299,15 @@ def test_what_is_not_understood_is_refused(change: Any) -> None:
         predict(model, branches(model, 4, 4))
 
 
+@pytest.mark.parametrize("name", ["to_k", "to_v"])
+def test_infinity_in_the_texts_keys_shows(name: str) -> None:
+    model = transformer()
+    with torch.no_grad():
+        getattr(model.transformer_blocks[0].attn2, name).weight[0, 0] = torch.inf
+    (found,) = predict(model, branches(model, 4, 4)[:1])
+    assert not torch.isfinite(found).all()
+
+
 def test_what_does_not_fit_is_refused() -> None:
     model = transformer(patch_size=2)
     with pytest.raises(ValueError, match="patches of 2x2"):

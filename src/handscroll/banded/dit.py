@@ -297,6 +297,9 @@ def _cross_attention(attention: Any, run: _Run, plain: bool) -> Function:
         )
     )
 
+    # A fused attention may give finite answers to keys that are not: let their infinity or NaN through.
+    values += keys.abs().amax() * 0
+
     def read(band: Tensor) -> Tensor:
         queries = norm_q_(to_q(band)).unflatten(-1, (heads, -1))  # [B, rows, w, heads, head_dim]
         for rows in _row_by_row(queries):
