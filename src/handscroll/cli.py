@@ -223,6 +223,12 @@ def decode(
 @app.command()
 def plan(
     prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="As for `generate`.")] = "a landscape",
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output", "-o", metavar="FILE", help="Formats differ in what writing them takes. Left out, .png."
+        ),
+    ] = None,
     model: ModelName = DEFAULT_MODEL,
     size: Annotated[str | None, typer.Option(metavar="WxH", help="Pixels. Left out, the model's.")] = None,
     steps: Annotated[int | None, typer.Option(metavar="N", help="Denoising steps. Left out, the model's.")] = None,
@@ -263,7 +269,7 @@ def plan(
         from handscroll import pipeline
         from handscroll.plan.table import plan_dict, plan_table
 
-        spec, found, minimum_bytes = pipeline.plan_of(request, on_event=on_event)
+        spec, found, minimum_bytes = pipeline.plan_of(request, output, on_event)
     print(_json(plan_dict(spec, found, minimum_bytes)) if as_json else plan_table(spec, found, minimum_bytes))
 
 

@@ -104,7 +104,7 @@ def _route_within(autoencoder: Any, z: Tensor, memory_bytes: int) -> dict[str, A
     """Strip heights and starts whose planned peak stays within `memory_bytes`. Raises BudgetError with the least."""
     batch, _, height, width = z.shape
     spec = AutoencoderSpec.from_config(dict(autoencoder.config))
-    shape = DecoderShape(spec, height, width * batch, z.element_size())
+    shape = DecoderShape(spec, height, width * batch, z.element_size(), batch)
     precision = {2: "bf16", 4: "fp32"}.get(z.element_size(), "fp32")
     limit_bytes = int(memory_bytes * _HEAP_SHARE)
     ways = list(decode_stages(shape, precision, Hardware(str(z.device), scratch_bytes=0), limit_bytes))

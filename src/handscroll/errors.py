@@ -20,6 +20,7 @@ The command line prints the message alone, on one line, and leaves with `exit_co
 
 from __future__ import annotations
 
+import errno
 from typing import Any
 
 
@@ -121,10 +122,23 @@ class BudgetError(HandscrollError):
         return {**super().as_dict(), "minimum_bytes": self.minimum_bytes}
 
 
+# What torch, its libraries and the C++ runtime say in errors that have no type of their own.
+_OUT_OF_MEMORY = (
+    "DefaultCPUAllocator",
+    "out of memory",
+    "std::bad_alloc",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUDNN_STATUS_ALLOC_FAILED",
+    "Cannot allocate memory",
+)
+
+
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether memory ran out: Python's own error, CUDA's, or that of torch on a CPU, which has no type of its own."""
-    named = isinstance(error, MemoryError) or type(error).__name__ in (
-        "OutOfMemoryError",
-        "AcceleratorOutOfMemoryError",
-    )
-    return named or (isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error))
+    """Whether memory ran out: Python's own error, CUDA's, the system's, or what torch raises as a RuntimeError."""
+    if isinstance(error, HandscrollError):
+        return False
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    return isinstance(error, RuntimeError) and any(mark in str(error) for mark in _OUT_OF_MEMORY)

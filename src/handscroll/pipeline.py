@@ -18,7 +18,7 @@ from handscroll.errors import CheckpointError, SizeError
 from handscroll.events import OnEvent, Progress, ignore
 from handscroll.image_file import Target, check_target, parameters_text, write_image
 from handscroll.latent_file import check_latent_target, load_latent
-from handscroll.plan.plan import Plan, make_plan, minimum_bytes
+from handscroll.plan.plan import Plan, chosen_anew, make_plan, minimum_bytes
 from handscroll.request import DEFAULT_MODEL, Request, indexed, parse_bytes
 from handscroll.runtime.checkpoint import DTYPES, load_scheduler, load_tokenizer, open_checkpoint
 from handscroll.runtime.decode import decode_rows
@@ -282,8 +282,14 @@ class Picture:
         return np.concatenate(list(self.rows()))
 
     def save(self, path: str | Path, *, quality: int | None = None, on_event: OnEvent = ignore) -> Path:
-        """Writes the picture row by row in the format of the path's ending. Raises as `check_target`."""
+        """Writes the picture row by row in the format of the path's ending.
+
+        Raises as `check_target`, and BudgetError where that format's writer does not fit.
+        """
         target = check_target(Path(path), self.width, self.height)
+        stage, situation = self._stage, dataclasses.replace(self._recovery.situation, suffix=target.path.suffix)
+        stage.plan = chosen_anew(stage.plan, stage.spec, situation, "decode")
+        enforce(stage.plan.device, stage.plan.budget_bytes)
         with torch.inference_mode():
             self._recovery.run(
                 "decode",
@@ -324,9 +330,8 @@ def denoise_picture(
         stage.spec.transformer.in_channels, plan.latent_height, plan.latent_width, plan.seeds[index]
     )
     transformer = stage.dit
-    if run is not None and plan.precision.transformer != run.transformer_precision:
-        run = None  # its states were made in another precision, and this try's shall not be taken for them
-    start = run.state(index) if run else None
+    precision = plan.precision.transformer
+    start = run.state(index, precision) if run else None
     on_event(Progress("denoise", start.steps_done if start else 0, plan.steps, index))
     job = Sampling(
         transformer,
@@ -339,7 +344,7 @@ def denoise_picture(
         guidance=plan.guidance,
         on_step=lambda done, total: on_event(Progress("denoise", done, total, index)),
         start=start,
-        on_state=(lambda state: run.keep_state(index, state)) if run else None,
+        on_state=(lambda state: run.keep_state(index, state, precision)) if run else None,
     )
     return denoise(job)
 

@@ -426,11 +426,6 @@ def _block_units(block: Any, scale: float) -> Iterator[Unit]:
         yield Local(block, lambda this: res_block(block, this), scale, block.conv1.out_channels)
 
 
-def _in_place(activation: nn.Module) -> Callable[[Tensor], Tensor]:
-    """The activation, written over its input where PyTorch can."""
-    return type(activation)(inplace=True) if type(activation) in (nn.ReLU, nn.SiLU) else activation
-
-
 def decoder_units(decoder: Any) -> list[Unit]:
     """The decoder of an `AutoencoderDC` from latent to pixels, in the order it runs."""
     repeats = decoder.in_shortcut_repeats if decoder.in_shortcut else 0
@@ -448,7 +443,7 @@ def decoder_units(decoder: Any) -> list[Unit]:
                 scale *= 2
             else:
                 units += _block_units(block, scale)
-    norm_out, activation_ = decoder.norm_out, _in_place(decoder.conv_act)
+    norm_out, activation_ = decoder.norm_out, kernels.in_place(decoder.conv_act)
 
     def norm_and_activation(this: Pass) -> RowOp:
         norm_ = _norm_(norm_out, this)

@@ -80,7 +80,7 @@ class Conv:
             image = strip.permute(0, 3, 1, 2)
             out = F.conv2d(image, self.weight, self.bias, self.stride, self.padding, groups=self.groups)
             out = out.permute(0, 2, 3, 1).contiguous()
-            return out if self.activation is None else self.activation(out)
+            return out if self.activation is None else in_place(self.activation)(out)
         fused = "none" if self.activation is None else _FUSED_NAMES.get(type(self.activation), "")
         out = self._onednn(strip, fused or "none")
         return out if fused or self.activation is None else self.activation(out)
@@ -101,6 +101,11 @@ class Conv:
             "",
         )
         return out.permute(0, 2, 3, 1).contiguous()
+
+
+def in_place(activation: nn.Module) -> Activation:
+    """The activation, written over its input where PyTorch can."""
+    return type(activation)(inplace=True) if type(activation) in (nn.ReLU, nn.SiLU) else activation
 
 
 def linear(weight: Tensor, bias: Tensor | None = None, **options: object) -> Conv:

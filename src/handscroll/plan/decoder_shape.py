@@ -232,19 +232,21 @@ class PassShape:
 class DecoderShape:
     """The decoder of a latent of `rows` x `columns`, cut at its attentions as banded/dcae.py cuts it.
 
-    Sweep i begins with attention i, but for sweep 0; a latent of a few pixels has fewer barriers.
+    Sweep i begins with attention i, but for sweep 0; a latent of a few pixels has fewer barriers. `columns` are those
+    of all pictures of a batch together.
     """
 
     spec: AutoencoderSpec
     rows: int
     columns: int
     element_bytes: int
+    batch: int = 1
 
     @cached_property
     def sweeps(self) -> tuple[tuple[UnitShape, ...], ...]:
         sweeps: list[list[UnitShape]] = [[]]
         for unit in decoder_units(self.spec):
-            if unit.kind == "attention" and self.rows * self.columns * unit.scale**2 > unit.head_dim:
+            if unit.kind == "attention" and self.rows * self.columns * unit.scale**2 > unit.head_dim * self.batch:
                 sweeps.append([])
             sweeps[-1].append(unit)
         return tuple(map(tuple, sweeps))

@@ -25,8 +25,9 @@ CPU_EXTRA_BYTES, CPU_EXTRA_SHARE = {"text": 32 * MIB, "denoise": 40 * MIB, "deco
 CPU_HEAP_SHARE = 0.6
 # In half precision oneDNN compiles more kernels and keeps more scratch.
 CPU_HALF_EXTRA_BYTES = 12 * MIB
-# CUDA's caching allocator reserves in blocks of 2 and 20 MiB, and some of what it holds is between two tensors.
-CUDA_EXTRA_BYTES, CUDA_EXTRA_SHARE = 96 * MIB, 0.08
+# CUDA's caching allocator reserves in blocks of 2 and 20 MiB, and some of what it holds is between two tensors; norms
+# and sums of whole strips are made in fp32 there. Estimates, from the same code on a CPU: no device has measured them.
+CUDA_EXTRA_BYTES, CUDA_EXTRA_SHARE = 96 * MIB, 0.3
 STAGING_BYTES = 16 * MIB
 # A stated minimum is rounded up, so that it still does when the process itself takes a little more the next time.
 MINIMUM_STEP_BYTES = 16 * MIB
@@ -136,9 +137,7 @@ def make_plan(spec: CheckpointSpec, request: Request, situation: Situation, seed
 
 def with_stages(plan: Plan, spec: CheckpointSpec, situation: Situation) -> Plan:
     """The plan with its stages chosen anew for its precision and budget. Raises BudgetError."""
-    limit_bytes, free_bytes = plan.budget_bytes, situation.hardware.free_bytes
-    if limit_bytes is None and free_bytes is not None:
-        limit_bytes = int(free_bytes * FREE_SHARE)
+    limit_bytes = _limit_bytes(plan, situation)
     found = {
         STAGE_FIELDS[stage]: _choose(stage, plan, spec, situation, limit_bytes)
         for stage in _planned_stages(plan, situation)
@@ -159,16 +158,23 @@ def shrunk(plan: Plan, spec: CheckpointSpec, situation: Situation, stage: str) -
     return dataclasses.replace(plan, **{STAGE_FIELDS[stage]: smaller}) if smaller.peak_bytes < used_bytes else None
 
 
-def in_fp32(plan: Plan, spec: CheckpointSpec, situation: Situation, stage: str) -> Plan | None:
-    """The plan with one stage in fp32, after it gave numbers that are not finite; None where it is already.
-
-    Raises BudgetError where that does not fit.
-    """
+def in_precision(plan: Plan, spec: CheckpointSpec, situation: Situation, stage: str, precision: str) -> Plan:
+    """The plan with one stage in a precision, chosen anew where that is a change. Raises BudgetError."""
     component = PRECISION_FIELDS[stage]
-    if getattr(plan.precision, component) == "fp32":
-        return None
-    precision = dataclasses.replace(plan.precision, **{component: "fp32"})
-    return with_stages(dataclasses.replace(plan, precision=precision), spec, situation)
+    if getattr(plan.precision, component) == precision:
+        return plan
+    changed = dataclasses.replace(plan, precision=dataclasses.replace(plan.precision, **{component: precision}))
+    return chosen_anew(changed, spec, situation, stage)
+
+
+def chosen_anew(plan: Plan, spec: CheckpointSpec, situation: Situation, stage: str) -> Plan:
+    """The plan with one stage chosen anew, for a situation that has changed. Raises BudgetError if it does not fit."""
+    if stage not in _planned_stages(plan, situation):
+        return plan
+    found = _choose(stage, plan, spec, situation, _limit_bytes(plan, situation))
+    if plan.budget_bytes is not None and found.peak_bytes > plan.budget_bytes:
+        raise _too_small(plan, spec, situation, {STAGE_FIELDS[stage]: found})
+    return dataclasses.replace(plan, **{STAGE_FIELDS[stage]: found})
 
 
 def minimum_bytes(plan: Plan, spec: CheckpointSpec, situation: Situation) -> int | None:
@@ -181,6 +187,14 @@ def minimum_bytes(plan: Plan, spec: CheckpointSpec, situation: Situation) -> int
     return -(-(least_bytes + MINIMUM_STEP_BYTES // 2) // MINIMUM_STEP_BYTES) * MINIMUM_STEP_BYTES
 
 
+def _limit_bytes(plan: Plan, situation: Situation) -> int | None:
+    """What a stage may take: the budget, or without one what this machine has left."""
+    free_bytes = situation.hardware.free_bytes
+    if plan.budget_bytes is not None or free_bytes is None:
+        return plan.budget_bytes
+    return int(free_bytes * FREE_SHARE)
+
+
 def _planned_stages(plan: Plan, situation: Situation) -> list[str]:
     stages = [] if situation.tokens is None else ["text", "denoise"]
     return [*stages, "decode"] if plan.decode == "rows" else stages
@@ -190,20 +204,25 @@ def _choose(stage: str, plan: Plan, spec: CheckpointSpec, situation: Situation, 
     extra_share = CPU_EXTRA_SHARE if plan.budget_bytes is not None else CPU_HEAP_SHARE
     if situation.hardware.is_cuda:
         extra_share = CUDA_EXTRA_SHARE
-    room = Room(situation.hardware, limit_bytes, _extra_bytes(stage, plan, spec, situation), extra_share)
-    return room.choose(_ways(stage, plan, spec, situation, room))
+    extra_bytes = _extra_bytes(stage, plan, spec, situation)
+    room = Room(situation.hardware, limit_bytes, extra_bytes, extra_share)
+    best: Any = room.choose(_ways(stage, plan, spec, situation, room))
+    if stage != "decode" or situation.hardware.is_cuda:
+        return best
+    # The file is encoded once all rows are there, and what made them is gone.
+    writing_bytes = writer_bytes(situation.suffix, plan.width, plan.height)
+    return dataclasses.replace(best, peak_bytes=max(best.peak_bytes, room.total_bytes(writing_bytes)))
 
 
 def _extra_bytes(stage: str, plan: Plan, spec: CheckpointSpec, situation: Situation) -> int:
-    """What a stage takes beside tensors: on a CPU kernels, a buffer to read other weights through, and its file."""
+    """What a stage takes beside tensors: on a CPU kernels, and a buffer to read weights of another dtype through."""
     if situation.hardware.is_cuda:
         return CUDA_EXTRA_BYTES
     component = {"text": "text_encoder", "denoise": "transformer", "decode": "vae"}[stage]
     stored = {entry.dtype for entry in spec.weights_of(component).tensors}
     precision = getattr(plan.precision, PRECISION_FIELDS[stage])
     extra_bytes = CPU_EXTRA_BYTES[stage] + (CPU_HALF_EXTRA_BYTES if precision != "fp32" else 0)
-    file_bytes = writer_bytes(situation.suffix, plan.width, plan.height) if stage == "decode" else 0
-    return extra_bytes + (STAGING_BYTES if stored - {precision} else 0) + file_bytes
+    return extra_bytes + (STAGING_BYTES if stored - {precision} else 0)
 
 
 def _ways(

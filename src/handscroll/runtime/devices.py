@@ -8,6 +8,7 @@ import json
 import os
 import platform
 import shutil
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -87,14 +88,23 @@ def available_bytes() -> int | None:
         lines = Path("/proc/meminfo").read_text().splitlines()
     except OSError:
         return None
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)
+    of_system = next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)
+    try:  # a container may have less
+        limit, used = (Path(f"/sys/fs/cgroup/memory.{name}").read_text() for name in ("max", "current"))
+        of_container = int(limit) - int(used)
+    except (OSError, ValueError):
+        return of_system
+    return of_container if of_system is None else min(of_system, of_container)
 
 
 def _free_disk_bytes(folder: Path) -> int:
-    existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    """Room for a scratch file; none where there can be no file. Raises UsageError for a folder that the user named."""
     try:
-        return shutil.disk_usage(existing).free
-    except OSError:
+        with tempfile.TemporaryFile(dir=folder):
+            return shutil.disk_usage(folder).free
+    except OSError as error:
+        if os.environ.get("HANDSCROLL_SCRATCH"):
+            raise UsageError(f"no file can be made in HANDSCROLL_SCRATCH {folder}: {error.strerror}") from error
         return 0
 
 

@@ -40,18 +40,17 @@ def trim() -> None:
 
 
 def enforce(device: str, budget_bytes: int | None) -> None:
-    """Makes the allocator keep to a budget, as far as it can be made to; without one, does nothing.
+    """Makes the allocator keep to a budget, as far as it can be made to; without one, lets it go.
 
     CUDA: the caching allocator reserves no more than the budget, and raises instead. CPU: every block of a strip's size
     goes back to the system when it is freed, at the price of page faults (about a tenth of a decode's time), so that
-    what is resident is what is in use. Both hold for the rest of the process.
+    what is resident is what is in use; that holds for the rest of the process.
     """
-    if budget_bytes is None:
-        return
     if device.startswith("cuda"):
         total_bytes = torch.cuda.get_device_properties(device).total_memory
-        torch.cuda.set_per_process_memory_fraction(min(1.0, budget_bytes / total_bytes), device)
-    elif sys.platform == "linux":
+        share = 1.0 if budget_bytes is None else min(1.0, budget_bytes / total_bytes)
+        torch.cuda.set_per_process_memory_fraction(share, device)
+    elif budget_bytes is not None and sys.platform == "linux":
         try:
             mallopt = ctypes.CDLL(None).mallopt
         except AttributeError:

@@ -13,7 +13,7 @@ from typing import TypeVar
 from handscroll.errors import BudgetError, NumericsError, OutOfMemoryError, is_out_of_memory
 from handscroll.events import OnEvent, notice
 from handscroll.plan.hardware import MIB, Situation
-from handscroll.plan.plan import in_fp32, shrunk
+from handscroll.plan.plan import PRECISION_FIELDS, in_precision, shrunk
 from handscroll.runtime.stages import Stages
 
 Result = TypeVar("Result")
@@ -29,14 +29,17 @@ class Recovery:
 
     def __init__(self, stages: Stages, situation: Situation, on_event: OnEvent) -> None:
         self.stages, self.situation, self.on_event = stages, situation, on_event
+        self.precision = stages.plan.precision
 
     def run(self, stage: str, work: Callable[[], Result], picture: int = 0) -> Result:
         """The result of `work`, which reads `stages.plan` anew at every try, and may go on from what it has saved.
 
         Out of memory: again with smaller strips or bands, and at last as it is. Not finite: again in fp32, where the
-        stage was in less. Raises OutOfMemoryError or NumericsError when nothing is left to try.
+        stage was in less; that holds for this picture alone. Raises OutOfMemoryError or NumericsError when nothing is
+        left to try.
         """
         tries_left = LAST_TRIES
+        self._plan_in(stage, getattr(self.precision, PRECISION_FIELDS[stage]))
         while True:
             try:
                 return work()
@@ -61,6 +64,9 @@ class Recovery:
             self.on_event(notice(f"out of memory while {NAMES[stage]} ({line}); trying again", picture))
             time.sleep(WAIT_SECONDS)
 
+    def _plan_in(self, stage: str, precision: str) -> None:
+        self.stages.plan = in_precision(self.stages.plan, self.stages.spec, self.situation, stage, precision)
+
     def _shrink(self, stage: str, line: str, picture: int) -> bool:
         """Plans a stage with less memory, and says so; False where it takes the least already."""
         smaller = shrunk(self.stages.plan, self.stages.spec, self.situation, stage)
@@ -75,13 +81,12 @@ class Recovery:
 
     def _in_fp32(self, stage: str, line: str, picture: int) -> None:
         """Plans a stage in fp32. Raises NumericsError where that is what it ran in, or where fp32 does not fit."""
+        if getattr(self.stages.plan.precision, PRECISION_FIELDS[stage]) == "fp32":
+            raise NumericsError(line)
         try:
-            plan = in_fp32(self.stages.plan, self.stages.spec, self.situation, stage)
+            self._plan_in(stage, "fp32")
         except BudgetError as error:
             raise NumericsError(f"{line}; fp32 does not fit: {error}") from error
-        if plan is None:
-            raise NumericsError(line)
-        self.stages.plan = plan
         self.on_event(notice(f"{line}: {NAMES[stage]} again in fp32", picture))
 
 

@@ -232,11 +232,6 @@ class RunFolder:
         """The pictures' seeds: the job's, or those that the same job drew when it began."""
         return tuple(self.job.first_seed + index for index in range(self.count))
 
-    @property
-    def transformer_precision(self) -> str:
-        """What the job's states are made in."""
-        return str(self.job.latents["transformer's precision"])
-
     # What is there
 
     def to_denoise(self) -> list[int]:
@@ -247,10 +242,13 @@ class RunFolder:
         """The pictures that are not written yet."""
         return [index for index in range(self.count) if index not in self._done]
 
-    def state(self, index: int) -> SamplerState | None:
-        """Where denoising of a picture goes on; None for its beginning. A torn state is as good as none."""
+    def state(self, index: int, precision: str | None = None) -> SamplerState | None:
+        """Where denoising of a picture goes on in a precision of the transformer, the job's own if None.
+
+        None for its beginning. A torn state, or one that was made in another precision, is as good as none.
+        """
         for path in self._state_paths(index):
-            state = self._read_state(path)
+            state = self._read_state(path, precision)
             if state is not None:
                 if index not in self._ours:
                     self._resumed[index] = state.steps_done
@@ -271,12 +269,16 @@ class RunFolder:
 
     # What is new
 
-    def keep_state(self, index: int, state: SamplerState) -> None:
-        """Saves a picture between two steps; the state before stays until this one is whole."""
+    def keep_state(self, index: int, state: SamplerState, precision: str | None = None) -> None:
+        """Saves a picture between two steps; the state before stays until this one is whole.
+
+        precision: of the transformer that made it, the job's own if None.
+        """
         newest, previous = self._state_paths(index)
         tensors = {"latent": state.latent, "timesteps": state.timesteps, "generator": state.generator}
         tensors |= {f"model_output.{number}": output for number, output in enumerate(state.model_outputs)}
         facts = {"run": self._id, "steps_done": state.steps_done, "lower_order_nums": state.lower_order_nums}
+        facts["precision"] = precision or self._precision
 
         def save() -> None:
             if newest.exists():
@@ -377,7 +379,11 @@ class RunFolder:
         except CheckpointError:
             return False
 
-    def _read_state(self, path: Path) -> SamplerState | None:
+    @property
+    def _precision(self) -> str:
+        return str(self.job.latents.get("transformer's precision"))
+
+    def _read_state(self, path: Path, precision: str | None = None) -> SamplerState | None:
         from handscroll.runtime.denoise import SamplerState
 
         try:
@@ -393,7 +399,8 @@ class RunFolder:
             )
         except (CheckpointError, KeyError, ValueError):
             return None
-        return state if facts.get("run") == self._id else None
+        is_ours = facts.get("run") == self._id and facts.get("precision") == (precision or self._precision)
+        return state if is_ours else None
 
     def _write_job(self) -> None:
         facts = {
