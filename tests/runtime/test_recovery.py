@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from handscroll import Request, cli, decode_latent, generate, pipeline
-from handscroll.errors import NumericsError, OutOfMemoryError
+from handscroll.errors import NumericsError, OutOfMemoryError, is_out_of_memory
 from handscroll.events import Progress, ignore
 from handscroll.image_file import read_parameters
 from handscroll.latent_file import load_latent
@@ -355,3 +355,37 @@ def test_numbers_that_fp32_cannot_hold_either_end_the_run(
     assert not (tmp_path / "p.png").exists()
     if stage == "text":
         assert list((tmp_path / "cache" / "text").rglob("*.safetensors")) == []
+
+
+def test_fp32_is_for_one_picture_alone(miniature: Miniature) -> None:
+    spec = CheckpointSpec.from_folder(miniature("1.6b"))
+    situation = Situation(Hardware("cpu"), tokens=9)
+    request = Request("a lake", width=64, height=64, precision="bf16", memory_bytes=2**31)
+    stages = Stages(spec, make_plan(spec, request, situation, 0))
+    job, used = Recovery(stages, situation, ignore), list[str]()
+
+    def work() -> None:
+        used.append(stages.plan.precision.transformer)
+        if len(used) == 1:
+            raise NumericsError("the transformer gave numbers that are not finite")
+
+    before = stages.plan.denoise
+    job.run("denoise", work, 0)
+    job.run("denoise", work, 1)
+    assert used == ["bf16", "fp32", "bf16"]
+    assert stages.plan.denoise == before
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (RuntimeError("CUDA error: out of memory"), True),
+        (RuntimeError("std::bad_alloc"), True),
+        (OSError(12, "Cannot allocate memory"), True),
+        (OSError(28, "No space left on device"), False),
+        (OutOfMemoryError("out of memory"), False),
+        (RuntimeError("shapes do not match"), False),
+    ],
+)
+def test_what_counts_as_out_of_memory(error: Exception, expected: bool) -> None:
+    assert is_out_of_memory(error) is expected
