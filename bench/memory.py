@@ -17,6 +17,7 @@ stdout is one JSON object.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.util
 import json
 import os
@@ -348,10 +349,11 @@ def draws(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     say(f"{len(jobs)} draws, planned")
     plans = planned_jobs([{**job, "model": folders[job["model"]]} for job in jobs], folder)
     runs = []
-    for number, (job, planned) in enumerate(zip(jobs, plans, strict=True)):
-        say(f"{number + 1} of {len(jobs)}: {job['model']}, {job['width']}x{job['height']}, {job['precision']}")
-        wanted_bytes = job["budget_bytes"] or int(planned["minimum_bytes"] * job["over_minimum"])
-        runs.append({**job, **run_draw(job, folders[job["model"]], wanted_bytes, folder)})
+    with contextlib.suppress(KeyboardInterrupt):  # what was measured until then is reported
+        for number, (job, planned) in enumerate(zip(jobs, plans, strict=True)):
+            say(f"{number + 1} of {len(jobs)}: {job['model']}, {job['width']}x{job['height']}, {job['precision']}")
+            wanted_bytes = job["budget_bytes"] or int(planned["minimum_bytes"] * job["over_minimum"])
+            runs.append({**job, **run_draw(job, folders[job["model"]], wanted_bytes, folder)})
     return {"seed": arguments.seed, "count": len(runs), **summary(runs), "draws": runs}
 
 
