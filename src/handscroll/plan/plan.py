@@ -20,7 +20,7 @@ from handscroll.spec import CheckpointSpec
 
 # On a CPU a stage takes more of the process's memory than its tensors: code that is touched for the first time, heaps
 # of threads, oneDNN's scratch and compiled kernels, the file writer; and a share of small blocks between others.
-CPU_EXTRA_BYTES, CPU_EXTRA_SHARE = {"text": 32 * MIB, "denoise": 40 * MIB, "decode": 56 * MIB}, 0.03
+CPU_EXTRA_BYTES, CPU_EXTRA_SHARE = {"text": 32 * MIB, "denoise": 40 * MIB, "decode": 68 * MIB}, 0.03
 # Without a budget the heap keeps holes between what is in use.
 CPU_HEAP_SHARE = 0.6
 # In half precision oneDNN compiles more kernels and keeps more scratch.
