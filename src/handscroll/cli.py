@@ -144,8 +144,7 @@ def generate(
 
     \b
       handscroll generate "snowy mountains at dusk" -o dusk.png
-      handscroll generate "a quiet lake" --size 2048x1024 --seed 7 --count 3 -o lake.jpg
-      handscroll generate "a bay in fog" --size 8192 --memory 2GiB -o bay.tif
+      handscroll generate "a quiet lake" --size 8192x4096 --memory 2GiB --seed 7 --count 3 -o lake.tif
       handscroll generate - --json < prompt.txt
     """
     width, height = parse_size(size) if size is not None else (None, None)
