@@ -274,7 +274,9 @@ def test_every_option_reaches_the_pipeline(shell: Shell, asked: list[dict[str, A
 
 
 def test_every_option_of_decode_reaches_the_pipeline(shell: Shell, asked: list[dict[str, Any]]) -> None:
-    options = "--model sana-1.6b --precision bf16 --device cuda:1 --decode patch --patches 8 --strip-rows 2"
+    options = (
+        "--model sana-1.6b --precision bf16 --device cuda:1 --decode patch --patches 8 --strip-rows 2 --memory 2GiB"
+    )
     assert shell("decode", "a.safetensors", *options.split(), "-o", "a.jpg", "--quality", 70).exit_code == 0
     assert asked == [
         {
@@ -286,6 +288,7 @@ def test_every_option_of_decode_reaches_the_pipeline(shell: Shell, asked: list[d
             "decode": "patch",
             "patches": 8,
             "strip_rows": 2,
+            "memory_bytes": 2 * 2**30,
             "quality": 70,
             "on_event": cli._print_notice,
         }
@@ -293,8 +296,9 @@ def test_every_option_of_decode_reaches_the_pipeline(shell: Shell, asked: list[d
 
 
 def test_every_option_of_resume_reaches_the_pipeline(shell: Shell, asked: list[dict[str, Any]]) -> None:
-    assert shell("resume", "a.png.run", "--device", "cuda:1", "--quiet") == Ran(0, "a.png\n", "")
-    assert asked == [{"run": Path("a.png.run"), "device": "cuda:1", "on_event": ignore}]
+    options = "--device cuda:1 --memory 2GiB --quiet"
+    assert shell("resume", "a.png.run", *options.split()) == Ran(0, "a.png\n", "")
+    assert asked == [{"run": Path("a.png.run"), "device": "cuda:1", "memory_bytes": 2 * 2**30, "on_event": ignore}]
 
 
 def test_left_out_means_the_models_own(shell: Shell, asked: list[dict[str, Any]]) -> None:
