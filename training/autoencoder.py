@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from training.linear_start import PatchPCA, fit_components, write_components
-from training.schedule import Average, learning_rate, pick_device
+from training.schedule import Average, learning_rate, load_checkpoint, pick_device, save_checkpoint
 
 CONFIG = {
     "in_channels": 3,
@@ -160,27 +160,14 @@ class AutoencoderTraining:
             weight_decay=0.0,
         )
         if self.checkpoint.exists():
-            saved = torch.load(self.checkpoint, map_location=self.device)
-            self.step = saved["step"]
-            self.model.load_state_dict(saved["model"])
-            self.average.model.load_state_dict(saved["average"])
-            self.average.updates = self.step
-            self.optimiser.load_state_dict(saved["optimiser"])
+            self.step = load_checkpoint(self.checkpoint, self.device, self.model, self.average, self.optimiser)
         self.stopping = False
 
     def stop(self, *_: object) -> None:
         self.stopping = True
 
     def save(self) -> None:
-        part = self.checkpoint.with_suffix(".part")
-        state = {
-            "step": self.step,
-            "model": self.model.state_dict(),
-            "average": self.average.model.state_dict(),
-            "optimiser": self.optimiser.state_dict(),
-        }
-        torch.save(state, part)
-        part.rename(self.checkpoint)
+        save_checkpoint(self.checkpoint, self.step, self.model, self.average, self.optimiser)
 
     def report(self, name: str, model: AutoencoderDC) -> None:
         pictures = as_floats(self.held_out)

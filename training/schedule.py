@@ -1,9 +1,10 @@
-"""What both trainings share: the device, the learning rate by step, and the running average of the weights."""
+"""What the trainings share: device, learning rate by step, running average of the weights, checkpoints."""
 
 from __future__ import annotations
 
 import copy
 import math
+from pathlib import Path
 from typing import Generic, TypeVar
 
 import torch
@@ -55,3 +56,30 @@ def plateau(step: int, steps: int, peak: float, warmup: int, decay: float = 0.3)
     rising = (step + 1) / warmup
     falling = (steps - step) / (decay * steps)
     return peak * max(min(rising, falling, 1.0), 0.01)
+
+
+def save_checkpoint(
+    path: Path, step: int, model: nn.Module, average: Average, optimiser: torch.optim.Optimizer
+) -> None:
+    """Writes all that a training goes on from; the file is replaced once it is whole."""
+    part = path.with_suffix(".part")
+    state = {
+        "step": step,
+        "model": model.state_dict(),
+        "average": average.model.state_dict(),
+        "optimiser": optimiser.state_dict(),
+    }
+    torch.save(state, part)
+    part.rename(path)
+
+
+def load_checkpoint(
+    path: Path, device: torch.device, model: nn.Module, average: Average, optimiser: torch.optim.Optimizer
+) -> int:
+    """Puts a training back to where `save_checkpoint` left it. Returns the step."""
+    saved = torch.load(path, map_location=device)
+    model.load_state_dict(saved["model"])
+    average.model.load_state_dict(saved["average"])
+    average.updates = saved["step"]
+    optimiser.load_state_dict(saved["optimiser"])
+    return saved["step"]

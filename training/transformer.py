@@ -24,7 +24,7 @@ from transformers import Gemma2Config, Gemma2Model, PreTrainedTokenizerFast
 
 from training.captions import build_tokenizer, sample_captions
 from training.latents import PLAN, Bucket, LatentFiles
-from training.schedule import Average, pick_device, plateau
+from training.schedule import Average, load_checkpoint, pick_device, plateau, save_checkpoint
 
 SMALLEST_SHIFT = 3.0  # at 256x256
 FLOW_SHIFT = 6.0  # of the sampler, for about 1024x1024
@@ -209,27 +209,14 @@ class TransformerTraining:
             fused=True,
         )
         if self.checkpoint.exists():
-            saved = torch.load(self.checkpoint, map_location=self.device)
-            self.step = saved["step"]
-            self.model.load_state_dict(saved["model"])
-            self.average.model.load_state_dict(saved["average"])
-            self.average.updates = self.step
-            self.optimiser.load_state_dict(saved["optimiser"])
+            self.step = load_checkpoint(self.checkpoint, self.device, self.model, self.average, self.optimiser)
         self.rng = np.random.default_rng((6, self.step))
         self.parameters = list(self.model.parameters())
         self.pool = ThreadPoolExecutor(options.workers)
         self.stopping = False
 
     def save(self) -> None:
-        part = self.checkpoint.with_suffix(".part")
-        state = {
-            "step": self.step,
-            "model": self.model.state_dict(),
-            "average": self.average.model.state_dict(),
-            "optimiser": self.optimiser.state_dict(),
-        }
-        torch.save(state, part)
-        part.rename(self.checkpoint)
+        save_checkpoint(self.checkpoint, self.step, self.model, self.average, self.optimiser)
 
     def stop(self, *_: object) -> None:
         self.stopping = True
