@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import cache, lru_cache
 
 from handscroll.plan.decoder_shape import DecoderShape, PassShape
-from handscroll.plan.hardware import MIB, Hardware
+from handscroll.plan.hardware import MIB, Hardware, heights_up_to
 from handscroll.plan.store import CHUNK_BYTES, Store
 
 # A strip whose largest activation is this big: beyond it nothing gets faster.
@@ -48,10 +48,6 @@ class DecodeStage:
     @property
     def starts(self) -> tuple[int, ...]:
         return tuple(sweep.start for sweep in self.sweeps)
-
-    @property
-    def spilled(self) -> bool:
-        return any(sweep.store in ("host", "disk") for sweep in self.sweeps)
 
     @property
     def recomputed(self) -> bool:
@@ -122,7 +118,7 @@ def _heights(shape: DecoderShape, index: int, hardware: Hardware, strip_rows: in
         last = len(shape) - 1
         return [strip_rows if index == last else max(1, strip_rows * shape.row_bytes(last) // row_bytes)]
     most = max(1, min(shape.map_rows(index), (CUDA_STRIP_BYTES if hardware.is_cuda else STRIP_BYTES) // row_bytes))
-    return [*(2**power for power in range(most.bit_length()) if 2**power < most), most]
+    return heights_up_to(most)
 
 
 def _layouts(shape: DecoderShape, hardware: Hardware) -> Iterator[tuple[list[int], tuple[Store | None, ...]]]:

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 
-from handscroll.plan.hardware import MIB, Hardware
+from handscroll.plan.hardware import MIB, Hardware, heights_up_to
 from handscroll.plan.precision import BYTES
 from handscroll.plan.store import Store, stored_bytes
 from handscroll.spec import TransformerSpec
@@ -131,7 +131,7 @@ def band_heights(spec: TransformerSpec, job: Sampling, hardware: Hardware) -> li
     """Heights of bands to choose from, in rows of tokens: powers of two up to what makes the widest activation big."""
     row_bytes = job.columns * 2 * spec.hidden_channels * BYTES[job.precision]
     most = min(job.rows, max(1, (CUDA_BAND_BYTES if hardware.is_cuda else BAND_BYTES) // row_bytes))
-    return [*(2**power for power in range(most.bit_length()) if 2**power < most), most]
+    return heights_up_to(most)
 
 
 def forward_flops(spec: TransformerSpec, job: Sampling) -> float:

@@ -7,6 +7,11 @@ from dataclasses import dataclass
 MIB = 2**20
 
 
+def heights_up_to(most: int) -> list[int]:
+    """Strip or band heights worth choosing from: powers of two, and the most itself."""
+    return [*(2**power for power in range(most.bit_length()) if 2**power < most), most]
+
+
 @dataclass(frozen=True, slots=True)
 class Rates:
     """A device's speed, each in units a second. The defaults are cautious; plans only compare them with each other."""
