@@ -68,7 +68,7 @@ def main() -> None:
     noise = Noise(arguments.seed)
 
     with torch.device("meta"):
-        parts: dict[str, nn.Module] = {
+        parts: dict[str, Any] = {
             "transformer": SanaTransformer2DModel(**asdict(transformer)),
             "vae": AutoencoderDC(**asdict(autoencoder)),
         }
@@ -178,7 +178,7 @@ def write_weights(folder: Path, base: str, module: nn.Module, dtype: str, noise:
             stream.write(len(packed).to_bytes(8, "little") + packed)
             for name, tensor in shard:
                 for piece in contents(name, tensor, name in affine, module, DTYPES[dtype][1], noise):
-                    stream.write(as_bytes(piece))
+                    stream.write(as_bytes(piece).data)
         total_bytes += end
     if len(shards) > 1:
         index = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}

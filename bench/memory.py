@@ -322,7 +322,7 @@ def plan_jobs(jobs: list[dict[str, Any]], folder: Path) -> list[dict[str, Any]]:
         situation = survey(spec, request, folder / "planned.png", prompts="decode" not in job)
         free = make_plan(spec, request, situation, 1)
         least = minimum_bytes(free, spec, situation)
-        answer = {"size_px": [job["width"], job["height"]], "minimum_bytes": least}
+        answer: dict[str, Any] = {"size_px": [job["width"], job["height"]], "minimum_bytes": least}
         for name, budget_bytes in (("unlimited", None), ("least", least)):
             plan = make_plan(spec, report.with_budget(request, budget_bytes), situation, 1)
             answer[name] = {

@@ -50,6 +50,10 @@ class DecodeStage:
         return tuple(sweep.start for sweep in self.sweeps)
 
     @property
+    def spilled(self) -> bool:
+        return any(sweep.store in ("host", "disk") for sweep in self.sweeps)
+
+    @property
     def recomputed(self) -> bool:
         return any(sweep.store is None for sweep in self.sweeps)
 
