@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from training.linear_start import PatchPCA, fit_components, write_components
-from training.schedule import Average, learning_rate, load_checkpoint, pick_device, save_checkpoint
+from training.schedule import Average, autocast, learning_rate, load_checkpoint, pick_device, save_checkpoint
 
 CONFIG = {
     "in_channels": 3,
@@ -220,13 +220,17 @@ class AutoencoderTraining:
         save_autoencoder(self.average.model, self.held_out, options.work / "autoencoder")
 
     def _step(self, pictures: Tensor) -> float:
-        latents = self.model.encoder(pictures)
+        with autocast(self.device, self.options.precision):
+            latents = self.model.encoder(pictures)
+        latents = latents.float()
         # Half of the pictures keep clean latents: they are the ones the figures are made with. While the encoder still
         # learns, the noise also keeps it from hiding what matters in small differences.
         strength = LATENT_NOISE * torch.rand(len(latents), 1, 1, 1, device=self.device)
         strength[: len(latents) // 2] = 0
         latents = latents + torch.randn_like(latents) * strength * latents.detach().std()
-        loss = reconstruction_loss(self.model.decoder(latents), pictures)
+        with autocast(self.device, self.options.precision):
+            output = self.model.decoder(latents)
+        loss = reconstruction_loss(output.float(), pictures)
         self.optimiser.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_([p for p in self.model.parameters() if p.grad is not None], 0.5)
@@ -244,6 +248,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--side", type=int, default=192)
     parser.add_argument("--rate", type=float, default=2.5e-4)
+    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
     parser.add_argument("--minutes", type=float, default=math.inf, help="save and stop after so long")
     torch.set_flush_denormal(True)
     AutoencoderTraining(parser.parse_args()).run()

@@ -1,9 +1,10 @@
-"""What the trainings share: device, learning rate by step, running average of the weights, checkpoints."""
+"""What the trainings share: device, precision, learning rate by step, running average of the weights, checkpoints."""
 
 from __future__ import annotations
 
 import copy
 import math
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Generic, TypeVar
 
@@ -20,6 +21,11 @@ def pick_device(name: str) -> torch.device:
         torch.backends.cuda.matmul.allow_tf32 = True
         torch.backends.cudnn.allow_tf32 = True
     return device
+
+
+def autocast(device: torch.device, precision: str) -> AbstractContextManager[object]:
+    """`bf16`: products and convolutions round their factors to bfloat16; weights and sums stay fp32."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
 
 
 def learning_rate(step: int, steps: int, peak: float, warmup: int, floor: float = 0.06) -> float:

@@ -24,7 +24,7 @@ from transformers import Gemma2Config, Gemma2Model, PreTrainedTokenizerFast
 
 from training.captions import build_tokenizer, sample_captions
 from training.latents import PLAN, Bucket, LatentFiles
-from training.schedule import Average, load_checkpoint, pick_device, plateau, save_checkpoint
+from training.schedule import Average, autocast, load_checkpoint, pick_device, plateau, save_checkpoint
 
 SMALLEST_SHIFT = 3.0  # at 256x256
 FLOW_SHIFT = 6.0  # of the sampler, for about 1024x1024
@@ -178,7 +178,7 @@ def flow_loss(model: Painter, batch: Batch, generator: torch.Generator, device: 
     latents = batch.latents.to(device)
     share = sigma.view(-1, 1, 1, 1)
     output = model(latents + share * (noise - latents), sigma, batch.tokens.to(device), batch.mask.to(device))
-    return (output - (noise - latents)).square().mean()
+    return (output.float() - (noise - latents)).square().mean()
 
 
 def load_or_build_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
@@ -259,7 +259,8 @@ class TransformerTraining:
         self.save()
 
     def _gradients(self, batch: Batch, seed: int) -> tuple[float, tuple[Tensor, ...]]:
-        loss = flow_loss(self.model, batch, torch.Generator().manual_seed(seed), self.device)
+        with autocast(self.device, self.options.precision):
+            loss = flow_loss(self.model, batch, torch.Generator().manual_seed(seed), self.device)
         return float(loss.detach()), torch.autograd.grad(loss, self.parameters, materialize_grads=True)
 
     def _step(self, files: CaptionedLatents) -> float:
@@ -291,6 +292,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=1024, help="of latent, in one worker's batch")
     parser.add_argument("--workers", type=int, default=2, help="on a CPU as many as cores, on a GPU 1")
     parser.add_argument("--rate", type=float, default=1.0e-3)
+    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
     parser.add_argument("--minutes", type=float, default=math.inf, help="save and stop after so long")
     parser.add_argument("--horizon", type=int, default=500, help="of the running average, in steps")
     options = parser.parse_args()
