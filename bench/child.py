@@ -8,8 +8,10 @@ in a process of 10 MB, which is what lies behind `run`.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -50,22 +52,38 @@ class ChildError(Exception):
     """A measurement that did not come about; the message says why."""
 
 
-def run(command: Sequence[str | Path], environment: Mapping[str, str] | None = None) -> Child:
-    """Runs a command to its end, with `environment` added to this process's."""
+def run(
+    command: Sequence[str | Path], environment: Mapping[str, str] | None = None, timeout_seconds: float | None = None
+) -> Child:
+    """Runs a command to its end, with `environment` added to this process's. Raises ChildError where it takes longer.
+
+    Where the machine runs out of memory the command is the first to go, and it never outlives this call.
+    """
     with tempfile.TemporaryDirectory(prefix="handscroll-bench-") as folder:
         report = Path(folder) / "report.json"
         launcher = [sys.executable, "-I", "-S", __file__, report, *command]
         paths = os.pathsep.join(filter(None, (str(SOURCES), os.environ.get("PYTHONPATH"))))
-        launched = subprocess.run(
+        launched = subprocess.Popen(
             list(map(str, launcher)),
-            capture_output=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
             text=True,
             env={**os.environ, "PYTHONPATH": paths, **(environment or {})},
+            start_new_session=True,
         )
+        try:
+            stdout, stderr = launched.communicate(timeout=timeout_seconds)
+        except BaseException as error:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(launched.pid, signal.SIGKILL)
+            launched.communicate()
+            if isinstance(error, subprocess.TimeoutExpired):
+                raise ChildError(f"not done in {timeout_seconds:.0f} s") from None
+            raise
         if not report.exists():
-            raise ChildError(f"{command[0]} could not be started: {launched.stderr.strip()}")
+            raise ChildError(f"{command[0]} could not be started: {stderr.strip()}")
         measured = json.loads(report.read_text())
-    return Child(**measured, stdout=launched.stdout, stderr=launched.stderr)
+    return Child(**measured, stdout=stdout, stderr=stderr)
 
 
 def handscroll(arguments: Sequence[str | Path], environment: Mapping[str, str] | None = None) -> Child:
@@ -83,7 +101,10 @@ def least_bytes(arguments: Sequence[str | Path], environment: Mapping[str, str] 
 
 def main(report: str, *command: str) -> None:
     begun = time.perf_counter()
-    _, status, usage = os.wait4(os.posix_spawnp(command[0], command, os.environ), 0)
+    started = os.posix_spawnp(command[0], command, os.environ)
+    with contextlib.suppress(OSError):  # no such thing but on Linux, or the command is done already
+        Path(f"/proc/{started}/oom_score_adj").write_text("1000")
+    _, status, usage = os.wait4(started, 0)
     peak_bytes = usage.ru_maxrss if sys.platform == "darwin" else usage.ru_maxrss * 1024
     measured = {
         "exit_code": os.waitstatus_to_exitcode(status),

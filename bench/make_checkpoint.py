@@ -14,7 +14,7 @@ import argparse
 import json
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -57,35 +57,74 @@ DTYPES = {"bf16": ("BF16", torch.bfloat16), "fp16": ("F16", torch.float16), "fp3
 SHARD_BYTES = 5 * 10**9  # as the hub's own tools cut them
 BLOCK_ELEMENTS = 2**22
 
-Named = tuple[str, torch.Tensor]
+# Folder of a component -> what its files are called.
+COMPONENTS = {
+    "transformer": "diffusion_pytorch_model",
+    "vae": "diffusion_pytorch_model",
+    "text_encoder": "model",
+}
 
 
 def main() -> None:
     arguments = parse_arguments()
-    begun = time.perf_counter()
-    transformer, autoencoder, text_encoder = shapes(arguments.model, miniature=arguments.miniature)
-    out: Path = arguments.out
+    parts = shapes(arguments.model, miniature=arguments.miniature)
     noise = Noise(arguments.seed)
+    begun = time.perf_counter()
+    for component, n_bytes in write_checkpoint(
+        arguments.out,
+        parts[:2] if arguments.no_text_encoder else parts,
+        make_scheduler(arguments.model),
+        dtype=arguments.dtype,
+        noise=noise,
+        shard_bytes=arguments.shard_bytes,
+    ):
+        print(f"{component:13} {n_bytes / 1e9:6.2f} GB  {time.perf_counter() - begun:6.1f} s")
 
+
+def write_checkpoint(
+    out: Path,
+    specs: Sequence[TransformerSpec | AutoencoderSpec | TextEncoderSpec],
+    scheduler: DPMSolverMultistepScheduler | SCMScheduler,
+    *,
+    dtype: str = "bf16",
+    noise: Noise,
+    shard_bytes: int = SHARD_BYTES,
+) -> Iterator[tuple[str, int]]:
+    """Writes a checkpoint folder of these shapes; gives each component's name and bytes once it is written."""
     with torch.device("meta"):
-        parts: dict[str, Any] = {
-            "transformer": SanaTransformer2DModel(**asdict(transformer)),
-            "vae": AutoencoderDC(**asdict(autoencoder)),
-        }
-        if not arguments.no_text_encoder:
-            parts["text_encoder"] = Gemma2Model(Gemma2Config(**asdict(text_encoder)))
-    for component, module in parts.items():
+        modules = [empty_module(spec) for spec in specs]
+    for (component, base), module in zip(COMPONENTS.items(), modules, strict=False):
         folder = out / component
         folder.mkdir(parents=True, exist_ok=True)
         module.config.save_pretrained(folder) if component == "text_encoder" else module.save_config(folder)
-        base = "model" if component == "text_encoder" else "diffusion_pytorch_model"
-        n_bytes = write_weights(folder, base, module, arguments.dtype, noise, arguments.shard_bytes)
-        print(f"{component:13} {n_bytes / 1e9:6.2f} GB  {time.perf_counter() - begun:6.1f} s")
-
-    scheduler = make_scheduler(arguments.model)
+        yield component, write_weights(folder, base, module, dtype, noise, shard_bytes)
     scheduler.save_pretrained(out / "scheduler")
     make_tokenizer().save_pretrained(out / "tokenizer")
     (out / "model_index.json").write_text(json.dumps(model_index(scheduler), indent=2) + "\n")
+
+
+def empty_module(spec: TransformerSpec | AutoencoderSpec | TextEncoderSpec) -> Any:
+    """diffusers' or transformers' module of a shape, with whatever weights its constructor makes."""
+    if isinstance(spec, TransformerSpec):
+        return SanaTransformer2DModel(**asdict(spec))
+    if isinstance(spec, AutoencoderSpec):
+        return AutoencoderDC(**asdict(spec))
+    return Gemma2Model(Gemma2Config(**asdict(spec)))
+
+
+@torch.no_grad()
+def fill(module: nn.Module, dtype: torch.dtype, device: str, noise: Noise) -> None:
+    """Gives a module on the meta device its parameters, as in a checkpoint of the same shape; buffers stay there."""
+    affine = affine_weights(module)
+    for path, owner in module.named_modules():
+        for leaf, parameter in list(owner.named_parameters(recurse=False)):
+            name = f"{path}.{leaf}".removeprefix(".")
+            filled = torch.empty(parameter.shape, dtype=dtype, device=device)
+            flat, start = filled.view(-1), 0
+            for piece in contents(name, parameter, name in affine, module, dtype, noise):
+                flat[start : start + piece.numel()] = piece.reshape(-1)
+                start += piece.numel()
+            setattr(owner, leaf, nn.Parameter(filled, requires_grad=False))
 
 
 def parse_arguments() -> argparse.Namespace:

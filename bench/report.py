@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import itertools
 import json
 import sys
 from pathlib import Path
@@ -21,7 +22,8 @@ def dated(threads: int | None = None) -> dict[str, Any]:
     described = machine.describe()
     if threads:
         described["threads"] = threads
-    return {"date": datetime.date.today().isoformat(), "machine": described}
+    now = datetime.datetime.now()
+    return {"date": now.date().isoformat(), "time": now.strftime("%H:%M"), "machine": described}
 
 
 def print_and_save(report: dict[str, Any], table: list[str], name: str | None = None) -> None:
@@ -31,9 +33,14 @@ def print_and_save(report: dict[str, Any], table: list[str], name: str | None = 
     print("\n".join([f"{device}, torch {described['torch']}", *table]), file=sys.stderr)
     if name is not None:
         RESULTS.mkdir(exist_ok=True)
-        path = RESULTS / f"{report['date']}-{name}-{machine.slug(described)}.json"
-        path.write_text(json.dumps(report, indent=2) + "\n")
+        free_path(f"{report['date']}-{name}-{machine.slug(described)}").write_text(json.dumps(report, indent=2) + "\n")
     print(json.dumps(report))
+
+
+def free_path(name: str) -> Path:
+    """A file in the results that is not there yet: a second one of a day gets a number."""
+    names = (name if number == 1 else f"{name}-{number}" for number in itertools.count(1))
+    return next(path for each in names if not (path := RESULTS / f"{each}.json").exists())
 
 
 def with_budget(request: Request, budget_bytes: int | None) -> Request:
