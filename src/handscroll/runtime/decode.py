@@ -15,6 +15,8 @@ from handscroll.runtime.memory import trim
 from handscroll.runtime.stages import Stages
 from handscroll.runtime.weights import DTYPES
 
+PIECE_BYTES = 2**20  # of fp32, converted to 8 bits at a time
+
 
 def decode_rows(stage: Stages, latent: Tensor) -> Iterator[np.ndarray]:
     """latent [1, C, h, w] as the sampler leaves it -> strips [rows, width, 3] uint8, the plan's height in all.
@@ -66,8 +68,13 @@ def _strips(stage: Stages, latent: Tensor) -> Generator[Tensor, None, None]:
 
 def _to_uint8(strip: Tensor) -> np.ndarray:
     """[1, 3, rows, W] in -1 ... 1 -> [rows, W, 3] uint8, rounded as diffusers' image processor rounds."""
-    strip = strip[0].permute(1, 2, 0).float()
-    if not torch.isfinite(strip.sum()):
-        raise NumericsError("the autoencoder gave numbers that are not finite")
-    pixels = (strip * 0.5 + 0.5).clamp_(0, 1).mul_(255).round_().to(torch.uint8)
-    return pixels.cpu().contiguous().numpy()
+    pixels = strip.new_empty((*strip.shape[2:], 3), dtype=torch.uint8)
+    row_bytes = 4 * strip[0, :, 0].numel()
+    # Strips are tall where channels are few: on a CPU one would take several times its own memory in fp32.
+    step = max(1, PIECE_BYTES // row_bytes) if strip.device.type == "cpu" else strip.shape[2]
+    for piece, target in zip(strip[0].permute(1, 2, 0).split(step), pixels.split(step), strict=True):
+        values = piece.float()
+        if not torch.isfinite(values.sum()):
+            raise NumericsError("the autoencoder gave numbers that are not finite")
+        target.copy_((values * 0.5).add_(0.5).clamp_(0, 1).mul_(255).round_())
+    return pixels.cpu().numpy()
