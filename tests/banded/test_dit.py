@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -19,6 +20,7 @@ from live_bytes import LiveBytes
 
 SIZES = [(1, 1), (2, 3), (7, 1), (1, 6), (4, 4), (8, 8), (5, 9)]
 HEIGHTS = (1, 2, 3, 7, None)
+ATOL = {torch.float32: 2e-5, torch.bfloat16: 0.1}
 
 
 def transformer(row: str = "1.6b", dtype: torch.dtype = torch.float32, seed: int = 0, **overrides: Any) -> Any:
@@ -82,6 +84,33 @@ def test_band_heights_and_company_change_no_bit(row: str, dtype: torch.dtype, si
     for rows in HEIGHTS[:-1]:
         assert all(map(torch.equal, predict(model, given, band_rows=rows), expected)), f"bands of {rows} rows"
     assert torch.equal(predict(model, given[1:], band_rows=2)[0], expected[1])
+
+
+@pytest.mark.parametrize("row", ["0.6b", "1.5-1.6b"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_matrices_that_are_laid_out_change_no_bit(row: str, dtype: torch.dtype) -> None:
+    model = transformer(row, dtype)
+    given = branches(model, 5, 9)
+    expected = predict(model, given)
+    assert all(map(torch.equal, predict(model, given, band_rows=2, lay_out=True), expected))
+
+
+@pytest.mark.parametrize("row", ["1.6b", "1.5-1.6b"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_text_of_one_token_is_read_without_asking(
+    row: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = transformer(row, dtype)
+    (given,) = branches(model, 5, 9, texts=(1,))
+    padded = torch.randn(1, 9, given.text.shape[-1]).to(dtype)
+    padded[:, :1] = given.text
+    mask = torch.tensor([[1] + [0] * 8])
+    out = predict(model, [given], band_rows=2)[0]
+    asked = predict(model, [replace(given, text=padded, mask=mask)])[0]
+    torch.testing.assert_close(out, whole(model, replace(given, text=padded, mask=mask)), atol=ATOL[dtype], rtol=0)
+    torch.testing.assert_close(out, asked, atol=ATOL[dtype], rtol=0)
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", None)
+    assert torch.equal(predict(model, [given])[0], out)
 
 
 @pytest.mark.parametrize(
@@ -181,7 +210,7 @@ def test_positions_are_diffusers_to_the_bit(size: tuple[int, int]) -> None:
     with torch.no_grad():
         embed.proj.bias.zero_()
         expected = embed(latent).view(1, *size, -1)
-        bands = list(dit._embedded(embed, latent, 2, False))
+        bands = list(dit._embedded(embed, latent, 2, dit._Layers(plain=False)))
     assert torch.equal(torch.cat(bands, dim=1), expected)
 
 

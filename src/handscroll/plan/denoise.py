@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import product
 
 from handscroll.plan.hardware import MIB, Hardware, heights_up_to
 from handscroll.plan.precision import BYTES
@@ -22,6 +23,9 @@ BAND_BYTES, CUDA_BAND_BYTES = 16 * MIB, 256 * MIB
 SLAB_CHANNELS, SLAB_MULTIPLE = 1120, 32
 # What calling a layer's operators costs for a band, whatever its size.
 SECONDS_A_BAND = 1e-3
+# Laid out for a CPU's kernels, matrices take a layer's memory again and save this share of the computing.
+LAID_OUT_GAIN = 0.05
+LAYING_OUT_BYTES = 1.5e9  # a second
 # Of the time that reading layers takes beside computing, this much shows.
 READING_SHARE = 0.05
 
@@ -32,7 +36,8 @@ class DenoiseStage:
 
     `together`: guidance's branches pass through each layer one after another, so that it is read once a step; else one
     forward follows the other, and one residual stream exists at a time. `residual` is where the streams live between
-    bands. Beside a CUDA device, `host_bytes` of the layers that are read anew are kept in the host's memory.
+    bands. `lay_out`: a layer is laid out for the CPU's kernels, beside itself. Beside a CUDA device, `host_bytes` of
+    the layers that are read anew are kept in the host's memory.
     `peak_bytes` of the whole stage; `seconds` by the hardware's rates.
     """
 
@@ -40,6 +45,7 @@ class DenoiseStage:
     resident_layers: int
     together: bool
     residual: Store
+    lay_out: bool
     host_bytes: int
     peak_bytes: int
     seconds: float
@@ -80,14 +86,17 @@ def denoise_stages(
         held += stored_bytes(stream_bytes, residual, rewritten=True)
         moved_bytes = 0 if residual == "memory" else 3 * job.steps * job.branches * spec.num_layers * stream_bytes
         moving_seconds = moved_bytes / (hardware.rates.disk_bytes if residual == "disk" else hardware.rates.host_bytes)
-        for band_rows in band_heights(spec, job, hardware):
+        layouts = (False,) if hardware.is_cuda else (True, False)
+        for band_rows, lay_out in product(band_heights(spec, job, hardware), layouts):
             bands = -(-job.rows // band_rows)
             calls = job.steps * job.branches * spec.num_layers * bands
-            working = held + band_bytes(spec, job.columns, band_rows, job.tokens, element_bytes)
+            working = held + band_bytes(spec, job.columns, band_rows, job.tokens, element_bytes) + lay_out * layer_bytes
+            readings = job.steps * (1 if together else job.branches)
+            laying_seconds = lay_out * readings * spec.num_layers * layer_bytes / LAYING_OUT_BYTES
+            busy_seconds = compute_seconds * (1 - lay_out * LAID_OUT_GAIN) + laying_seconds
             for resident in {0, _resident_layers(spec.num_layers, layer_bytes, slots, working, limit_bytes)}:
                 streamed = spec.num_layers - resident
                 weight_bytes = (resident + (min(slots, streamed))) * layer_bytes
-                readings = job.steps * (1 if together else job.branches)
                 read_bytes = streamed * layer_bytes
                 # Kept beside the device only where that is faster than the file.
                 kept = hardware.is_cuda and hardware.rates.host_bytes > hardware.rates.weight_bytes
@@ -95,17 +104,18 @@ def denoise_stages(
                 rate = hardware.rates.host_bytes if host_bytes else hardware.rates.weight_bytes
                 reading_seconds = readings * read_bytes / rate
                 if hardware.is_cuda:  # on a stream of its own while a layer computes, and not quite for nothing
-                    busy_seconds = max(compute_seconds, reading_seconds) + READING_SHARE * reading_seconds
+                    seconds = max(busy_seconds, reading_seconds) + READING_SHARE * reading_seconds
                 else:
-                    busy_seconds = compute_seconds + reading_seconds
+                    seconds = busy_seconds + reading_seconds
                 yield DenoiseStage(
                     band_rows=band_rows,
                     resident_layers=resident,
                     together=together,
                     residual=residual,
+                    lay_out=lay_out,
                     host_bytes=host_bytes,
                     peak_bytes=working + weight_bytes,
-                    seconds=busy_seconds + moving_seconds + calls * SECONDS_A_BAND,
+                    seconds=seconds + moving_seconds + calls * SECONDS_A_BAND,
                 )
 
 

@@ -70,6 +70,7 @@ def _how(stage: TextStage | DenoiseStage | DecodeStage, spec: CheckpointSpec) ->
             streamed = layers - stage.resident_layers
             weights = f"{layers} layers in memory" if not streamed else f"{streamed} of {layers} layers read every step"
             residual = "" if stage.residual == "memory" else f", token maps {PLACES[stage.residual]}"
+            weights += " and laid out one at a time" if stage.lay_out else ""
             residual += "" if stage.together else ", one forward after the other"
             return f"bands of {_rows(stage.band_rows)}, {weights}{residual}"
         case DecodeStage():

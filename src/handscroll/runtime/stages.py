@@ -59,6 +59,7 @@ class Transformer:
             layer=self._lend,
             band_rows=None if stage is None else stage.band_rows,
             new_map=lambda height: make_map(residual, height, self.scratch),
+            lay_out=stage is not None and stage.lay_out,
         )
 
     @contextmanager
