@@ -405,6 +405,18 @@ def test_parameters_text_follows_the_convention() -> None:
     assert text.endswith("Exact: false")
 
 
+@pytest.mark.parametrize("suffix", SUFFIXES)
+@pytest.mark.parametrize("size", [(1, 1), (300, 700), (2000, 30)], ids=str)
+def test_encoding_beside_gives_the_same_file(tmp_path: Path, suffix: str, size: tuple[int, int]) -> None:
+    pixels = picture(*size)
+    after, beside = (save(tmp_path / f"{name}{suffix}", pixels, "words", beside=name == "b") for name in "ab")
+    assert (load(after) == load(beside)).all()
+    assert read_parameters(beside) == "words"
+    if suffix != ".dzi":
+        assert after.read_bytes() == beside.read_bytes()
+    assert not [name for name in names(tmp_path) if name.startswith(".")]
+
+
 # Failure
 
 
@@ -412,9 +424,10 @@ class Broken(OSError):
     pass
 
 
+@pytest.mark.parametrize("beside", [False, True])
 @pytest.mark.parametrize("suffix", SUFFIXES)
 @pytest.mark.parametrize("fault", [Broken(errno.ENOSPC, "mine"), KeyboardInterrupt(), GeneratorExit(), RuntimeError()])
-def test_what_the_strips_raise_passes_through(tmp_path: Path, suffix: str, fault: BaseException) -> None:
+def test_what_the_strips_raise_passes_through(tmp_path: Path, suffix: str, fault: BaseException, beside: bool) -> None:
     older = save(tmp_path / f"out{suffix}", picture(16, 16), "older")
     before, content = names(tmp_path), older.read_bytes()
 
@@ -424,7 +437,7 @@ def test_what_the_strips_raise_passes_through(tmp_path: Path, suffix: str, fault
 
     target = check_target(older, 16, 16)
     with pytest.raises(type(fault)) as caught:
-        write_image(target, failing())
+        write_image(target, failing(), beside=beside)
     assert caught.value is fault
     assert names(tmp_path) == before
     assert older.read_bytes() == content
@@ -446,6 +459,20 @@ def test_a_failing_disk_leaves_the_older_file(
     with pytest.raises(OutputError, match=expected) as refusal:
         save(older, picture(16, 16), "newer")
     assert "\n" not in str(refusal.value)
+    assert names(tmp_path) == {"out.png"}
+    assert read_parameters(older) == "older"
+
+
+@pytest.mark.parametrize("rows", [1, 4000], ids=["before the last row", "among rows that no buffer holds"])
+def test_an_encoder_that_fails_beside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rows: int) -> None:
+    older = save(tmp_path / "out.png", picture(16, 16), "older")
+
+    def failing(*arguments: object) -> None:
+        raise pyvips.Error(f"write error: {os.strerror(errno.ENOSPC)}")
+
+    monkeypatch.setattr(image_file, "_encode_png", failing)
+    with pytest.raises(OutputError, match=r"disk full while writing .* needs .* free in"):
+        save(older, picture(64, rows), beside=True)
     assert names(tmp_path) == {"out.png"}
     assert read_parameters(older) == "older"
 

@@ -384,6 +384,7 @@ def write_picture(
         quality=quality,
         on_rows=lambda rows: on_event(Progress("decode", rows, target.height, index)),
         part=part,
+        beside=stage.plan.device.startswith("cuda"),
     )
     on_event(Progress("write", 1, 1, index))
 

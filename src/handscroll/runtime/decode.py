@@ -24,13 +24,24 @@ def decode_rows(stage: Stages, latent: Tensor) -> Iterator[np.ndarray]:
     Raises NumericsError for NaN or infinity, OutputError where a map finds no room on disk.
     """
     plan, row = stage.plan, 0
+    waiting: _Pixels | None = None
     with closing(_strips(stage, latent)) as strips:
         for strip in strips:
             strip = strip[..., : plan.height - row, : plan.width]
-            if strip.shape[-2]:
-                yield _to_uint8(strip)
             row += strip.shape[-2]
+            if not strip.shape[-2]:
+                continue
+            pixels = _Pixels(strip)
             del strip
+            if not pixels.on_their_way:
+                yield pixels.arrived()
+                continue
+            # A device works on the next strip while this one is copied and the one before is written.
+            if waiting is not None:
+                yield waiting.arrived()
+            waiting = pixels
+    if waiting is not None:
+        yield waiting.arrived()
 
 
 def _strips(stage: Stages, latent: Tensor) -> Generator[Tensor, None, None]:
@@ -66,15 +77,41 @@ def _strips(stage: Stages, latent: Tensor) -> Generator[Tensor, None, None]:
             yield autoencoder.decode(scaled, return_dict=False)[0]
 
 
-def _to_uint8(strip: Tensor) -> np.ndarray:
-    """[1, 3, rows, W] in -1 ... 1 -> [rows, W, 3] uint8, rounded as diffusers' image processor rounds."""
+class _Pixels:
+    """A strip [1, 3, rows, W] in -1 ... 1 as uint8, rounded as diffusers' image processor rounds, on its way here."""
+
+    def __init__(self, strip: Tensor) -> None:
+        self.on_their_way = strip.device.type == "cuda"
+        pixels, finite = _to_uint8(strip)
+        if self.on_their_way:
+            # Nothing here waits for the device, not even to look whether the numbers are finite.
+            self.pixels = torch.empty(pixels.shape, dtype=torch.uint8, pin_memory=True)
+            self.pixels.copy_(pixels, non_blocking=True)
+            self.finite = torch.empty((), dtype=torch.bool, pin_memory=True)
+            self.finite.copy_(finite, non_blocking=True)
+            self.event = torch.cuda.Event()
+            self.event.record()
+        else:
+            self.pixels, self.finite = pixels, finite
+
+    def arrived(self) -> np.ndarray:
+        """[rows, W, 3]. Raises NumericsError."""
+        if self.on_their_way:
+            self.event.synchronize()
+        if not self.finite:
+            raise NumericsError("the autoencoder gave numbers that are not finite")
+        return self.pixels.numpy()
+
+
+def _to_uint8(strip: Tensor) -> tuple[Tensor, Tensor]:
+    """[1, 3, rows, W] -> [rows, W, 3] uint8, and whether all of it was finite."""
     pixels = strip.new_empty((*strip.shape[2:], 3), dtype=torch.uint8)
+    finite = torch.ones((), dtype=torch.bool, device=strip.device)
     row_bytes = 4 * strip[0, :, 0].numel()
     # Strips are tall where channels are few: on a CPU one would take several times its own memory in fp32.
     step = max(1, PIECE_BYTES // row_bytes) if strip.device.type == "cpu" else strip.shape[2]
     for piece, target in zip(strip[0].permute(1, 2, 0).split(step), pixels.split(step), strict=True):
         values = piece.float()
-        if not torch.isfinite(values.sum()):
-            raise NumericsError("the autoencoder gave numbers that are not finite")
+        finite &= torch.isfinite(values.sum())
         target.copy_((values * 0.5).add_(0.5).clamp_(0, 1).mul_(255).round_())
-    return pixels.cpu().numpy()
+    return pixels, finite
