@@ -3,7 +3,7 @@
     python bench/one_run.py '{"mode": "rows", "size": [1024, 1024], "settings": {...}, "folder": "/scratch"}'
 
 The last line is one JSON object. What is compiled runs once before, which tells how long compiling took; on a CUDA
-device so does everything but a whole generation, so that kernels are chosen and loaded.
+device so does everything but whole generations and large pictures, so that kernels are chosen and loaded.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ import torch
 
 import stages
 from machine import synchronize
+
+TWICE_PIXELS = 2**24
 
 
 def main(request: str) -> None:
@@ -48,7 +50,7 @@ def measure(stage: stages.Stage, mode: str, size: stages.Size, folder: Path, ref
     ready.warm_up()
     compiled = mode == "compiled"
     first_seconds = None
-    if compiled or (device != "cpu" and not stage.of_process):
+    if compiled or (device != "cpu" and not stage.of_process and size[0] * size[1] <= TWICE_PIXELS):
         first_seconds = timed(ready, device)[0]
     gc.collect()
 

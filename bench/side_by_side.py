@@ -11,7 +11,7 @@ Each run is a process of its own, the first to be killed where memory runs out; 
 memory nor a busy spell of the machine is carried from one to the next. What would not fit is not tried. Seconds and
 bytes are medians; ratios are taken within each round, then their median. GFLOP/s are the whole way's work over the
 seconds, whatever work a way found around it or did twice. Tables go to stderr; the last line of stdout is one JSON
-object, which --save writes to results/.
+object, which --save writes to results/. Leaves with exit code 1 where handscroll's own way failed.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ RATE_SIDES = {"convolution": {"cpu": 256, "cuda": 1024}, "matrix": {"cpu": 2048,
 PROCESS_BYTES = 2**29
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def main(argv: Sequence[str] | None = None) -> int:
     arguments = parse_arguments(argv)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that a run in progress ends too
     if arguments.threads:
@@ -62,6 +62,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     with tempfile.TemporaryDirectory(prefix="handscroll-bench-", dir=arguments.scratch) as folder:
         found = head(settings, arguments) | compared(settings, arguments, Path(folder))
     report.print_and_save(found, table(found), name_of(found) if arguments.save else None)
+    return 1 if any("rows" in at["failed"] for at in found["sizes"]) else 0
 
 
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -77,7 +78,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--strip-rows", type=count, help="height of strips or bands of rows; default: by size")
     parser.add_argument("--layers", type=count, help="denoise and text: so many layers instead of all")
     parser.add_argument("--steps", type=count, help="generate: default: the model's")
-    parser.add_argument("--minutes", type=float, help="start nothing after so long, and end what is running")
+    parser.add_argument("--seconds", type=count, help="start nothing after so long, and end what is running")
     parser.add_argument(
         "--here", action="store_true", help="all runs in this process, to try the benchmark itself: peaks mean little"
     )
@@ -170,7 +171,7 @@ def compared(settings: Settings, arguments: argparse.Namespace, folder: Path) ->
     settings = replace(settings, folder=str(checkpoint))
     stage = stages.open_stage(settings)
     before = rate_of(stage)
-    ends = float("inf") if arguments.minutes is None else time.monotonic() + 60 * arguments.minutes
+    ends = float("inf") if arguments.seconds is None else time.monotonic() + arguments.seconds
     measured = [compare(stage, size, arguments, folder, ends) for size in arguments.sizes]
     after = rate_of(stage)
     limit = None
@@ -351,4 +352,4 @@ def number(value: float | None, layout: str) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -90,13 +90,18 @@ class Denoise(Stage):
         given, small = (self.batch(each, self.settings.device) for each in (size, WARM_UP_SIZE))
         if mode == "rows":
             return Ready(
-                lambda: torch.cat(predict(model, self.branches(given), band_rows=self.settings.strip_rows)),
-                lambda: predict(model, self.branches(small)),
+                lambda: torch.cat(self.by_rows(model, given)),
+                lambda: self.by_rows(model, small),
             )
         if mode == "compiled":
             model.compile(dynamic=False)
             return Ready(lambda: model(**given, return_dict=False)[0], lambda: None)
         return Ready(lambda: model(**given, return_dict=False)[0], lambda: model(**small, return_dict=False))
+
+    def by_rows(self, model: Any, batch: dict[str, Any]) -> list[Tensor]:
+        """As a plan without a budget runs it."""
+        lay_out = self.settings.device == "cpu"
+        return predict(model, self.branches(batch), band_rows=self.settings.strip_rows, lay_out=lay_out)
 
     def on_meta(self, size: Size) -> tuple[Any, dict[str, Tensor | None]]:
         with torch.device("meta"):

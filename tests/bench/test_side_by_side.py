@@ -36,9 +36,10 @@ def compare(bench: Any, capsys: Any) -> Callable[..., tuple[Report, str]]:
     """Runs the benchmark in this process: `compare("decode", "--sizes", "64")` gives its report and its table."""
 
     def run(*arguments: object) -> tuple[Report, str]:
-        bench.main([*map(str, arguments), "--miniature", "--here"])
+        exit_code = bench.main([*map(str, arguments), "--miniature", "--here"])
         printed = capsys.readouterr()
         report = json.loads(printed.out.splitlines()[-1])
+        assert exit_code == any("rows" in at_size["failed"] for at_size in report["sizes"])
         assert "/" not in json.dumps(report["machine"])
         return report, printed.err
 
