@@ -25,7 +25,9 @@ MAY_IMPORT = {
     "drop_in": LEAVES | {"banded", "plan", "runtime"},
     "progress_bars": LEAVES,
     "doctor": LEAVES | {"runtime"},
-    "cli": LEAVES | {"plan", "runtime", "image_file", "latent_file", "pipeline", "progress_bars", "doctor"},
+    "benchmark": LEAVES | {"banded", "plan", "runtime"},
+    "cli": LEAVES
+    | {"plan", "runtime", "image_file", "latent_file", "pipeline", "progress_bars", "doctor", "benchmark"},
     "__main__": {"cli"},
     "__init__": LEAVES | {"pipeline", "drop_in"},
     **{leaf: LEAVES for leaf in LEAVES},

@@ -23,7 +23,17 @@ import typer
 
 from handscroll.errors import HandscrollError, PromptError, is_out_of_memory
 from handscroll.registry import resolve
-from handscroll.request import DECODES, DEFAULT_MODEL, PRECISIONS, Request, indexed, parse_bytes, parse_size
+from handscroll.request import (
+    DECODES,
+    DEFAULT_MODEL,
+    PRECISIONS,
+    Request,
+    check_choice,
+    check_device,
+    indexed,
+    parse_bytes,
+    parse_size,
+)
 from handscroll.version import __version__
 
 if TYPE_CHECKING:
@@ -332,6 +342,34 @@ def doctor(as_json: Json = False) -> None:
     print(_json(health.as_dict()) if as_json else health.as_text())
     if not health.ok:
         raise typer.Exit(1)
+
+
+@app.command()
+def bench(
+    model: ModelName = DEFAULT_MODEL,
+    size: Annotated[str | None, typer.Option(metavar="WxH", help="Pixels. Left out, the model's.")] = None,
+    precision: Precision = "auto",
+    device: Device = "auto",
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Measure this machine: text, one denoising step and decoding, beside the same modules run whole by diffusers.
+
+    \b
+      handscroll bench
+      handscroll bench --size 2048 --json
+
+    Needs the memory of the largest component, and leaves out what would not fit.
+    """
+    width, height = parse_size(size) if size is not None else (None, None)
+    check_choice("precision", precision, PRECISIONS)
+    check_device(device)
+    resolve(model)
+    with _watching(quiet) as on_event:
+        from handscroll.benchmark import measure
+
+        found = measure(model, width=width, height=height, precision=precision, device=device, on_event=on_event)
+    print(_json(found.as_dict()) if as_json else found.as_text())
 
 
 # Before a model is opened.

@@ -190,7 +190,7 @@ def cache_folder() -> Path:
 def remembered(name: str, measure: Callable[[], Any]) -> Any:
     """A measurement of this machine under this torch, a JSON value: from the cache file, or taken and written there."""
     file = cache_folder() / "devices.json"
-    key = f"{name}, {_processor()}, torch {torch.__version__}"
+    key = f"{name}, {processor_name()}, torch {torch.__version__}"
     try:
         known = json.loads(file.read_bytes())
     except (OSError, ValueError):
@@ -209,7 +209,8 @@ def remembered(name: str, measure: Callable[[], Any]) -> Any:
     return known[key]
 
 
-def _processor() -> str:
+def processor_name() -> str:
+    """What the processor calls itself, or its kind where it does not say."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
