@@ -386,6 +386,30 @@ def test_upsample_row_phase(device: str, dtype: torch.dtype, channels: int, repe
 # Where they can run
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_strips_may_have_more_elements_than_32_bits_count() -> None:
+    strip = torch.zeros(1, 1, 2**20, 2240, dtype=torch.bfloat16, device="cuda")
+    end = strip[:, :, -3:]
+    end.copy_(torch.randn(end.shape))
+    alone = end.clone()
+    one = torch.ones(1, 1, 1, 2240, dtype=torch.bfloat16, device="cuda")
+    for run in (
+        lambda this: triton_kernels.rms_norm(this, None, None, 1e-6, out=this),
+        lambda this: triton_kernels.layer_norm_modulate(this, one, one, 1e-6, out=this),
+        lambda this: triton_kernels.gate_add_(this, one, this),
+        lambda this: triton_kernels.attention_apply(
+            this.unflatten(-1, (70, 32)),
+            torch.ones(1, 70, 32, 32, device="cuda"),
+            torch.ones(1, 70, 32, device="cuda"),
+            out=this.unflatten(-1, (70, 32)),
+        ),
+    ):
+        run(strip)
+        run(alone)
+        assert torch.equal(end, alone)
+
+
 def test_what_is_available() -> None:
     strip = torch.zeros(1, 1, 1, 16)
     assert triton_kernels.available(strip) == (INTERPRETS and find_spec("triton") is not None)

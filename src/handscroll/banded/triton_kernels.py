@@ -647,15 +647,15 @@ def _attention_sums(
     PIXELS: tl.constexpr,
 ) -> None:
     # Heads first: programs that run at the same time read what lies side by side.
-    head = tl.program_id(0)
+    head = tl.program_id(0).to(tl.int64)
     first = tl.program_id(1) * program_pixels
-    batch = tl.program_id(2)
+    batch = tl.program_id(2).to(tl.int64)
     last = tl.minimum(first + program_pixels, pixels)
     pixel = tl.arange(0, PIXELS)[:, None]
     key = tl.arange(0, KEYS)[None, :]
     value = tl.arange(0, VALUES)[None, :]
-    keys += batch.to(tl.int64) * keys_batch + first.to(tl.int64) * keys_pixel + head * keys_head
-    values += batch.to(tl.int64) * values_batch + first.to(tl.int64) * values_pixel + head * values_head
+    keys += batch * keys_batch + first.to(tl.int64) * keys_pixel + head * keys_head
+    values += batch * values_batch + first.to(tl.int64) * values_pixel + head * values_head
 
     products = tl.zeros([KEYS, VALUES], dtype=tl.float32)
     sums = tl.zeros([PIXELS, KEYS], dtype=tl.float32)
@@ -690,21 +690,24 @@ def _add_parts(
     parts: tl.tensor,
     PRODUCTS: tl.constexpr,
     KEYS: tl.constexpr,
+    PARTS: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
-    # One head's parts, added from top to bottom.
+    # Of one head. Several parts at a time, since nothing but waiting for memory happens here.
     head = tl.program_id(0).to(tl.int64)
     cell = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = cell < PRODUCTS + KEYS
     is_product = cell < PRODUCTS
-    partial += head * (PRODUCTS + KEYS)
     products += head * PRODUCTS
     normaliser += head * KEYS
+    of_part = tl.num_programs(0).to(tl.int64) * (PRODUCTS + KEYS)
+    part = tl.arange(0, PARTS)[:, None]
+    partial += head * (PRODUCTS + KEYS) + part * of_part + cell[None, :]
     total = tl.load(products + cell, mask=is_product, other=0)
     total += tl.load(normaliser + cell - PRODUCTS, mask=inside & (cell >= PRODUCTS), other=0)
-    for _ in range(parts):
-        total += tl.load(partial + cell, mask=inside, other=0)
-        partial += tl.num_programs(0).to(tl.int64) * (PRODUCTS + KEYS)
+    for start in range(0, parts, PARTS):
+        total += tl.sum(tl.load(partial, mask=(start + part < parts) & inside[None, :], other=0), axis=0)
+        partial += PARTS * of_part
     tl.store(products + cell, total, mask=is_product)
     tl.store(normaliser + cell - PRODUCTS, total, mask=inside & (cell >= PRODUCTS))
 
@@ -715,8 +718,8 @@ def attention_sums(keys: Tensor, values: Tensor, products: Tensor, normaliser: T
     keys (before their ReLU) and values: [B, rows, W, heads, d] and [B, rows, W, heads, d'] of one dtype and any strides
     (copied if rows do not follow each other). products: [B, heads, d, d'], normaliser: [B, heads, d], contiguous, fp32.
 
-    Parts of the strip are summed beside each other and then added from top to bottom, without atomics: the same strips
-    give the same bits. (Strips cut otherwise do not.)
+    Parts of the strip are summed beside each other and then added in an order that depends on their number alone,
+    without atomics: the same strips give the same bits. (Strips cut otherwise do not.)
     """
     batch, _, _, heads, key_dim = keys.shape
     value_dim = values.shape[-1]
@@ -751,8 +754,9 @@ def attention_sums(keys: Tensor, values: Tensor, products: Tensor, normaliser: T
         VALUES=value_block,
         PIXELS=tile,
         num_warps=4,
+        fuses=True,
     )
-    block = min(256, _power_of_2(partial.shape[-1]))
+    block = min(128, _power_of_2(partial.shape[-1]))
     _add_parts.launch(
         (batch * heads, -(-partial.shape[-1] // block)),
         partial,
@@ -761,8 +765,9 @@ def attention_sums(keys: Tensor, values: Tensor, products: Tensor, normaliser: T
         parts,
         PRODUCTS=key_dim * value_dim,
         KEYS=key_dim,
+        PARTS=8,
         BLOCK=block,
-        num_warps=max(1, block // 64),
+        num_warps=max(1, block // 32),
     )
 
 
@@ -791,15 +796,15 @@ def _attention_apply(
     PIXELS: tl.constexpr,
     PRECISION: tl.constexpr,
 ) -> None:
-    head = tl.program_id(0)
+    head = tl.program_id(0).to(tl.int64)
     first = tl.program_id(1) * program_pixels
-    batch = tl.program_id(2)
+    batch = tl.program_id(2).to(tl.int64)
     last = tl.minimum(first + program_pixels, pixels)
     pixel = tl.arange(0, PIXELS)[:, None]
     key = tl.arange(0, KEYS)
     value = tl.arange(0, VALUES)[None, :]
-    queries += batch.to(tl.int64) * queries_batch + first.to(tl.int64) * queries_pixel + head * queries_head
-    out += batch.to(tl.int64) * out_batch + first.to(tl.int64) * out_pixel + head * out_head
+    queries += batch * queries_batch + first.to(tl.int64) * queries_pixel + head * queries_head
+    out += batch * out_batch + first.to(tl.int64) * out_pixel + head * out_head
     products += (batch * heads + head) * (KEY_DIM * VALUE_DIM)
     normaliser += (batch * heads + head) * KEY_DIM
 
