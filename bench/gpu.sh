@@ -32,10 +32,10 @@ done
 # Sizes and ways: what is asked of an H100-class device, or what a CPU does in a moment (a busy one has more time).
 if [ $miniature = yes ]; then
     common=(--device cpu --precision fp32 --threads 1 --miniature --here)
-    large=128 larger=256 sizes=64,128 ways=whole,rows tiled= generate_steps=1 patience=20
+    large=128 larger=256 sizes=64,128 ways=whole,rows kernels= tiled= generate_steps=1 patience=20
 else
     common=(--device cuda --precision bf16)
-    large=4096 larger=32768 sizes=1024,2048,4096,8192,16384 ways=whole,compiled,rows tiled=,tiled generate_steps=20 patience=1
+    large=4096 larger=32768 sizes=1024,2048,4096,8192,16384 ways=whole,compiled,rows kernels=,triton tiled=,tiled generate_steps=20 patience=1
 fi
 common+=(--save --results "$results" --scratch "$scratch")
 
@@ -62,12 +62,14 @@ measure() {
     step "$name" $((seconds + 15)) "$python" bench/side_by_side.py "$@" "${common[@]}" --seconds $((seconds * patience))
 }
 
-step tests 75 "$python" -m pytest -q -m gpu tests/test_gpu.py
-measure denoise 135 denoise --model sana-1.6b-4k --sizes $large --modes $ways --repeats 2
-measure decode 100 decode --sizes $large --modes whole$tiled,rows --repeats 2
-measure curve 80 decode --sizes $sizes --modes rows
-measure large-denoise 55 denoise --model sana-1.6b-4k --sizes $larger --modes rows
-measure large-decode 65 decode --sizes $larger --modes rows
+kernel_tests=tests/banded/test_triton_kernels.py
+step tests 100 "$python" -m pytest -q -m gpu tests/test_gpu.py \
+    $kernel_tests::test_the_transformer_predicts_the_same $kernel_tests::test_the_decoder_gives_the_same_rows
+measure denoise 145 denoise --model sana-1.6b-4k --sizes $large --modes $ways$kernels --repeats 2
+measure decode 110 decode --sizes $large --modes whole$tiled,rows$kernels --repeats 2
+measure curve 70 decode --sizes $sizes --modes rows
+measure large-denoise 50 denoise --model sana-1.6b-4k --sizes $larger --modes rows
+measure large-decode 60 decode --sizes $larger --modes rows
 if [ -n "$folder" ]; then
     measure generate 240 generate --model "$folder" --sizes $large --modes whole$tiled,rows --steps $generate_steps
 fi

@@ -88,7 +88,11 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--save", action="store_true", help="write DATE-STAGE-...-MACHINE.json there")
     arguments = parser.parse_args(argv)
     stage = stages.open_stage(settings_of(arguments))
-    arguments.modes = arguments.modes or list(stage.modes)
+    interprets = os.environ.get("TRITON_INTERPRET") == "1"
+    if arguments.modes is None:
+        arguments.modes = [mode for mode in stage.modes if mode != "triton" or arguments.device == "cuda"]
+    elif "triton" in arguments.modes and arguments.device == "cpu" and not interprets:
+        parser.error("triton runs on CUDA devices: add --device cuda")
     if unknown := [mode for mode in arguments.modes if mode not in stage.modes]:
         parser.error(f"{arguments.stage} knows no {', '.join(unknown)}; choose from {', '.join(stage.modes)}")
     if not stage.has_size:
@@ -207,7 +211,7 @@ def compare(stage: Stage, size: Size, arguments: argparse.Namespace, folder: Pat
     runs: Runs = {mode: [] for mode in arguments.modes}
     failed: dict[str, str] = {}
     for mode in arguments.modes:
-        if why := stage.pointless(mode, size) or too_large(stage, mode, size):
+        if why := stage.pointless(own(mode), size) or too_large(stage, own(mode), size):
             failed[mode] = why
     environment = {
         "HANDSCROLL_CACHE": str(folder / "cache"),
@@ -219,15 +223,21 @@ def compare(stage: Stage, size: Size, arguments: argparse.Namespace, folder: Pat
             if mode in failed:
                 continue
             print(f"{label(size)}, {mode}, {repeat + 1} of {arguments.repeats}", file=sys.stderr, flush=True)
+            environment["HANDSCROLL_TRITON"] = str(int(mode == "triton"))
             if arguments.here:
-                outcome = run_here(stage, mode, size, folder, environment)
+                outcome = run_here(stage, own(mode), size, folder, environment)
             else:
-                outcome = run_child(stage.settings, mode, size, folder, environment, ends)
+                outcome = run_child(stage.settings, own(mode), size, folder, environment, ends)
             if isinstance(outcome, str):
                 failed[mode] = outcome
             runs[mode].append(None if isinstance(outcome, str) else outcome)
     one_run.reference_of(size, folder).unlink(missing_ok=True)
     return size, flop, runs, failed
+
+
+def own(mode: str) -> str:
+    """What a stage calls this way: with its Triton kernels too it is handscroll's."""
+    return "rows" if mode == "triton" else mode
 
 
 def too_large(stage: Stage, mode: str, size: Size) -> str | None:

@@ -2,7 +2,7 @@
 
 whole       diffusers' SanaTransformer2DModel on both branches as one batch, prompts padded to 300 tokens, as its
             pipelines call it; compiled: the same under torch.compile
-rows        handscroll, on the same module: in bands, the branches by turns, no padding
+rows        handscroll, on the same module: in bands, the branches by turns, no padding; triton: with its Triton kernels
 
 The weights are random and all in memory.
 """
@@ -30,7 +30,7 @@ WARM_UP_SIZE = 64, 64
 
 
 class Denoise(Stage):
-    modes = ("whole", "compiled", "rows")
+    modes = ("whole", "compiled", "rows", "triton")
     limit = "matrix"
 
     @property

@@ -251,9 +251,12 @@ def test_depthwise_gate(device: str, dtype: torch.dtype, channels: int, rows: in
             convolved = F.conv2d(image, weight.float(), bias, padding=(0, 1), groups=2 * channels)
         return kernels.gate_(convolved.to(dtype).permute(0, 2, 3, 1).contiguous())
 
-    assert_rounds_as(triton_kernels.depthwise_gate(some_rows(strip), weight, bias), expected(bias.float()))
+    # Values and gates in one strip, as the decoder has them, and each in its own, as the transformer has.
+    ours = triton_kernels.depthwise_gate(*some_rows(strip).chunk(2, dim=-1), weight.chunk(2), bias.chunk(2))
+    assert_rounds_as(ours, expected(bias.float()))
     out = some_channels(torch.zeros_like(strip[:, 2:, :, :channels]))
-    assert triton_kernels.depthwise_gate(strip, weight, None, out) is out
+    values, gates = (half.contiguous() for half in strip.chunk(2, dim=-1))
+    assert triton_kernels.depthwise_gate(values, gates, weight.chunk(2), (None, None), out) is out
     assert_rounds_as(out, expected(None))
 
 
@@ -261,9 +264,12 @@ def test_depthwise_gate(device: str, dtype: torch.dtype, channels: int, rows: in
 def test_depthwise_gate_has_the_same_bits_at_every_height(device: str) -> None:
     strip = drawn(1, 9, 5, 48, dtype=torch.bfloat16, device=device)
     weight = drawn(48, 1, 3, 3, dtype=torch.bfloat16, device=device)
-    whole = triton_kernels.depthwise_gate(strip, weight, None)
-    rows = [triton_kernels.depthwise_gate(strip[:, row : row + 3], weight, None) for row in range(7)]
-    assert torch.equal(torch.cat(rows, dim=1), whole)
+
+    def gated(strip: Tensor) -> Tensor:
+        return triton_kernels.depthwise_gate(*strip.chunk(2, dim=-1), weight.chunk(2), (None, None))
+
+    rows = [gated(strip[:, row : row + 3]) for row in range(7)]
+    assert torch.equal(torch.cat(rows, dim=1), gated(strip))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -384,6 +390,69 @@ def test_upsample_row_phase(device: str, dtype: torch.dtype, channels: int, repe
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# The networks with them
+
+
+@pytest.fixture
+def used(monkeypatch: pytest.MonkeyPatch) -> set[str]:
+    """Names of the kernels that the networks have called."""
+    names: set[str] = set()
+    launch = triton_kernels._Kernel.launch
+
+    def noted(kernel: Any, *arguments: Any, **options: Any) -> None:
+        names.add(kernel.function.__name__)
+        launch(kernel, *arguments, **options)
+
+    monkeypatch.setenv("HANDSCROLL_TRITON", "1")
+    monkeypatch.setattr(triton_kernels._Kernel, "launch", noted)
+    return names
+
+
+@on_devices
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("row", ["1.6b", "1.5-1.6b"])
+@torch.no_grad()
+def test_the_transformer_predicts_the_same(device: str, dtype: torch.dtype, row: str, used: set[str]) -> None:
+    import miniatures
+    from handscroll.banded.dit import Branch, predict
+
+    model = miniatures.make_transformer(row, num_layers=1).to(device, dtype)
+    latent, text = drawn(1, 32, 4, 6, dtype=dtype, device=device), drawn(1, 5, 48, dtype=dtype, device=device)
+    branch = Branch(latent, text[..., : model.config.caption_channels], None, torch.tensor([411.0], device=device))
+    expected = model(latent, encoder_hidden_states=branch.text, timestep=branch.timestep, return_dict=False)[0]
+    assert not used
+    # The second slab and the last band are smaller than the others.
+    out = predict(model, [branch], band_rows=3)[0]
+    tolerance = 2e-5 if dtype == torch.float32 else 0.1
+    torch.testing.assert_close(out, expected, atol=tolerance, rtol=0)
+    assert used >= {"_layer_norm_modulate", "_gate_add", "_depthwise_gate", "_attention_sums", "_attention_apply"}
+    assert ("_rms_norm" in used) == (model.transformer_blocks[0].attn1.norm_q is not None)
+
+
+@on_devices
+@torch.no_grad()
+def test_the_decoder_gives_the_same_rows(device: str, used: set[str]) -> None:
+    import miniatures
+    from handscroll.banded.dcae import decode_rows
+
+    decoder = miniatures.make_autoencoder().decoder.to(device)
+    latent = drawn(1, 32, 3, 3, dtype=torch.float32, device=device)
+    with torch.backends.cudnn.flags(allow_tf32=False):
+        expected = decoder(latent)
+        assert not used
+        out = torch.cat(list(decode_rows(decoder, latent, 40)), dim=2)
+    torch.testing.assert_close(out, expected, atol=2e-5 if device == "cpu" else 1e-4, rtol=0)
+    assert used == {
+        "_rms_norm",
+        "_depthwise_gate",
+        "_attention_sums",
+        "_add_parts",
+        "_attention_apply",
+        "_upsample_row_phase",
+    }
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Where they can run
 
 
@@ -469,7 +538,8 @@ else:
         triton_kernels.rms_norm(band, empty(2240), empty(2240), 1e-5, band, "silu", band)
         triton_kernels.layer_norm_modulate(band, channel, channel, 1e-6)
         triton_kernels.gate_add_(band, channel, band, 65504.0)
-        triton_kernels.depthwise_gate(empty(2, 6, 128, 11200), empty(11200, 1, 3, 3), empty(11200))
+        halves, weights = empty(2, 6, 128, 2240).chunk(2, dim=-1), empty(11200, 1, 3, 3)
+        triton_kernels.depthwise_gate(*halves, (weights[:1120], weights[5600:6720]), empty(11200)[:2240].chunk(2))
         heads = band.unflatten(-1, (70, 32))
         products, normaliser = empty(2, 70, 32, 32, dtype=torch.float32), empty(2, 70, 32, dtype=torch.float32)
         triton_kernels.attention_sums(heads, heads, products, normaliser)

@@ -210,6 +210,7 @@ def test_a_saved_report(compare: Any, tmp_path: Path) -> None:
         ["decode", "--modes", "rows,tiles"],
         ["decode", "--modes", ""],
         ["denoise", "--modes", "patch"],
+        ["denoise", "--modes", "rows,triton"],
         ["decode", "--sizes", "100"],
         ["decode", "--sizes", "x"],
         ["decode", "--repeats", "0"],

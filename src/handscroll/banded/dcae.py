@@ -32,7 +32,7 @@ import torch
 from diffusers.models.normalization import RMSNorm
 from torch import Tensor, nn
 
-from handscroll.banded import kernels
+from handscroll.banded import kernels, triton_kernels
 from handscroll.banded.kernels import Conv, LinearAttentionSums
 from handscroll.banded.rows import (
     Chain,
@@ -51,8 +51,9 @@ from handscroll.banded.rows import (
     sweep,
 )
 
-# Without a budget, a strip is as tall as makes its largest activation about this big: beyond it nothing gets faster.
-DEFAULT_STRIP_BYTES = 16 * 2**20
+# Without a plan, a strip is as tall as makes its largest activation about this big. On a CPU nothing gets faster
+# beyond; on a device every strip costs its launches.
+DEFAULT_STRIP_BYTES, DEFAULT_DEVICE_STRIP_BYTES = 16 * 2**20, 256 * 2**20
 
 # Makes the parameters and buffers of these modules real while it is entered; outside they may be on the meta device.
 Lend = Callable[[Sequence[nn.Module]], AbstractContextManager[Any]]
@@ -177,17 +178,31 @@ def res_block(block: Any, this: Pass) -> RowOp:
 def glu_mb_conv(block: Any, this: Pass) -> RowOp:
     """`GLUMBConv` (Mix-FFN): 1x1 expand, SiLU, 3x3 depthwise, gate, 1x1 project, norm, + x. Lags one row."""
     expand = _conv(block.conv_inverted, this, block.nonlinearity)
-    depthwise = _conv(block.conv_depth, this)
     project = _conv(block.conv_point, this)
-    ops: list[RowOp] = [
-        Pointwise(expand),
-        this.windowed(depthwise, 3),
-        Pointwise(kernels.gate_),
-        Pointwise(project),
-    ]
+    depthwise = block.conv_depth
+    if not this.plain and depthwise.kernel_size == (3, 3) and triton_kernels.in_use(depthwise.weight):
+        gated: list[RowOp] = [this.windowed(_convolved_and_gated(depthwise, this), 3)]
+    else:
+        gated = [this.windowed(_conv(depthwise, this), 3), Pointwise(kernels.gate_)]
+    ops: list[RowOp] = [Pointwise(expand), *gated, Pointwise(project)]
     if block.norm is not None:
         ops.append(Pointwise(_norm_(block.norm, this)))
     return Residual(Chain(ops)) if block.residual_connection else Chain(ops)
+
+
+def _convolved_and_gated(depthwise: nn.Conv2d, this: Pass) -> Callable[[Tensor], Tensor]:
+    """The depthwise convolution and the gate of its output's halves in one pass: [B, n+2, W, 2C] -> [B, n, W, C]."""
+    weight, bias = depthwise.weight.detach(), None if depthwise.bias is None else depthwise.bias.detach()
+    if this.copies:
+        weight, bias = weight.clone(), None if bias is None else bias.clone()
+    of_values, of_gates = weight.chunk(2)
+    biases = (None, None) if bias is None else bias.chunk(2)
+
+    def rows(window: Tensor) -> Tensor:
+        values, gates = window.chunk(2, dim=-1)
+        return triton_kernels.depthwise_gate(values, gates, (of_values, of_gates), (biases[0], biases[1]))
+
+    return rows
 
 
 def _repeat_channels(strip: Tensor, repeats: int) -> Tensor:
@@ -276,6 +291,11 @@ def _upsample_by_phases(block: Any) -> Callable[[Tensor], Tensor]:
         out = window.new_empty(batch, padded_rows - 2, 2, width, 2, channels)
         for row_phase, run in enumerate(convs):
             pair = run(window[:, row_phase : padded_rows - 1 + row_phase])  # [B, n, W+1, 2K]
+            if triton_kernels.in_use(pair):
+                source = inner if block.shortcut else None
+                doubled = out.view(batch, -1, 2 * width, channels)
+                triton_kernels.upsample_row_phase(pair, source, repeats, row_phase, doubled)
+                continue
             for column_phase in (0, 1):
                 phase = pair[:, :, column_phase : column_phase + width, column_phase * channels :][..., :channels]
                 target = out[:, :, row_phase, :, column_phase]
@@ -530,16 +550,17 @@ def cut_at_barriers(units: Sequence[Unit], height: int, width: int) -> list[Swee
     return [Sweep(attention, tuple(local)) for attention, local in sweeps]
 
 
-def strip_heights(sweeps: Sequence[Sweep], width: int, element_bytes: int, strip_rows: int | None) -> list[int]:
-    """Rows of its own input that each sweep takes at a time.
+def strip_heights(sweeps: Sequence[Sweep], given: Tensor, strip_rows: int | None) -> list[int]:
+    """Rows of its own input that each sweep takes at a time; the network is `given` [B, C, H, W].
 
     `strip_rows` is the height in the last sweep, that is in rows of the map at the last barrier; the others get strips
-    of the same bytes. None stands for what makes the largest activation about DEFAULT_STRIP_BYTES.
+    of the same bytes. None stands for what makes the largest activation about as big as is best on the device.
     """
     if strip_rows is not None and strip_rows < 1:
         raise ValueError(f"strips of {strip_rows} rows end nowhere")
-    row_bytes = [sweep.row_bytes(width, element_bytes) for sweep in sweeps]
-    strip_bytes = DEFAULT_STRIP_BYTES if strip_rows is None else strip_rows * row_bytes[-1]
+    row_bytes = [sweep.row_bytes(given.shape[-1], len(given) * given.element_size()) for sweep in sweeps]
+    default_bytes = DEFAULT_STRIP_BYTES if given.device.type == "cpu" else DEFAULT_DEVICE_STRIP_BYTES
+    strip_bytes = default_bytes if strip_rows is None else strip_rows * row_bytes[-1]
     heights = [max(1, strip_bytes // one_row) for one_row in row_bytes]
     return heights if strip_rows is None else [*heights[:-1], strip_rows]
 
@@ -683,10 +704,10 @@ def decode_rows(
     Raises ValueError for a latent that does not fit, and for heights or starts that cannot be.
     """
     _check_input(decoder.conv_in, latent, lend is not None)
-    batch, _, height, width = latent.shape
+    height, width = latent.shape[2:]
     sweeps = cut_at_barriers(decoder_units(decoder), height, width)
     if heights is None:
-        heights = strip_heights(sweeps, width, batch * latent.element_size(), strip_rows)
+        heights = strip_heights(sweeps, latent, strip_rows)
     map_ = latent.permute(0, 2, 3, 1).contiguous()
     strips = stream(
         sweeps,
@@ -723,14 +744,14 @@ def encode(
     The other arguments are as in `decode_rows`.
     """
     _check_input(encoder.conv_in, image, lend is not None)
-    batch, _, height, width = image.shape
+    height, width = image.shape[2:]
     units = encoder_units(encoder)
     ratio = round(1 / units[-1].in_scale)
     if height % ratio or width % ratio:
         raise ValueError(f"an image of {width}x{height} cannot be encoded: its sides must be multiples of {ratio}")
     sweeps = cut_at_barriers(units, height, width)
     if heights is None:
-        heights = strip_heights(sweeps, width, batch * image.element_size(), strip_rows)
+        heights = strip_heights(sweeps, image, strip_rows)
     map_ = image.permute(0, 2, 3, 1)
     strips = stream(
         sweeps,

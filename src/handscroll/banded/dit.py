@@ -32,12 +32,13 @@ from diffusers.models.normalization import RMSNorm
 from diffusers.models.transformers.sana_transformer import SanaAttnProcessor2_0
 from torch import Tensor, nn
 
-from handscroll.banded import kernels
+from handscroll.banded import kernels, triton_kernels
 from handscroll.banded.kernels import Conv, LinearAttentionSums
 from handscroll.banded.rows import Pointwise, Residual, RowMap, RowOp, Stage, Strip, Windowed, Workspace, sweep
 
-# Without a budget, a band is as tall as makes the Mix-FFN's hidden channels about this big; taller is not faster.
-DEFAULT_BAND_BYTES = 32 * 2**20
+# Without a plan, a band is as tall as makes the Mix-FFN's hidden channels about this big. On a CPU taller is not
+# faster; on a device every band costs its launches.
+DEFAULT_BAND_BYTES, DEFAULT_DEVICE_BAND_BYTES = 32 * 2**20, 256 * 2**20
 # Hidden channels that the Mix-FFN makes at a time, values and gates each: few enough to stay small beside the band,
 # enough for full speed. Slabs are multiples of what a vector register holds, so that no element is an odd one out.
 SLAB_CHANNELS = 1120
@@ -151,7 +152,8 @@ class _Run:
             config = transformer.config
             width = config.num_attention_heads * config.attention_head_dim
             row_bytes = batch * columns * 2 * int(config.mlp_ratio * width) * latent.element_size()
-            band_rows = max(1, DEFAULT_BAND_BYTES // row_bytes)
+            band_bytes = DEFAULT_BAND_BYTES if latent.device.type == "cpu" else DEFAULT_DEVICE_BAND_BYTES
+            band_rows = max(1, band_bytes // row_bytes)
         return _Run(rows, columns, min(band_rows, rows), text, bias, modulation, embedded)
 
     def refill(self, new_map: Callable[[int], RowMap], bands: Iterable[Tensor]) -> None:
@@ -257,7 +259,9 @@ def _modulated(norm: nn.LayerNorm, shift: Tensor, scale: Tensor) -> Function:
     if type(norm) is not nn.LayerNorm:
         raise TypeError(f"a layer with the norm {type(norm)} cannot be run in bands")
     scale = 1 + scale
-    return lambda band: norm(band).mul_(scale).add_(shift)
+    if norm.elementwise_affine:
+        return lambda band: norm(band).mul_(scale).add_(shift)
+    return lambda band: kernels.layer_norm_modulate(band, shift, scale, norm.eps)
 
 
 def _attention_sums(attention: Any, normed: Function, bands: Iterable[Tensor], this: _Layers) -> LinearAttentionSums:
@@ -282,10 +286,7 @@ def _self_attention(
     def attend(band: Tensor) -> Tensor:
         mixed = norm_q_(to_q(normed(band)))
         mixed = sums.apply_(mixed.unflatten(-1, (heads, -1))).flatten(-2)
-        out = to_out(mixed)
-        if out.dtype == torch.float16:
-            out.clamp_(-65504, 65504)  # as diffusers, where sums became infinite
-        return out.mul_(gate).add_(band)
+        return kernels.gate_add_(to_out(mixed), gate, band)
 
     return attend
 
@@ -340,19 +341,22 @@ class MixFFN(RowOp):
         self.project = this.linear(feed_forward.conv_point)
         self.hidden = depthwise.out_channels // 2
         sliceable = type(expand) is nn.Conv2d
+        in_one = not this.plain and triton_kernels.in_use(depthwise.weight)
         self.slabs: list[_Slab] = []
         for first, end in _slabs(self.hidden) if sliceable else [(0, self.hidden)]:
-            halves = []
+            makes, weights, biases = [], [], []
             for start, stop in ((first, end), (self.hidden + first, self.hidden + end)):
-                convolve = Conv(
-                    depthwise.weight[start:stop],
-                    None if depthwise.bias is None else depthwise.bias[start:stop],
-                    groups=stop - start,
-                    plain=this.plain,
-                )
-                make = this.linear(expand, activation, (start, stop)) if sliceable else None
-                halves.append((make, Windowed(convolve, 3, workspace=this.workspace)))
-            self.slabs.append(_Slab(first, end, *halves[0], *halves[1]))
+                makes.append(this.linear(expand, activation, (start, stop)) if sliceable else None)
+                weights.append(depthwise.weight[start:stop])
+                biases.append(None if depthwise.bias is None else depthwise.bias[start:stop])
+            if in_one:
+                ops = [Windowed(_itself, 3, workspace=each) for each in (this.workspace, this.workspace_of_gates)]
+                combine, halo_rows = _convolve_and_gate(weights, biases), 2
+            else:
+                convs = [Conv(w, b, groups=len(w), plain=this.plain) for w, b in zip(weights, biases, strict=True)]
+                ops = [Windowed(convolve, 3, workspace=this.workspace) for convolve in convs]
+                combine, halo_rows = _gate, 0
+            self.slabs.append(_Slab(first, end, makes[0], ops[0], makes[1], ops[1], combine, halo_rows))
         self.expand_whole = None if sliceable else this.linear(expand, activation)
 
     def push(self, strip: Strip, last: bool) -> Strip:
@@ -367,8 +371,9 @@ class MixFFN(RowOp):
             if gates is None or values is None:
                 continue
             if gated is None:
-                gated = values.new_empty(*values.shape[:-1], self.hidden)
-            _gate(values, gates, gated[..., slab.first : slab.end])
+                rows = values.shape[1] - slab.halo_rows
+                gated = values.new_empty(values.shape[0], rows, values.shape[2], self.hidden)
+            slab.combine(values, gates, gated[..., slab.first : slab.end])
             del gates, values
         del source
         return None if gated is None else self.project(gated).mul_(self.gate)
@@ -382,7 +387,11 @@ class MixFFN(RowOp):
 
 @dataclass(frozen=True)
 class _Slab:
-    """Hidden channels `first ... end - 1` of the Mix-FFN, and as many gates: how each is made and convolved."""
+    """Hidden channels `first ... end - 1` of the Mix-FFN, and as many gates: how each is made and convolved.
+
+    combine: writes what values and gates are together. It may be given `halo_rows` more than it writes, still to be
+    convolved.
+    """
 
     first: int
     end: int
@@ -390,6 +399,23 @@ class _Slab:
     values: RowOp
     make_gates: Function | None
     gates: RowOp
+    combine: Callable[[Tensor, Tensor, Tensor], None]
+    halo_rows: int
+
+
+def _itself(window: Tensor) -> Tensor:
+    return window
+
+
+def _convolve_and_gate(
+    weights: Sequence[Tensor], biases: Sequence[Tensor | None]
+) -> Callable[[Tensor, Tensor, Tensor], None]:
+    """The depthwise convolution of values and gates, and the gate, in one pass over windows of both."""
+
+    def combine(values: Tensor, gates: Tensor, out: Tensor) -> None:
+        triton_kernels.depthwise_gate(values, gates, (weights[0], weights[1]), (biases[0], biases[1]), out)
+
+    return combine
 
 
 def _gate(values: Tensor, gates: Tensor, out: Tensor) -> None:
@@ -424,6 +450,7 @@ class _Layers:
     def __init__(self, plain: bool, lay_out: bool = False, workspace: Workspace | None = None) -> None:
         self.plain = plain
         self.workspace = Workspace() if workspace is None else workspace
+        self.workspace_of_gates = Workspace()
         self.laid_out: dict[tuple[Any, ...], Tensor] | None = {} if lay_out and not plain else None
 
     def linear(

@@ -43,6 +43,14 @@ SUM_PROGRAMS = 1024
 BUSY_PROGRAMS = 2048
 
 
+def in_use(tensor: Tensor) -> bool:
+    """Whether the operators of `kernels` and the networks call these kernels for such a tensor.
+
+    Only where HANDSCROLL_TRITON=1 asks for them, until they have been measured on a device.
+    """
+    return os.environ.get("HANDSCROLL_TRITON") == "1" and available(tensor)
+
+
 def available(tensor: Tensor) -> bool:
     """Whether the kernels can run on such a tensor: of fp32, bf16 or fp16, on a CUDA device that Triton supports.
 
@@ -509,16 +517,19 @@ def _plus_row(total: tl.tensor, weights: tl.tensor, taps: tl.tensor) -> tl.tenso
 
 @_Kernel
 def _depthwise_gate(
-    strip: tl.tensor,
-    weight: tl.tensor,
-    bias: tl.tensor,
+    values: tl.tensor,
+    gates: tl.tensor,
+    value_weight: tl.tensor,
+    gate_weight: tl.tensor,
+    value_bias: tl.tensor,
+    gate_bias: tl.tensor,
     out: tl.tensor,
     rows: tl.tensor,
     width: tl.tensor,
     program_rows: tl.tensor,
-    strip_batch: tl.tensor,
-    strip_row: tl.tensor,
-    strip_pixel: tl.tensor,
+    in_batch: tl.tensor,
+    in_row: tl.tensor,
+    in_pixel: tl.tensor,
     out_batch: tl.tensor,
     out_row: tl.tensor,
     out_pixel: tl.tensor,
@@ -541,59 +552,70 @@ def _depthwise_gate(
     of_centre = (column < room) & of_channel
     of_right = (column + 1 < room) & of_channel
 
-    strip += batch * strip_batch + first_row.to(tl.int64) * strip_row + first_column.to(tl.int64) * strip_pixel
+    start = batch * in_batch + first_row.to(tl.int64) * in_row + first_column.to(tl.int64) * in_pixel
+    values += start
+    gates += start
     out += batch * out_batch + first_row.to(tl.int64) * out_row + first_column.to(tl.int64) * out_pixel
-    of_strip = column * strip_pixel + channel
+    of_in = column * in_pixel + channel
     of_out = column * out_pixel + channel
 
-    value_above = _weights(weight, channel, of_channel)
-    value_level = _weights(weight + 3, channel, of_channel)
-    value_below = _weights(weight + 6, channel, of_channel)
-    gate_above = _weights(weight, CHANNELS + channel, of_channel)
-    gate_level = _weights(weight + 3, CHANNELS + channel, of_channel)
-    gate_below = _weights(weight + 6, CHANNELS + channel, of_channel)
+    value_above = _weights(value_weight, channel, of_channel)
+    value_level = _weights(value_weight + 3, channel, of_channel)
+    value_below = _weights(value_weight + 6, channel, of_channel)
+    gate_above = _weights(gate_weight, channel, of_channel)
+    gate_level = _weights(gate_weight + 3, channel, of_channel)
+    gate_below = _weights(gate_weight + 6, channel, of_channel)
     value_start = tl.zeros([COLUMNS, BLOCK], dtype=tl.float32)
     gate_start = tl.zeros([COLUMNS, BLOCK], dtype=tl.float32)
-    if bias is not None:
-        value_start += tl.load(bias + channel, mask=of_channel, other=0).to(tl.float32)
-        gate_start += tl.load(bias + CHANNELS + channel, mask=of_channel, other=0).to(tl.float32)
+    if value_bias is not None:
+        value_start += tl.load(value_bias + channel, mask=of_channel, other=0).to(tl.float32)
+        gate_start += tl.load(gate_bias + channel, mask=of_channel, other=0).to(tl.float32)
 
     value_begun = value_start  # of the row above the one that is read: its upper and middle taps are in
     value_upper = value_start  # of the row that is read: only its upper taps
     gate_begun = gate_start
     gate_upper = gate_start
     for row in range(tl.minimum(program_rows, rows - first_row) + 2):
-        values = _taps(strip + of_strip, strip_pixel, of_left, of_centre, of_right)
-        gates = _taps(strip + CHANNELS + of_strip, strip_pixel, of_left, of_centre, of_right)
-        value = _plus_row(value_begun, value_below, values)
-        gate = _plus_row(gate_begun, gate_below, gates)
-        value_begun = _plus_row(value_upper, value_level, values)
-        gate_begun = _plus_row(gate_upper, gate_level, gates)
-        value_upper = _plus_row(value_start, value_above, values)
-        gate_upper = _plus_row(gate_start, gate_above, gates)
+        value_taps = _taps(values + of_in, in_pixel, of_left, of_centre, of_right)
+        gate_taps = _taps(gates + of_in, in_pixel, of_left, of_centre, of_right)
+        value = _plus_row(value_begun, value_below, value_taps)
+        gate = _plus_row(gate_begun, gate_below, gate_taps)
+        value_begun = _plus_row(value_upper, value_level, value_taps)
+        gate_begun = _plus_row(gate_upper, gate_level, gate_taps)
+        value_upper = _plus_row(value_start, value_above, value_taps)
+        gate_upper = _plus_row(gate_start, gate_above, gate_taps)
         if row >= 2:
             gated = _rounded(value, out) * _rounded(_silu(_rounded(gate, out)), out)
             tl.store(out + of_out, gated.to(out.dtype.element_ty), mask=of_centre)
             out += out_row
-        strip += strip_row
+        values += in_row
+        gates += in_row
 
 
-def depthwise_gate(strip: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor | None = None) -> Tensor:
-    """A 3x3 depthwise convolution, and of its channels the first half times SiLU of the second: Sana's Mix-FFN.
+def depthwise_gate(
+    values: Tensor,
+    gates: Tensor,
+    weights: tuple[Tensor, Tensor],
+    biases: tuple[Tensor | None, Tensor | None],
+    out: Tensor | None = None,
+) -> Tensor:
+    """3x3 depthwise convolutions of values and gates, then values times SiLU of the gates: Sana's Mix-FFN.
 
-    strip: [B, n+2, W, 2C], with the row above and the row below; zeros stand at the left and right. weight: [2C, 1, 3,
-    3]; bias: [2C]. Gives [B, n, W, C], written to `out` if that is given. Summed in fp32, from the upper row to the
-    lower, and rounded after the convolution, SiLU and the product.
+    values, gates: [B, n+2, W, C] of the same strides, with the row above and the row below; zeros stand at the left and
+    right. weights: [C, 1, 3, 3] of the values and of the gates; biases: [C] of both, or two None. Gives [B, n, W, C],
+    written to `out` if that is given. Summed in fp32, from the upper row to the lower, and rounded after the
+    convolution, SiLU and the product.
     """
-    batch, padded_rows, width, both = strip.shape
-    rows, channels = padded_rows - 2, both // 2
+    batch, padded_rows, width, channels = values.shape
+    rows = padded_rows - 2
     assert rows > 0, "rows above and below are missing"
-    assert both % 2 == 0, "as many gates as values are needed"
-    _check_vectors(both * 9, weight)
-    _check_vectors(both, bias)
-    out = strip.new_empty(batch, rows, width, channels) if out is None else out
-    assert (out.shape, out.dtype) == ((batch, rows, width, channels), strip.dtype), "not the result's shape"
-    assert strip.stride(-1) == out.stride(-1) == 1, "channels must be contiguous"
+    assert (gates.shape, gates.dtype, gates.stride()) == (values.shape, values.dtype, values.stride()), "unlike values"
+    assert (biases[0] is None) == (biases[1] is None), "a bias of one half"
+    _check_vectors(channels * 9, *weights)
+    _check_vectors(channels, *biases)
+    out = values.new_empty(batch, rows, width, channels) if out is None else out
+    assert (out.shape, out.dtype) == ((batch, rows, width, channels), values.dtype), "not the result's shape"
+    assert values.stride(-1) == out.stride(-1) == 1, "channels must be contiguous"
     # Four channels of one pixel for each thread: more than their 18 weights each would not leave registers for three
     # programs on a multiprocessor. Two pixels of 64 channels, 128 bytes each, are what a warp reads at once.
     block, columns = min(64, _power_of_2(channels)), min(8, _power_of_2(width))
@@ -602,14 +624,15 @@ def depthwise_gate(strip: Tensor, weight: Tensor, bias: Tensor | None, out: Tens
     program_rows = max(min(rows, 8), -(-rows * tiles * batch // BUSY_PROGRAMS))
     _depthwise_gate.launch(
         (tiles, -(-rows // program_rows), batch),
-        strip,
-        weight,
-        bias,
+        values,
+        gates,
+        *weights,
+        *biases,
         out,
         rows,
         width,
         program_rows,
-        *strip.stride()[:3],
+        *values.stride()[:3],
         *out.stride()[:3],
         CHANNELS=channels,
         COLUMNS=columns,
