@@ -404,6 +404,7 @@ class _Slab:
 
 
 def _itself(window: Tensor) -> Tensor:
+    """A window as it is, in its workspace: gone when the next slab's is made."""
     return window
 
 
@@ -450,7 +451,7 @@ class _Layers:
     def __init__(self, plain: bool, lay_out: bool = False, workspace: Workspace | None = None) -> None:
         self.plain = plain
         self.workspace = Workspace() if workspace is None else workspace
-        self.workspace_of_gates = Workspace()
+        self.workspace_of_gates = Workspace()  # where windows of values and of gates are needed at a time
         self.laid_out: dict[tuple[Any, ...], Tensor] | None = {} if lay_out and not plain else None
 
     def linear(
