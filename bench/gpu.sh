@@ -63,11 +63,11 @@ measure() {
 }
 
 kernel_tests=tests/banded/test_triton_kernels.py
-step tests 100 "$python" -m pytest -q -m gpu tests/test_gpu.py \
+step tests 90 "$python" -m pytest -q -m gpu tests/test_gpu.py \
     $kernel_tests::test_the_transformer_predicts_the_same $kernel_tests::test_the_decoder_gives_the_same_rows
-measure denoise 145 denoise --model sana-1.6b-4k --sizes $large --modes $ways$kernels --repeats 2
-measure decode 110 decode --sizes $large --modes whole$tiled,rows$kernels --repeats 2
-measure curve 70 decode --sizes $sizes --modes rows
+measure denoise 135 denoise --model sana-1.6b-4k --sizes $large --modes $ways$kernels --repeats 2
+measure decode 105 decode --sizes $large --modes whole$tiled,rows$kernels --repeats 2
+measure curve 65 decode --sizes $sizes --modes rows
 measure large-denoise 50 denoise --model sana-1.6b-4k --sizes $larger --modes rows
 measure large-decode 60 decode --sizes $larger --modes rows
 if [ -n "$folder" ]; then

@@ -2,8 +2,9 @@
 
     python bench/one_run.py '{"mode": "rows", "size": [1024, 1024], "settings": {...}, "folder": "/scratch"}'
 
-The last line is one JSON object. What is compiled runs once before, which tells how long compiling took; on a CUDA
-device so does everything but whole generations and large pictures, so that kernels are chosen and loaded.
+The last line is one JSON object. What is compiled runs once before, which tells how long compiling took, and so does what
+calls Triton kernels; on a CUDA device so does everything but whole generations and large pictures, so that kernels are
+chosen and loaded.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import json
+import os
 import sys
 import time
 from pathlib import Path
@@ -50,7 +52,8 @@ def measure(stage: stages.Stage, mode: str, size: stages.Size, folder: Path, ref
     ready.warm_up()
     compiled = mode == "compiled"
     first_seconds = None
-    if compiled or (device != "cpu" and not stage.of_process and size[0] * size[1] <= TWICE_PIXELS):
+    compiles = compiled or os.environ.get("HANDSCROLL_TRITON") == "1"
+    if compiles or (device != "cpu" and not stage.of_process and size[0] * size[1] <= TWICE_PIXELS):
         first_seconds = timed(ready, device)[0]
     gc.collect()
 

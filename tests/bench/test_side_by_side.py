@@ -21,7 +21,7 @@ def bench(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     monkeypatch.syspath_prepend(BENCH)
     import side_by_side
 
-    for name in ("HANDSCROLL_CACHE", "TORCHINDUCTOR_CACHE_DIR", "TOKENIZERS_PARALLELISM"):
+    for name in ("HANDSCROLL_CACHE", "HANDSCROLL_TRITON", "TORCHINDUCTOR_CACHE_DIR", "TOKENIZERS_PARALLELISM"):
         monkeypatch.setenv(name, "")
     monkeypatch.setattr(side_by_side.signal, "signal", lambda *_: None)
     monkeypatch.setattr(side_by_side.report, "RESULTS", side_by_side.report.RESULTS)

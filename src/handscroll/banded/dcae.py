@@ -180,6 +180,7 @@ def glu_mb_conv(block: Any, this: Pass) -> RowOp:
     expand = _conv(block.conv_inverted, this, block.nonlinearity)
     project = _conv(block.conv_point, this)
     depthwise = block.conv_depth
+    _check_dense(depthwise)
     if not this.plain and depthwise.kernel_size == (3, 3) and triton_kernels.in_use(depthwise.weight):
         gated: list[RowOp] = [this.windowed(_convolved_and_gated(depthwise, this), 3)]
     else:

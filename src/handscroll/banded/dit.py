@@ -83,7 +83,8 @@ def predict(
     last; lends that layer's block. None stands for the transformer's own. band_rows: rows of the token map at a time;
     None lets the size decide. new_map: makes the map, given its height, that holds a branch's residual stream.
     lay_out: each layer's matrices are reordered for the CPU's kernels, once for all branches, which takes a layer's
-    memory again and saves a twentieth of the time; it changes no bit. plain: by `torch.nn.functional` alone.
+    memory again and saves a twentieth of the time; it changes no bit. plain: by `torch.nn.functional` alone, but for
+    norms and sums where Triton is asked for (triton_kernels.in_use).
 
     Raises TypeError for a module that cannot be run in bands, ValueError for a latent that does not fit.
     """
