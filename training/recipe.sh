@@ -2,6 +2,7 @@
 # The built-in model, from nothing to src/handscroll/builtin/tiny-landscape.
 #
 #   training/recipe.sh WORK [DEVICE]        DEVICE: auto (default), cpu, cuda
+#   PRECISION=fp32 training/recipe.sh WORK  on a processor that is slow in bf16 (without AVX-512 bf16 or AMX)
 #
 # Every step can be interrupted and run again: pictures already painted stay, trainings go on from their last checkpoint.
 # The same commands run on both kinds of machine; a GPU only gets larger batches and more steps.
@@ -15,10 +16,10 @@ cd "$(dirname "$0")/.."
 if [ "$device" = auto ]; then
     device=$(python -c 'import torch; print("cuda" if torch.cuda.is_available() else "cpu")')
 fi
-processes=$(nproc)
+processes=$(nproc) precision=${PRECISION:-bf16}
 if [ "$device" = cpu ]; then
     # Each training takes one core, so that the painters, or a second training, have the other.
-    windows=8000 autoencoder_steps=6000 encoder_steps=3000 autoencoder_batch=8
+    windows=8000 autoencoder_steps=12000 encoder_steps=10500 autoencoder_batch=8
     pictures=1 steps=16000 tokens=2048 workers=1
     scorer_steps=2000 jobs=2
 else
@@ -31,16 +32,17 @@ fi
 python -m training.windows --work "$work" --count "$windows" --processes "$processes"
 
 # 2. The autoencoder, from the linear solution: both halves together, then the decoder alone.
-#    CPU: 2 hours. CUDA: 12 minutes. Step 3 may begin beside it once "encoder fixed" is printed.
+#    CPU: 3 hours. CUDA: 12 minutes. Step 3 may begin beside it once "encoder fixed" is printed.
 python -m training.autoencoder --work "$work" --device "$device" --steps "$autoencoder_steps" \
-    --encoder-steps "$encoder_steps" --batch "$autoencoder_batch" --rate 3e-4
+    --encoder-steps "$encoder_steps" --batch "$autoencoder_batch" --rate 3e-4 --precision "$precision"
 
 # 3. Captions and latents of every size. CPU: 20 minutes with both cores. CUDA machine: 6 minutes.
 #    Step 4 reads what there is and looks for more every 100 steps, so the two may run side by side.
 python -m training.latents --work "$work" --device "$device" --scale "$pictures" --processes "$processes"
 
-# 4. The transformer and its text encoder. CPU: 4 hours. CUDA: 15 minutes.
-python -m training.transformer --work "$work" --device "$device" --steps "$steps" --tokens "$tokens" --workers "$workers"
+# 4. The transformer and its text encoder. CPU: 3 hours. CUDA: 15 minutes.
+python -m training.transformer --work "$work" --device "$device" --steps "$steps" --tokens "$tokens" --workers "$workers" \
+    --precision "$precision"
 
 # 5. The scorer, which learns from renders alone. CPU: 1 hour. CUDA: 3 minutes.
 python -m training.scorer --work "$work" --device "$device" --steps "$scorer_steps" --jobs "$jobs" --processes "$processes"
