@@ -2,8 +2,8 @@
 
     python bench/one_run.py '{"mode": "rows", "size": [1024, 1024], "settings": {...}, "folder": "/scratch"}'
 
-The last line is one JSON object. What is compiled runs once before, which tells how long compiling took, and so does what
-calls Triton kernels; on a CUDA device so does everything but whole generations and large pictures, so that kernels are
+The last line is one JSON object. What is compiled runs once before, which tells how long compiling took; so does what
+calls Triton kernels, and on a CUDA device everything but whole generations and large pictures, so that kernels are
 chosen and loaded.
 """
 
