@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +18,9 @@ os.environ["HANDSCROLL_CACHE"] = os.path.join(_cache.name, "handscroll")
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 for _name in ("HF_TOKEN", "HF_HUB_CACHE", "HF_ENDPOINT", "HUGGINGFACE_HUB_CACHE"):
     os.environ.pop(_name, None)
+
+# A shell that starts tests in the background has them ignore Ctrl-C, which some of them press.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import pytest  # noqa: E402
 
