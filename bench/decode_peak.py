@@ -97,7 +97,7 @@ def measure(settings: Settings, size: Size, rows: int) -> dict[str, Any]:
             on_sweep=lambda *_: trim(),
         )
         made = 0
-        with closing(strips):  # type: ignore[type-var]
+        with closing(strips):
             for strip in strips:
                 made += strip.shape[2]
                 del strip

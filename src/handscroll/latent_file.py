@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from handscroll.errors import CheckpointError, FormatError, OutputError
-from handscroll.weight_files import TensorEntry, read_header
+from handscroll.weight_files import DTYPES, TensorEntry, read_header
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -58,15 +58,8 @@ def load_latent(path: Path) -> tuple[Tensor, dict[str, str]]:
 # Safetensors, whole or not at all
 
 CHECKSUM = "crc32"  # in the metadata: a power cut can leave a file of the right length that holds zeros
-_TORCH_DTYPES = {
-    "fp32": "float32",
-    "bf16": "bfloat16",
-    "fp16": "float16",
-    "fp64": "float64",
-    "int64": "int64",
-    "uint8": "uint8",
-}
 _DTYPE_NAMES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16", "float64": "F64", "int64": "I64", "uint8": "U8"}
+_TORCH_DTYPES = {DTYPES[stored][0]: name for name, stored in _DTYPE_NAMES.items()}  # by what `read_header` calls them
 
 
 def write_tensors(

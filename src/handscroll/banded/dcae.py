@@ -684,7 +684,7 @@ def decode_rows(
     lend: Lend | None = None,
     on_sweep: Callable[[int, int], None] | None = None,
     plain: bool = False,
-) -> Iterator[Tensor]:
+) -> Generator[Tensor, None, None]:
     """The decoder of an `AutoencoderDC`, row by row, from top to bottom.
 
     decoder: diffusers' `AutoencoderDC.decoder`, in eval mode. latent: `[B, C, h, w]` in the decoder's dtype and on its

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    import triton.language as tl  # type: ignore
+    import triton.language as tl
 else:
     tl = None  # Triton's language from the first use on; kernels find it among this module's names
 
@@ -647,6 +647,14 @@ def depthwise_gate(
 # Linear attention
 
 
+def _check_sums(products: Tensor, normaliser: Tensor, shape: tuple[int, int, int, int]) -> None:
+    """What is kept of an attention: products [B, heads, d, d'] and normaliser [B, heads, d]."""
+    assert products.shape == shape, "not a product for each head"
+    assert products.dtype == normaliser.dtype == torch.float32, "sums are kept in fp32"
+    _check_vectors(products.numel(), products)
+    _check_vectors(shape[0] * shape[1] * shape[2], normaliser)
+
+
 @_Kernel
 def _attention_sums(
     keys: tl.tensor,
@@ -748,10 +756,7 @@ def attention_sums(keys: Tensor, values: Tensor, products: Tensor, normaliser: T
     value_dim = values.shape[-1]
     assert keys.shape[:-1] == values.shape[:-1], "not as many keys as values"
     assert keys.dtype == values.dtype, "keys and values of different types"
-    assert products.shape == (batch, heads, key_dim, value_dim), "not a product for each head"
-    assert products.dtype == normaliser.dtype == torch.float32, "sums are kept in fp32"
-    _check_vectors(products.numel(), products)
-    _check_vectors(batch * heads * key_dim, normaliser)
+    _check_sums(products, normaliser, (batch, heads, key_dim, value_dim))
     keys, values = keys.flatten(1, 2), values.flatten(1, 2)
     pixels = keys.shape[1]
     # Tensor cores take 16 at least. A tile of 8 KiB of keys and one of values is what four warps have in flight.
@@ -863,10 +868,7 @@ def attention_apply(
     """
     batch, rows, width, heads, key_dim = queries.shape
     value_dim = products.shape[-1]
-    assert products.shape == (batch, heads, key_dim, value_dim), "not a product for each head"
-    assert products.dtype == normaliser.dtype == torch.float32, "sums are kept in fp32"
-    _check_vectors(products.numel(), products)
-    _check_vectors(batch * heads * key_dim, normaliser)
+    _check_sums(products, normaliser, (batch, heads, key_dim, value_dim))
     out = queries.new_empty(batch, rows, width, heads, value_dim) if out is None else out
     assert (out.shape, out.dtype) == ((batch, rows, width, heads, value_dim), queries.dtype), "not the result's shape"
     queries, target = queries.flatten(1, 2), out.view(batch, rows * width, heads, value_dim)
