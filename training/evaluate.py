@@ -11,6 +11,7 @@ sheet        a few prompts at a few sizes, as PNG files
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import time
 from collections import defaultdict
@@ -23,6 +24,7 @@ import torch
 from diffusers import AutoencoderDC, SanaPipeline
 from numpy.typing import NDArray
 
+from handscroll import Handscroll
 from training.autoencoder import as_floats, fidelity, reconstruct
 from training.captions import caption
 from training.claims import claims, is_held_out
@@ -46,14 +48,8 @@ SHEET_PROMPTS = (
 HELD_OUT_FROM = 10_000_000  # seeds that no training bucket reaches
 
 
-def load(folder: Path) -> SanaPipeline:
-    pipe = SanaPipeline.from_pretrained(folder, dtype=torch.float32)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
-
-
 def generate(
-    pipe: SanaPipeline,
+    scroll: Handscroll,
     prompt: str,
     width: int,
     height: int,
@@ -62,19 +58,9 @@ def generate(
     guidance: float,
     negative: str = "",
 ) -> Picture:
-    output = pipe(
-        prompt,
-        negative_prompt=negative,
-        width=width,
-        height=height,
-        num_inference_steps=steps,
-        guidance_scale=guidance,
-        generator=torch.Generator().manual_seed(seed),
-        use_resolution_binning=False,
-        complex_human_instruction=None,
-        output_type="np",
-    )
-    return (output.images[0] * 255 + 0.5).astype(np.uint8)
+    """The picture that `handscroll generate` makes of the same arguments."""
+    made = scroll(prompt, negative=negative, width=width, height=height, seed=seed, steps=steps, guidance=guidance)
+    return made.numpy()
 
 
 def report_fidelity(vae: AutoencoderDC, work: Path, sizes: list[tuple[int, int]]) -> None:
@@ -94,7 +80,7 @@ def report_fidelity(vae: AutoencoderDC, work: Path, sizes: list[tuple[int, int]]
 
     line("windows", held_out)
     for width, height in sizes:
-        count = max(1, min(16, 2**24 // (width * height)))
+        count = max(1, min(16, 2**26 // (width * height)))
         bucket = Bucket(width, height)
         line(bucket.name, as_floats(np.stack([paint((bucket, HELD_OUT_FROM + i))[0] for i in range(count)])))
 
@@ -141,20 +127,28 @@ def kept_claims(text: str, readings: dict[str, Reading]) -> dict[str, bool]:
     return {name: readings[name].label in allowed for name, allowed in claims(text).items()}
 
 
+def checksum(files: list[Path]) -> str:
+    """Names what figures were made by, so that those of other weights are never taken for theirs."""
+    digest = hashlib.sha256()
+    for path in files:
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:10]
+
+
 def report_attributes(
-    pipe: SanaPipeline, scorer: Scorer, work: Path, size: int, count: int, steps: int, guidance: float
+    scroll: Handscroll, scorer: Scorer, path: Path, size: int, count: int, steps: int, guidance: float
 ) -> None:
-    """Appends a line for each prompt to `attributes-SIZE.jsonl`, and goes on where an earlier run was cut off."""
-    path = work / f"attributes-{size}.jsonl"
+    """Appends a line for each prompt to the file `path`, and goes on where an earlier run was cut off."""
     done = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
     with path.open("a") as out:
         for number, scene, text in held_out_prompts(count):
             if number < len(done):
                 continue
+            picture = generate(scroll, text, size, size, number, steps, guidance)
             row = {
                 "prompt": text,
                 "rendered": kept_claims(text, read(scorer, render(scene, size, size))),
-                "generated": kept_claims(text, read(scorer, generate(pipe, text, size, size, number, steps, guidance))),
+                "generated": kept_claims(text, read(scorer, picture)),
             }
             out.write(json.dumps(row) + "\n")
             out.flush()
@@ -185,20 +179,20 @@ PUSHES = (
 )
 
 
-def report_guidance(pipe: SanaPipeline, scorer: Scorer, size: int, seeds: int, steps: int) -> None:
+def report_guidance(scroll: Handscroll, scorer: Scorer, size: int, seeds: int, steps: int) -> None:
     """Claims kept at guidance 1 and 4, and how often an unasked thing appears with and without a negative prompt."""
     kept: dict[float, list[bool]] = {1.0: [], 4.0: []}
     for number, _, text in held_out_prompts(8 * seeds):
         for strength, values in kept.items():
             values += kept_claims(
-                text, read(scorer, generate(pipe, text, size, size, number, steps, strength))
+                text, read(scorer, generate(scroll, text, size, size, number, steps, strength))
             ).values()
     print(", ".join(f"guidance {strength:.0f}: {np.mean(values):.3f} of claims" for strength, values in kept.items()))
     for prompt, name, label, negative in PUSHES:
         shown = [
             np.mean(
                 [
-                    read(scorer, generate(pipe, prompt, size, size, seed, steps, 3.0, against))[name].label == label
+                    read(scorer, generate(scroll, prompt, size, size, seed, steps, 3.0, against))[name].label == label
                     for seed in range(2 * seeds)
                 ]
             )
@@ -218,11 +212,11 @@ def octaves(picture: Picture) -> NDArray[np.float64]:
     return np.asarray(energies)
 
 
-def report_spectra(pipe: SanaPipeline, size: int, count: int, steps: int, guidance: float) -> None:
+def report_spectra(scroll: Handscroll, size: int, count: int, steps: int, guidance: float) -> None:
     rendered, generated = [], []
     for number, scene, text in held_out_prompts(count):
         rendered.append(octaves(render(scene, size, size)))
-        generated.append(octaves(generate(pipe, text, size, size, number, steps, guidance)))
+        generated.append(octaves(generate(scroll, text, size, size, number, steps, guidance)))
     ratios = np.mean(generated, axis=0) / np.mean(rendered, axis=0)
     print(
         f"octaves at {size}, finest first, generated over rendered: " + " ".join(f"{r:.2f}" for r in ratios), flush=True
@@ -230,13 +224,13 @@ def report_spectra(pipe: SanaPipeline, size: int, count: int, steps: int, guidan
 
 
 def make_sheet(
-    pipe: SanaPipeline, path: Path, sizes: list[tuple[int, int]], seeds: int, steps: int, guidance: float
+    scroll: Handscroll, path: Path, sizes: list[tuple[int, int]], seeds: int, steps: int, guidance: float
 ) -> None:
     """One file for each size: prompts down, seeds across."""
     for width, height in sizes:
         rows, started = [], time.monotonic()
         for prompt in SHEET_PROMPTS:
-            across = [generate(pipe, prompt, width, height, seed, steps, guidance) for seed in range(seeds)]
+            across = [generate(scroll, prompt, width, height, seed, steps, guidance) for seed in range(seeds)]
             rows.append(np.concatenate(across, axis=1))
         seconds = (time.monotonic() - started) / (len(SHEET_PROMPTS) * seeds)
         target = path / f"sheet-{width}x{height}.png"
@@ -261,7 +255,8 @@ def main() -> None:
     parser.add_argument("--guidance", type=float, default=3.0)
     options = parser.parse_args()
     torch.set_grad_enabled(False)
-    pipe = load(options.folder)
+    scroll = Handscroll.from_pretrained(options.folder)
+    pipe = SanaPipeline.from_pretrained(options.folder, dtype=torch.float32)
     if "fidelity" in options.only:
         report_fidelity(pipe.vae, options.work, options.sizes)
     if "loss" in options.only:
@@ -269,15 +264,17 @@ def main() -> None:
     squares = [width for width, height in options.sizes if width == height]
     if "attributes" in options.only:
         scorer = load_scorer(options.work / "scorer.pt")
+        made_by = checksum([*sorted(options.folder.rglob("*.safetensors")), options.work / "scorer.pt"])
         for size in squares:
-            report_attributes(pipe, scorer, options.work, size, options.prompts, options.steps, options.guidance)
+            path = options.work / f"attributes-{size}-{made_by}-{options.steps}-{options.guidance:g}.jsonl"
+            report_attributes(scroll, scorer, path, size, options.prompts, options.steps, options.guidance)
     if "guidance" in options.only:
-        report_guidance(pipe, load_scorer(options.work / "scorer.pt"), squares[0], options.seeds, options.steps)
+        report_guidance(scroll, load_scorer(options.work / "scorer.pt"), squares[0], options.seeds, options.steps)
     if "spectra" in options.only:
         for size in squares:
-            report_spectra(pipe, size, max(2, min(16, 2**24 // size**2)), options.steps, options.guidance)
+            report_spectra(scroll, size, max(2, min(16, 2**27 // size**2)), options.steps, options.guidance)
     if "sheet" in options.only:
-        make_sheet(pipe, options.work, options.sizes, options.seeds, options.steps, options.guidance)
+        make_sheet(scroll, options.work, options.sizes, options.seeds, options.steps, options.guidance)
 
 
 if __name__ == "__main__":

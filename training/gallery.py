@@ -7,6 +7,7 @@ found by the distance of both pictures at 16x16 pixels, and painted again at ful
 from __future__ import annotations
 
 import argparse
+import shutil
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
@@ -15,7 +16,8 @@ import pyvips
 import torch
 from numpy.typing import NDArray
 
-from training.evaluate import Picture, generate, load
+from handscroll import Handscroll
+from training.evaluate import Picture, checksum, generate
 from training.latents import Bucket, paint
 
 SENTENCES = (
@@ -103,10 +105,13 @@ def main() -> None:
     parser.add_argument("--sizes", nargs="*", type=int, default=[1024, 4096])
     options = parser.parse_args()
     torch.set_grad_enabled(False)
-    images = options.docs / "images" / "gallery"
-    images.mkdir(parents=True, exist_ok=True)
+    # Painted beside the checkpoints, in a folder named after the weights: a run that is cut off goes on where it was,
+    # and a picture of other weights is never shown.
+    weights = checksum(sorted(options.folder.rglob("*.safetensors")))
+    images = options.work / f"gallery-{weights}-{options.steps}-{options.guidance:g}-{options.shown}"
+    images.mkdir(exist_ok=True)
     thumbnails = training_thumbnails(options.work / "thumbnails.npy", options.renders, options.processes)
-    pipe = load(options.folder)
+    scroll = Handscroll.from_pretrained(options.folder)
     lines = [
         "# Gallery",
         "",
@@ -122,7 +127,8 @@ def main() -> None:
         for seed in seeds:
             path = images / f"{number:02d}-{seed}.jpg"
             if not path.exists():
-                _save(generate(pipe, sentence, 1024, 1024, seed, options.steps, options.guidance), path, options.shown)
+                picture = generate(scroll, sentence, 1024, 1024, seed, options.steps, options.guidance)
+                _save(picture, path, options.shown)
             names.append(path.name)
         shown = pyvips.Image.new_from_file(str(images / names[0])).thumbnail_image(256, height=256).numpy()[..., :3]
         path = images / f"{number:02d}-nearest.jpg"
@@ -136,11 +142,14 @@ def main() -> None:
             seed = options.first_seed + 2000 + number
             path, cut = images / f"large-{number:02d}-{seed}.jpg", images / f"large-{number:02d}-{seed}-cut.jpg"
             if not cut.exists():
-                picture = generate(pipe, SENTENCES[number], 4096, 4096, seed, options.steps, options.guidance)
+                picture = generate(scroll, SENTENCES[number], 4096, 4096, seed, options.steps, options.guidance)
                 _save(picture, path, 768)
                 _save(picture[1792:2304, 1792:2304], cut, 512)
             lines.append(f"![](images/gallery/{path.name}) ![](images/gallery/{cut.name})")
             lines += ["", f"{SENTENCES[number]} (seed {seed})", ""]
+    shown_folder = options.docs / "images" / "gallery"
+    shutil.rmtree(shown_folder, ignore_errors=True)
+    shutil.copytree(images, shown_folder)
     (options.docs / "gallery.md").write_text("\n".join(lines).rstrip() + "\n")
 
 
