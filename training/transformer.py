@@ -291,7 +291,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=9000)
     parser.add_argument("--tokens", type=int, default=1024, help="of latent, in one worker's batch")
     parser.add_argument("--workers", type=int, default=2, help="on a CPU as many as cores, on a GPU 1")
-    parser.add_argument("--rate", type=float, default=1.0e-3)
+    parser.add_argument("--rate", type=float, default=2.5e-3)
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
     parser.add_argument("--minutes", type=float, default=math.inf, help="save and stop after so long")
     parser.add_argument("--horizon", type=int, default=500, help="of the running average, in steps")

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from training.claims import ATTRIBUTES, claims
-from training.evaluate import held_out_prompts, kept_claims, octaves
+from training.evaluate import checksum, held_out_prompts, kept_claims, octaves, report_attributes
 from training.gallery import LARGE, SENTENCES, nearest, thumbnail
 from training.scorer import SIDE, Reading, Scorer, ScorerTraining, answers, draw, load_scorer, loss_of, read, to_scorer
 from training.world import render, sample_scene
@@ -75,6 +75,38 @@ def test_claims_are_counted_as_read() -> None:
     readings = {a.name: Reading(a, seen.get(a.name, a.labels[0]), 1.0) for a in ATTRIBUTES}
     kept = kept_claims("snowy mountains at dusk, a red sun", readings)
     assert kept == {"time": True, "light": False, "light colour": True, "relief": True, "snow": True}
+
+
+class Painted:
+    """Stands for a picture that was made."""
+
+    def numpy(self) -> np.ndarray:
+        return np.zeros((64, 64, 3), np.uint8)
+
+
+def test_an_evaluation_that_was_cut_off_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    made: list[str] = []
+
+    def scroll(prompt: str, **arguments: object) -> Painted:
+        made.append(prompt)
+        return Painted()
+
+    scorer, path = Scorer().eval(), tmp_path / "attributes.jsonl"
+    for count in (3, 5, 5):
+        report_attributes(scroll, scorer, path, 64, count, 20, 3.0)
+    assert made == [text for _, _, text in held_out_prompts(5)]
+    assert len(path.read_text().splitlines()) == 5
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last.startswith("attributes at 64: generated ")
+    assert "ratio" in last
+
+
+def test_other_weights_have_another_name(tmp_path: Path) -> None:
+    names = []
+    for weights in (b"one", b"two", b"one"):
+        (tmp_path / "model.safetensors").write_bytes(weights)
+        names.append(checksum([tmp_path / "model.safetensors"]))
+    assert names[0] == names[2] != names[1]
 
 
 def test_held_out_prompts_stay_the_same() -> None:
