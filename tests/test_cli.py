@@ -7,7 +7,6 @@ own can show (import time, a file size limit, two runs at once, a closed pipe) g
 from __future__ import annotations
 
 import dataclasses
-import gc
 import importlib
 import io
 import json
@@ -50,16 +49,9 @@ COMMANDS = ("generate", "decode", "resume", "models", "doctor")
 
 @pytest.fixture(scope="module", autouse=True)
 def _small_pictures_want_one_thread() -> Iterator[None]:
-    """And no search for garbage among all that is imported, which takes longer than the picture."""
-    import diffusers
-
-    assert diffusers.AutoencoderDC
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    gc.collect()
-    gc.freeze()
     yield
-    gc.unfreeze()
     torch.set_num_threads(threads)
 
 

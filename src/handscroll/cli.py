@@ -7,6 +7,7 @@ what a command needs, it imports itself.
 from __future__ import annotations
 
 import contextlib
+import gc
 import io
 import json
 import os
@@ -181,7 +182,8 @@ def generate(
     with _watching(quiet, request.count) as on_event:
         from handscroll import pipeline
 
-        results = pipeline.generate(request, path, save_latent=save_latent, on_event=on_event, quality=quality)
+        with _imports_set_aside():
+            results = pipeline.generate(request, path, save_latent=save_latent, on_event=on_event, quality=quality)
     _print_results(results, as_json, quiet)
 
 
@@ -213,19 +215,20 @@ def decode(
     with _watching(quiet) as on_event:
         from handscroll import pipeline
 
-        result = pipeline.decode_latent(
-            latent,
-            output,
-            model=model,
-            precision=precision,
-            device=device,
-            decode=decode,
-            patches=patches,
-            strip_rows=strip_rows,
-            memory_bytes=_bytes(memory),
-            on_event=on_event,
-            quality=quality,
-        )
+        with _imports_set_aside():
+            result = pipeline.decode_latent(
+                latent,
+                output,
+                model=model,
+                precision=precision,
+                device=device,
+                decode=decode,
+                patches=patches,
+                strip_rows=strip_rows,
+                memory_bytes=_bytes(memory),
+                on_event=on_event,
+                quality=quality,
+            )
     _print_results([result], as_json, quiet)
 
 
@@ -308,7 +311,8 @@ def resume(
     with _watching(quiet, job.request.count) as on_event:
         from handscroll import pipeline
 
-        results = pipeline.resume(run, device=device, memory_bytes=_bytes(memory), on_event=on_event)
+        with _imports_set_aside():
+            results = pipeline.resume(run, device=device, memory_bytes=_bytes(memory), on_event=on_event)
     _print_results(results, as_json, quiet)
 
 
@@ -412,6 +416,16 @@ def _refuse_early(
         resolve(model)
     if latent is not None:
         check_latent_target(latent)
+
+
+@contextlib.contextmanager
+def _imports_set_aside() -> Iterator[None]:
+    """Stages collect cycles before they give memory back: 0.2 s each if all that is imported is walked too."""
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 @contextlib.contextmanager
