@@ -19,7 +19,7 @@ fi
 processes=$(nproc) precision=${PRECISION:-bf16}
 if [ "$device" = cpu ]; then
     # Each training takes one core, so that the painters, or a second training, have the other.
-    windows=8000 autoencoder_steps=9500 encoder_steps=7000 autoencoder_batch=8
+    windows=8000 autoencoder_steps=8500 encoder_steps=7000 autoencoder_batch=8
     pictures=1 steps=16000 tokens=2048 workers=1
     scorer_steps=2000 jobs=2
 else
