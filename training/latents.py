@@ -19,7 +19,7 @@ from diffusers import AutoencoderDC
 from numpy.typing import NDArray
 
 from training.captions import training_caption
-from training.world import render, sample_scene
+from training.world import Scene, render, sample_scene
 
 DOWN = 32
 PARAPHRASES = 6
@@ -54,11 +54,20 @@ PLAN = (
 )
 
 
+def _draw(bucket: Bucket, seed: int) -> tuple[Scene, np.random.Generator]:
+    rng = np.random.default_rng((4, bucket.width, bucket.height, seed))
+    return sample_scene(rng), rng
+
+
+def scene_of(bucket: Bucket, seed: int) -> Scene:
+    """What is in the picture that `paint` makes of the same."""
+    return _draw(bucket, seed)[0]
+
+
 def paint(job: tuple[Bucket, int]) -> tuple[NDArray[np.uint8], str]:
     """One picture of a bucket as [3, H, W] bytes, and its captions."""
     bucket, seed = job
-    rng = np.random.default_rng((4, bucket.width, bucket.height, seed))
-    scene = sample_scene(rng)
+    scene, rng = _draw(bucket, seed)
     picture = render(scene, bucket.width, bucket.height)
     return picture.transpose(2, 0, 1), "\t".join(training_caption(scene, rng) for _ in range(PARAPHRASES))
 

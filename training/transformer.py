@@ -2,6 +2,11 @@
 
 x_sigma = (1 - sigma) * latent + sigma * noise, and the model predicts noise - latent from x_sigma, sigma * 1000 and the
 caption. sigma is logit-normal, shifted towards noise as the sampler's steps are, more so for larger pictures.
+
+Most of that loss is texture that nothing could predict, and what a word asks for is little of it: a boat is ten of a
+thousand tokens. So a small head, which does not ship, reads from half way up the transformer what the scene holds and
+where; and errors at small things weigh more. That weight prefers their presence where it is open, so it fades as the
+rate falls.
 """
 
 from __future__ import annotations
@@ -9,6 +14,7 @@ from __future__ import annotations
 import argparse
 import math
 import signal
+import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -17,20 +23,28 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from diffusers import SanaTransformer2DModel
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import Gemma2Config, Gemma2Model, PreTrainedTokenizerFast
 
 from training.captions import build_tokenizer, sample_captions
-from training.latents import PLAN, Bucket, LatentFiles
+from training.claims import ATTRIBUTES
+from training.latents import PLAN, Bucket, LatentFiles, scene_of
 from training.schedule import Average, autocast, load_checkpoint, pick_device, plateau, save_checkpoint
+from training.scorer import answers, loss_of
+from training.world import Box, Scene, small_things
 
 SMALLEST_SHIFT = 3.0  # at 256x256
 FLOW_SHIFT = 6.0  # of the sampler, for about 1024x1024
 EMPTY_CAPTIONS = 0.1
 HELD_OUT = 64  # of each bucket at most, and an eighth of it
 TEXT_WIDTH = 128
+HEADS, HEAD_WIDTH, BLOCKS = 6, 32, 7
+READ_AFTER = 4  # blocks
+READING_WEIGHT = 0.5  # of the reading's cross entropy beside the flow loss
+EMPHASIS = 4.0  # what an error at a small thing costs more than one elsewhere
 
 # Share of the steps given to each bucket, at the start and from half way on; between, they change in a line. Small
 # sizes teach words and colours fast; that a sun stays one at 1024 rows, and how a ridge runs, only that size does.
@@ -46,8 +60,25 @@ SHARES = {
 }
 
 
+class SceneReader(nn.Module):
+    """Tokens [N, height * width, C] of the transformer to the logits of every attribute's labels, side by side."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(channels)
+        self.squeeze = nn.Linear(channels, 16)
+        labels = sum(len(attribute.labels) for attribute in ATTRIBUTES)
+        self.head = nn.Sequential(nn.Linear(2 * channels + 16 * 64, 256), nn.ReLU(), nn.Linear(256, labels))
+
+    def forward(self, tokens: Tensor, height: int, width: int) -> Tensor:
+        tokens = self.norm(tokens)
+        placed = self.squeeze(tokens).transpose(1, 2).unflatten(2, (height, width))
+        whole = [tokens.mean(dim=1), tokens.amax(dim=1), F.adaptive_avg_pool2d(placed, 8).flatten(1)]
+        return self.head(torch.cat(whole, dim=1))
+
+
 class Painter(nn.Module):
-    """Text encoder and transformer as one module, so that they share an optimiser and an average."""
+    """Text encoder, transformer and reader as one module, so that they share an optimiser and an average."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
         super().__init__()
@@ -73,12 +104,12 @@ class Painter(nn.Module):
         self.transformer = SanaTransformer2DModel(
             in_channels=32,
             out_channels=32,
-            num_attention_heads=6,
-            attention_head_dim=32,
-            num_layers=7,
-            num_cross_attention_heads=6,
-            cross_attention_head_dim=32,
-            cross_attention_dim=192,
+            num_attention_heads=HEADS,
+            attention_head_dim=HEAD_WIDTH,
+            num_layers=BLOCKS,
+            num_cross_attention_heads=HEADS,
+            cross_attention_head_dim=HEAD_WIDTH,
+            cross_attention_dim=HEADS * HEAD_WIDTH,
             caption_channels=TEXT_WIDTH,
             mlp_ratio=2.5,
             attention_bias=False,
@@ -89,6 +120,13 @@ class Painter(nn.Module):
         )
         nn.init.zeros_(self.transformer.proj_out.weight)
         self._let_words_through()
+        self.reader = SceneReader(HEADS * HEAD_WIDTH)
+        # Workers share the module, so what a block gave is kept for each thread apart.
+        self._half_way: dict[int, Tensor] = {}
+        self.transformer.transformer_blocks[READ_AFTER - 1].register_forward_hook(self._keep)
+
+    def _keep(self, _block: nn.Module, _inputs: tuple[Tensor, ...], tokens: Tensor) -> None:
+        self._half_way[threading.get_ident()] = tokens
 
     @torch.no_grad()
     def _let_words_through(self) -> None:
@@ -105,15 +143,18 @@ class Painter(nn.Module):
         nn.init.zeros_(self.transformer.caption_projection.linear_1.bias)
         nn.init.zeros_(self.transformer.caption_projection.linear_2.bias)
 
-    def forward(self, noisy: Tensor, sigma: Tensor, tokens: Tensor, mask: Tensor) -> Tensor:
+    def forward(self, noisy: Tensor, sigma: Tensor, tokens: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """The velocity [N, 32, h, w] of noisy latents of that shape, and the reader's logits [N, labels]."""
         text = self.text_encoder(input_ids=tokens, attention_mask=mask).last_hidden_state
-        return self.transformer(
+        velocity = self.transformer(
             noisy,
             encoder_hidden_states=text,
             encoder_attention_mask=mask,
             timestep=sigma * 1000,
             return_dict=False,
         )[0]
+        half_way = self._half_way.pop(threading.get_ident())
+        return velocity, self.reader(half_way, *noisy.shape[2:])
 
 
 @dataclass(frozen=True)
@@ -121,6 +162,19 @@ class Batch:
     latents: Tensor
     tokens: Tensor
     mask: Tensor
+    truths: Tensor  # the index of each attribute's answer, -1 where the picture shows none: [N, attributes]
+    small: Tensor  # how much of each token small things cover: [N, h, w]
+
+
+def covered(boxes: Sequence[Box], height: int, width: int) -> NDArray[np.float32]:
+    """How much of each of height x width tokens the boxes cover, from 0 to 1."""
+    cover = np.zeros((height, width), np.float32)
+    for box in boxes:
+        ys, xs = np.arange(height), np.arange(width)
+        down = (np.minimum(box.bottom * height, ys + 1) - np.maximum(box.top * height, ys)).clip(0, 1)
+        across = (np.minimum(box.right * width, xs + 1) - np.maximum(box.left * width, xs)).clip(0, 1)
+        cover = np.maximum(cover, np.outer(down, across))
+    return cover
 
 
 class CaptionedLatents:
@@ -130,11 +184,17 @@ class CaptionedLatents:
         self.bucket = bucket
         self.files = LatentFiles(folder, bucket)
         self.tokenizer = tokenizer
+        self.scenes: list[Scene] = []
+        self._covers: dict[int, NDArray[np.float32]] = {}
+        self._read()
+
+    def _read(self) -> None:
         self.latents, self.captions = self.files.read()
+        self.scenes += [scene_of(self.bucket, i) for i in range(len(self.scenes), len(self.captions))]
 
     def refresh(self) -> None:
         if self.files.count() > len(self.captions):
-            self.latents, self.captions = self.files.read()
+            self._read()
 
     @property
     def kept_back(self) -> int:
@@ -145,20 +205,30 @@ class CaptionedLatents:
         return self.kept_back > 0
 
     def draw(self, count: int, rng: np.random.Generator) -> Batch:
-        picked = rng.integers(self.kept_back, len(self.captions), count)
+        picked = np.sort(rng.integers(self.kept_back, len(self.captions), count))
         texts = [
             "" if rng.random() < EMPTY_CAPTIONS else self.captions[i][rng.integers(len(self.captions[i]))]
             for i in picked
         ]
-        return self._batch(self.latents[np.sort(picked)][np.argsort(np.argsort(picked))], texts)
+        return self._batch(picked, texts)
 
     def held_out(self, count: int) -> Batch:
         count = min(count, self.kept_back)
-        return self._batch(self.latents[:count], [lines[0] for lines in self.captions[:count]])
+        return self._batch(np.arange(count), [lines[0] for lines in self.captions[:count]])
 
-    def _batch(self, latents: NDArray[np.float16], texts: Sequence[str]) -> Batch:
+    def _batch(self, picked: NDArray[np.int64], texts: Sequence[str]) -> Batch:
         encoded = self.tokenizer(list(texts), padding=True, truncation=True, max_length=96, return_tensors="pt")
-        return Batch(torch.from_numpy(latents.astype(np.float32)), encoded.input_ids, encoded.attention_mask)
+        latents = torch.from_numpy(self.latents[picked].astype(np.float32))
+        truths = torch.tensor([answers(self.scenes[i]) for i in picked])
+        small = torch.from_numpy(np.stack([self._cover(i) for i in picked]))
+        return Batch(latents, encoded.input_ids, encoded.attention_mask, truths, small)
+
+    def _cover(self, i: int) -> NDArray[np.float32]:
+        """Found when first asked for: a scene has to be painted, if only at 64 rows."""
+        if i not in self._covers:
+            boxes = small_things(self.scenes[i], self.bucket.width, self.bucket.height)
+            self._covers[i] = covered(boxes, *self.files.shape[1:])
+        return self._covers[i]
 
 
 def sample_sigma(count: int, tokens: int, generator: torch.Generator) -> Tensor:
@@ -173,13 +243,22 @@ def sample_sigma(count: int, tokens: int, generator: torch.Generator) -> Tensor:
     return shift * plain / (1 + (shift - 1) * plain)
 
 
-def flow_loss(model: Painter, batch: Batch, generator: torch.Generator, device: torch.device) -> Tensor:
+def losses(
+    model: Painter, batch: Batch, generator: torch.Generator, device: torch.device, emphasis: float = 0.0
+) -> tuple[Tensor, Tensor]:
+    """Flow matching's mean square error, and the cross entropy of what is read half way up.
+
+    An error at a small thing counts `emphasis` times more than one elsewhere.
+    """
     sigma = sample_sigma(len(batch.latents), batch.latents[0, 0].numel(), generator).to(device)
     noise = torch.randn(batch.latents.shape, generator=generator).to(device)
     latents = batch.latents.to(device)
     share = sigma.view(-1, 1, 1, 1)
-    output = model(latents + share * (noise - latents), sigma, batch.tokens.to(device), batch.mask.to(device))
-    return (output.float() - (noise - latents)).square().mean()
+    noisy = latents + share * (noise - latents)
+    velocity, logits = model(noisy, sigma, batch.tokens.to(device), batch.mask.to(device))
+    weight = 1 + emphasis * batch.small.to(device)[:, None]
+    flow = (weight * (velocity.float() - (noise - latents)).square()).mean()
+    return flow, loss_of(logits.float(), batch.truths.to(device))
 
 
 def load_or_build_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
@@ -234,55 +313,66 @@ class TransformerTraining:
             if files.ready and files.bucket.width == files.bucket.height and files.bucket.width <= 1024:
                 batch = files.held_out(max(8, 64 * 64 // files.bucket.tokens))
                 generator = torch.Generator().manual_seed(8)
-                loss = float(flow_loss(self.average.model, batch, generator, self.device))
-                print(f"step {self.step:6d}  held-out loss {files.bucket.name}: {loss:.4f}", flush=True)
+                flow, reading = losses(self.average.model, batch, generator, self.device)
+                print(
+                    f"step {self.step:6d}  held-out loss {files.bucket.name}: {flow:.4f}, reading {reading:.4f}",
+                    flush=True,
+                )
 
     def run(self) -> None:
         options = self.options
         signal.signal(signal.SIGTERM, self.stop)
         signal.signal(signal.SIGINT, self.stop)
         print(f"{sum(p.numel() for p in self.model.parameters()) / 1e6:.2f} M parameters", flush=True)
-        began, started, losses = time.monotonic(), time.process_time(), []
+        began, started, made = time.monotonic(), time.process_time(), []
         while self.step < options.steps and not self.stopping and time.monotonic() - began < 60 * options.minutes:
             if self.step % 100 == 0:
                 for files in self.sets:
                     files.refresh()
-            losses.append(self._step(self._choose()))
+            made.append(self._step(self._choose()))
             self.step += 1
             if self.step % 25 == 0:
                 spent = time.process_time() - started
-                print(f"step {self.step:6d}  loss {np.mean(losses):.4f}  {spent:.0f} s of processor", flush=True)
-                losses = []
+                flow, reading = np.mean(made, axis=0)
+                print(
+                    f"step {self.step:6d}  loss {flow:.4f}  reading {reading:.4f}  {spent:.0f} s of processor",
+                    flush=True,
+                )
+                made = []
             if self.step % 200 == 0:
                 self.report()
                 self.save()
         self.report()
         self.save()
 
-    def _gradients(self, batch: Batch, seed: int) -> tuple[float, tuple[Tensor, ...]]:
+    def _gradients(self, batch: Batch, seed: int, emphasis: float) -> tuple[tuple[float, float], tuple[Tensor, ...]]:
         with autocast(self.device, self.options.precision):
-            loss = flow_loss(self.model, batch, torch.Generator().manual_seed(seed), self.device)
-        return float(loss.detach()), torch.autograd.grad(loss, self.parameters, materialize_grads=True)
+            flow, reading = losses(self.model, batch, torch.Generator().manual_seed(seed), self.device, emphasis)
+        loss = flow + READING_WEIGHT * reading
+        gradients = torch.autograd.grad(loss, self.parameters, materialize_grads=True)
+        return (float(flow.detach()), float(reading.detach())), gradients
 
-    def _step(self, files: CaptionedLatents) -> float:
-        """One step on a batch for each worker.
+    def _step(self, files: CaptionedLatents) -> NDArray[np.float64]:
+        """Both losses of one step on a batch for each worker.
 
         A worker is a thread whose operations are not themselves parallel: on a machine that is busy with other work, an
         operation split over the cores waits each time for the part that has lost its core, and a whole batch does not.
         """
         options = self.options
+        rate = plateau(self.step, options.steps, options.rate, warmup=100, decay=options.decay)
         for group in self.optimiser.param_groups:
-            group["lr"] = plateau(self.step, options.steps, options.rate, warmup=100)
+            group["lr"] = rate
         size = max(1, options.tokens // files.bucket.tokens)
         batches = [files.draw(size, self.rng) for _ in range(options.workers)]
         seeds = [int(seed) for seed in self.rng.integers(2**31, size=options.workers)]
-        losses, gradients = zip(*self.pool.map(self._gradients, batches, seeds), strict=True)
+        emphasis = [EMPHASIS * rate / options.rate] * options.workers
+        made, gradients = zip(*self.pool.map(self._gradients, batches, seeds, emphasis), strict=True)
         for parameter, *parts in zip(self.parameters, *gradients, strict=True):
             parameter.grad = torch.stack(parts).mean(dim=0) if len(parts) > 1 else parts[0]
         nn.utils.clip_grad_norm_(self.parameters, 1.0)
         self.optimiser.step()
         self.average.update(self.model)
-        return float(np.mean(losses))
+        return np.mean(made, axis=0)
 
 
 def main() -> None:
@@ -293,6 +383,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=1024, help="of latent, in one worker's batch")
     parser.add_argument("--workers", type=int, default=2, help="on a CPU as many as cores, on a GPU 1")
     parser.add_argument("--rate", type=float, default=2.5e-3)
+    parser.add_argument("--decay", type=float, default=0.3, help="the share of the steps over which the rate falls")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
     parser.add_argument("--minutes", type=float, default=math.inf, help="save and stop after so long")
     parser.add_argument("--horizon", type=int, default=500, help="of the running average, in steps")

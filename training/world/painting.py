@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -9,6 +11,16 @@ from . import land, plants, sky, subjects, water, weather
 from .canvas import Canvas
 from .noise import Floats
 from .scene import Scene
+
+
+@dataclass(frozen=True)
+class Box:
+    """Part of a picture, in shares of its width and height; may reach beyond its edges."""
+
+    left: float
+    top: float
+    right: float
+    bottom: float
 
 
 class _Painting:
@@ -22,6 +34,12 @@ class _Painting:
         self.horizon = scene.shore if scene.relief == "none" else min(self.foot, 0.62)
         self.light_x = self.canvas.x_of(scene.light_x)
         self.light_y = self._clear_of_ridges()
+        self.small: list[Box] = []
+
+    def _note(self, x: float, y: float, aside: float, above: float, below: float) -> None:
+        """Remembers where something small was painted; all in heights."""
+        left, right = (0.5 + (x + side * aside) / self.canvas.aspect for side in (-1, 1))
+        self.small.append(Box(left, y - above, right, y + below))
 
     def _clear_of_ridges(self) -> float:
         scene, lowest = self.scene, self.scene.light_y
@@ -110,10 +128,13 @@ class _Painting:
     def _subject(self, ground: Floats) -> None:
         scene, canvas = self.scene, self.canvas
         x = canvas.x_of(scene.subject_x)
+        place = subjects.standing_place(canvas, ground, x)
         if scene.subject == "pagoda":
-            subjects.paint_pagoda(canvas, x, subjects.standing_place(canvas, ground, x) + 0.006, 0.21)
+            subjects.paint_pagoda(canvas, x, place + 0.006, 0.21)
+            self._note(x, place, aside=0.06, above=0.23, below=0.01)
         elif scene.subject == "cabin":
-            subjects.paint_cabin(canvas, x, subjects.standing_place(canvas, ground, x) + 0.012, 0.072)
+            subjects.paint_cabin(canvas, x, place + 0.012, 0.072)
+            self._note(x, place, aside=0.07, above=0.09, below=0.01)
 
     def _water(self) -> None:
         scene, canvas = self.scene, self.canvas
@@ -126,7 +147,9 @@ class _Painting:
             share = scene.subject_x if on_it else (0.30 if scene.subject_x > 0.5 else 0.70)
             middle = canvas.x_of(share)
             base = self.foot + (1 - self.foot) * float(rng.uniform(0.22, 0.38))
-            crest = water.paint_island(canvas, middle, base, float(rng.uniform(0.16, 0.24)), 0.055)
+            half = float(rng.uniform(0.16, 0.24))
+            crest = water.paint_island(canvas, middle, base, half, 0.055)
+            self._note(middle, base, aside=half, above=0.07, below=0.02)
             if on_it:
                 self._subject(crest + 0.004)
             else:
@@ -135,7 +158,9 @@ class _Painting:
                 plants.paint_row(canvas, kind, np.where(here, crest, -1).astype(np.float32), 0.10, 48, 0.06, 0.9)
         if scene.subject == "boat":
             y = self.foot + (1 - self.foot) * float(rng.uniform(0.42, 0.66))
-            subjects.paint_boat(canvas, canvas.x_of(scene.subject_x), y, 0.105)
+            x = canvas.x_of(scene.subject_x)
+            subjects.paint_boat(canvas, x, y, 0.105)
+            self._note(x, y, aside=0.06, above=0.13, below=0.12)
 
 
 def render(scene: Scene, width: int, height: int) -> NDArray[np.uint8]:
@@ -145,3 +170,12 @@ def render(scene: Scene, width: int, height: int) -> NDArray[np.uint8]:
     picture *= 255
     picture += 0.5
     return picture.astype(np.uint8)
+
+
+def small_things(scene: Scene, width: int, height: int) -> tuple[Box, ...]:
+    """Where a picture of the scene has its subject and its island; only the ratio of width and height matters."""
+    if scene.subject == "none" and not scene.island:
+        return ()
+    painting = _Painting(scene, round(64 * width / height), 64)
+    painting.paint()
+    return tuple(painting.small)
