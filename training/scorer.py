@@ -124,13 +124,15 @@ def worsen(pictures: Tensor) -> Tensor:
     return out
 
 
-def loss_of(logits: Tensor, truths: Tensor) -> Tensor:
+def loss_of(logits: Tensor, truths: Tensor, extra: int = 0) -> Tensor:
+    """Mean cross entropy of all attributes. Each may have `extra` more answers than its labels."""
     parts, at = [], 0
     for i, attribute in enumerate(ATTRIBUTES):
-        part = logits[:, at : at + len(attribute.labels)]
+        count = len(attribute.labels) + extra
+        part = logits[:, at : at + count]
         if (truths[:, i] >= 0).any():
             parts.append(F.cross_entropy(part, truths[:, i], ignore_index=-1))
-        at += len(attribute.labels)
+        at += count
     return torch.stack(parts).mean()
 
 

@@ -4,9 +4,10 @@ x_sigma = (1 - sigma) * latent + sigma * noise, and the model predicts noise - l
 caption. sigma is logit-normal, shifted towards noise as the sampler's steps are, more so for larger pictures.
 
 Most of that loss is texture that nothing could predict, and what a word asks for is little of it: a boat is ten of a
-thousand tokens. So a small head, which does not ship, reads from half way up the transformer what the scene holds and
-where; and errors at small things weigh more. That weight prefers their presence where it is open, so it fades as the
-rate falls.
+thousand tokens. Left alone, the projection of the captions keeps the few words that change whole skies and loses the
+others. So two small heads, which do not ship, are asked beside it: one what the caption says, from its projected
+tokens; one what the scene holds, from half way up the transformer. And errors at small things weigh more, which prefers
+their presence where it is open, so that weight fades as the rate falls.
 """
 
 from __future__ import annotations
@@ -16,10 +17,12 @@ import math
 import signal
 import threading
 import time
+from collections import defaultdict
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -30,7 +33,7 @@ from torch import Tensor, nn
 from transformers import Gemma2Config, Gemma2Model, PreTrainedTokenizerFast
 
 from training.captions import build_tokenizer, sample_captions
-from training.claims import ATTRIBUTES
+from training.claims import ATTRIBUTES, claims
 from training.latents import PLAN, Bucket, LatentFiles, scene_of
 from training.schedule import Average, autocast, load_checkpoint, pick_device, plateau, save_checkpoint
 from training.scorer import answers, loss_of
@@ -43,8 +46,9 @@ HELD_OUT = 64  # of each bucket at most, and an eighth of it
 TEXT_WIDTH = 128
 HEADS, HEAD_WIDTH, BLOCKS = 6, 32, 7
 READ_AFTER = 4  # blocks
-READING_WEIGHT = 0.5  # of the reading's cross entropy beside the flow loss
-EMPHASIS = 4.0  # what an error at a small thing costs more than one elsewhere
+READING_WEIGHT = 0.5  # of the readers' cross entropies beside the flow loss
+ACTIVITY_WEIGHT = 1e-3  # of the mean square of what the blocks give
+EMPHASIS = 2.0  # what an error at a small thing costs more than one elsewhere
 
 # Share of the steps given to each bucket, at the start and from half way on; between, they change in a line. Small
 # sizes teach words and colours fast; that a sun stays one at 1024 rows, and how a ridge runs, only that size does.
@@ -77,8 +81,31 @@ class SceneReader(nn.Module):
         return self.head(torch.cat(whole, dim=1))
 
 
+class CaptionReader(nn.Module):
+    """Projected caption tokens [N, T, C] to logits of what it claims: for each attribute its labels and "unsaid"."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.head = nn.Linear(channels, sum(len(attribute.labels) + 1 for attribute in ATTRIBUTES))
+
+    def forward(self, tokens: Tensor, mask: Tensor) -> Tensor:
+        # However small the projection's norm lets words become, they are read at full size; and one word is enough.
+        logits = self.head(F.layer_norm(tokens, tokens.shape[-1:])).float()
+        return logits.masked_fill(mask[..., None] == 0, -math.inf).logsumexp(dim=1)
+
+
+@dataclass(frozen=True)
+class Painted:
+    """What a `Painter` says of noisy latents [N, 32, h, w]."""
+
+    velocity: Tensor  # [N, 32, h, w]
+    scene: Tensor  # logits of what the scene holds: [N, labels]
+    caption: Tensor  # logits of what the caption claims: [N, labels + attributes]
+    activity: Tensor  # mean square of what the blocks give, of any number
+
+
 class Painter(nn.Module):
-    """Text encoder, transformer and reader as one module, so that they share an optimiser and an average."""
+    """Text encoder, transformer and readers as one module, so that they share an optimiser and an average."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
         super().__init__()
@@ -121,12 +148,19 @@ class Painter(nn.Module):
         nn.init.zeros_(self.transformer.proj_out.weight)
         self._let_words_through()
         self.reader = SceneReader(HEADS * HEAD_WIDTH)
-        # Workers share the module, so what a block gave is kept for each thread apart.
-        self._half_way: dict[int, Tensor] = {}
-        self.transformer.transformer_blocks[READ_AFTER - 1].register_forward_hook(self._keep)
+        self.caption_reader = CaptionReader(HEADS * HEAD_WIDTH)
+        # Workers share the module, so what its parts gave is kept for each thread apart.
+        self._words: dict[int, Tensor] = {}
+        self._blocks: dict[int, list[Tensor]] = defaultdict(list)
+        self.transformer.caption_norm.register_forward_hook(self._keep_words)
+        for block in self.transformer.transformer_blocks:
+            block.register_forward_hook(self._keep_block)
 
-    def _keep(self, _block: nn.Module, _inputs: tuple[Tensor, ...], tokens: Tensor) -> None:
-        self._half_way[threading.get_ident()] = tokens
+    def _keep_words(self, _norm: nn.Module, _inputs: tuple[Tensor, ...], tokens: Tensor) -> None:
+        self._words[threading.get_ident()] = tokens
+
+    def _keep_block(self, _block: nn.Module, _inputs: tuple[Tensor, ...], tokens: Tensor) -> None:
+        self._blocks[threading.get_ident()].append(tokens)
 
     @torch.no_grad()
     def _let_words_through(self) -> None:
@@ -143,8 +177,7 @@ class Painter(nn.Module):
         nn.init.zeros_(self.transformer.caption_projection.linear_1.bias)
         nn.init.zeros_(self.transformer.caption_projection.linear_2.bias)
 
-    def forward(self, noisy: Tensor, sigma: Tensor, tokens: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-        """The velocity [N, 32, h, w] of noisy latents of that shape, and the reader's logits [N, labels]."""
+    def forward(self, noisy: Tensor, sigma: Tensor, tokens: Tensor, mask: Tensor) -> Painted:
         text = self.text_encoder(input_ids=tokens, attention_mask=mask).last_hidden_state
         velocity = self.transformer(
             noisy,
@@ -153,8 +186,13 @@ class Painter(nn.Module):
             timestep=sigma * 1000,
             return_dict=False,
         )[0]
-        half_way = self._half_way.pop(threading.get_ident())
-        return velocity, self.reader(half_way, *noisy.shape[2:])
+        words, blocks = self._words.pop(threading.get_ident()), self._blocks.pop(threading.get_ident())
+        return Painted(
+            velocity,
+            scene=self.reader(blocks[READ_AFTER - 1], *noisy.shape[2:]),
+            caption=self.caption_reader(words, mask),
+            activity=torch.stack([block.float().square().mean() for block in blocks]).mean(),
+        )
 
 
 @dataclass(frozen=True)
@@ -163,6 +201,7 @@ class Batch:
     tokens: Tensor
     mask: Tensor
     truths: Tensor  # the index of each attribute's answer, -1 where the picture shows none: [N, attributes]
+    said: Tensor  # the same of those that the caption claims; of the others one more than the last index
     small: Tensor  # how much of each token small things cover: [N, h, w]
 
 
@@ -173,7 +212,7 @@ def covered(boxes: Sequence[Box], height: int, width: int) -> NDArray[np.float32
         ys, xs = np.arange(height), np.arange(width)
         down = (np.minimum(box.bottom * height, ys + 1) - np.maximum(box.top * height, ys)).clip(0, 1)
         across = (np.minimum(box.right * width, xs + 1) - np.maximum(box.left * width, xs)).clip(0, 1)
-        cover = np.maximum(cover, np.outer(down, across))
+        cover = np.maximum(cover, np.outer(down, across).astype(np.float32))
     return cover
 
 
@@ -220,8 +259,11 @@ class CaptionedLatents:
         encoded = self.tokenizer(list(texts), padding=True, truncation=True, max_length=96, return_tensors="pt")
         latents = torch.from_numpy(self.latents[picked].astype(np.float32))
         truths = torch.tensor([answers(self.scenes[i]) for i in picked])
+        claimed = [claims(text) for text in texts]
+        spoken = torch.tensor([[attribute.name in names for attribute in ATTRIBUTES] for names in claimed])
+        said = torch.where(spoken, truths, torch.tensor([len(attribute.labels) for attribute in ATTRIBUTES]))
         small = torch.from_numpy(np.stack([self._cover(i) for i in picked]))
-        return Batch(latents, encoded.input_ids, encoded.attention_mask, truths, small)
+        return Batch(latents, encoded.input_ids, encoded.attention_mask, truths, said, small)
 
     def _cover(self, i: int) -> NDArray[np.float32]:
         """Found when first asked for: a scene has to be painted, if only at 64 rows."""
@@ -243,10 +285,27 @@ def sample_sigma(count: int, tokens: int, generator: torch.Generator) -> Tensor:
     return shift * plain / (1 + (shift - 1) * plain)
 
 
+class Losses(NamedTuple):
+    """Of one batch. `total` is what is made smaller."""
+
+    flow: Tensor
+    reading: Tensor
+    hearing: Tensor
+    activity: Tensor
+
+    @property
+    def total(self) -> Tensor:
+        return self.flow + READING_WEIGHT * (self.reading + self.hearing) + ACTIVITY_WEIGHT * self.activity
+
+    def __str__(self) -> str:
+        named = ((name, float(value.detach())) for name, value in self._asdict().items())
+        return ", ".join(f"{name} {value:.4f}" for name, value in named)
+
+
 def losses(
     model: Painter, batch: Batch, generator: torch.Generator, device: torch.device, emphasis: float = 0.0
-) -> tuple[Tensor, Tensor]:
-    """Flow matching's mean square error, and the cross entropy of what is read half way up.
+) -> Losses:
+    """Flow matching's mean square error, the cross entropy of both readers, and the activity of the blocks.
 
     An error at a small thing counts `emphasis` times more than one elsewhere.
     """
@@ -255,10 +314,12 @@ def losses(
     latents = batch.latents.to(device)
     share = sigma.view(-1, 1, 1, 1)
     noisy = latents + share * (noise - latents)
-    velocity, logits = model(noisy, sigma, batch.tokens.to(device), batch.mask.to(device))
+    painted = model(noisy, sigma, batch.tokens.to(device), batch.mask.to(device))
     weight = 1 + emphasis * batch.small.to(device)[:, None]
-    flow = (weight * (velocity.float() - (noise - latents)).square()).mean()
-    return flow, loss_of(logits.float(), batch.truths.to(device))
+    flow = (weight * (painted.velocity.float() - (noise - latents)).square()).mean()
+    reading = loss_of(painted.scene.float(), batch.truths.to(device))
+    hearing = loss_of(painted.caption.float(), batch.said.to(device), extra=1)
+    return Losses(flow, reading, hearing, painted.activity)
 
 
 def load_or_build_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
@@ -313,31 +374,26 @@ class TransformerTraining:
             if files.ready and files.bucket.width == files.bucket.height and files.bucket.width <= 1024:
                 batch = files.held_out(max(8, 64 * 64 // files.bucket.tokens))
                 generator = torch.Generator().manual_seed(8)
-                flow, reading = losses(self.average.model, batch, generator, self.device)
-                print(
-                    f"step {self.step:6d}  held-out loss {files.bucket.name}: {flow:.4f}, reading {reading:.4f}",
-                    flush=True,
-                )
+                made = losses(self.average.model, batch, generator, self.device)
+                print(f"step {self.step:6d}  held-out loss {files.bucket.name}: {made}", flush=True)
 
     def run(self) -> None:
         options = self.options
         signal.signal(signal.SIGTERM, self.stop)
         signal.signal(signal.SIGINT, self.stop)
         print(f"{sum(p.numel() for p in self.model.parameters()) / 1e6:.2f} M parameters", flush=True)
-        began, started, made = time.monotonic(), time.process_time(), []
+        began, started = time.monotonic(), time.process_time()
+        made: list[Losses] = []
         while self.step < options.steps and not self.stopping and time.monotonic() - began < 60 * options.minutes:
             if self.step % 100 == 0:
                 for files in self.sets:
                     files.refresh()
-            made.append(self._step(self._choose()))
+            made += self._step(self._choose())
             self.step += 1
             if self.step % 25 == 0:
                 spent = time.process_time() - started
-                flow, reading = np.mean(made, axis=0)
-                print(
-                    f"step {self.step:6d}  loss {flow:.4f}  reading {reading:.4f}  {spent:.0f} s of processor",
-                    flush=True,
-                )
+                mean = Losses(*(torch.stack(parts).mean() for parts in zip(*made, strict=True)))
+                print(f"step {self.step:6d}  {mean}  {spent:.0f} s of processor", flush=True)
                 made = []
             if self.step % 200 == 0:
                 self.report()
@@ -345,15 +401,14 @@ class TransformerTraining:
         self.report()
         self.save()
 
-    def _gradients(self, batch: Batch, seed: int, emphasis: float) -> tuple[tuple[float, float], tuple[Tensor, ...]]:
+    def _gradients(self, batch: Batch, seed: int, emphasis: float) -> tuple[Losses, tuple[Tensor, ...]]:
         with autocast(self.device, self.options.precision):
-            flow, reading = losses(self.model, batch, torch.Generator().manual_seed(seed), self.device, emphasis)
-        loss = flow + READING_WEIGHT * reading
-        gradients = torch.autograd.grad(loss, self.parameters, materialize_grads=True)
-        return (float(flow.detach()), float(reading.detach())), gradients
+            made = losses(self.model, batch, torch.Generator().manual_seed(seed), self.device, emphasis)
+        gradients = torch.autograd.grad(made.total, self.parameters, materialize_grads=True)
+        return Losses(*(loss.detach() for loss in made)), gradients
 
-    def _step(self, files: CaptionedLatents) -> NDArray[np.float64]:
-        """Both losses of one step on a batch for each worker.
+    def _step(self, files: CaptionedLatents) -> list[Losses]:
+        """One step on a batch for each worker, and each worker's losses.
 
         A worker is a thread whose operations are not themselves parallel: on a machine that is busy with other work, an
         operation split over the cores waits each time for the part that has lost its core, and a whole batch does not.
@@ -372,7 +427,7 @@ class TransformerTraining:
         nn.utils.clip_grad_norm_(self.parameters, 1.0)
         self.optimiser.step()
         self.average.update(self.model)
-        return np.mean(made, axis=0)
+        return list(made)
 
 
 def main() -> None:

@@ -68,15 +68,38 @@ def test_truths_are_those_of_the_pictures() -> None:
                 assert labels[name] in allowed
 
 
-def test_what_is_read_half_way_up_teaches_the_text_encoder(work: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+def test_what_a_caption_leaves_out_is_unsaid(work: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    files = CaptionedLatents(work, SQUARE, tokenizer)
+    batch = files.held_out(2)
+    for i in range(2):
+        claimed = claims(files.captions[i][0])
+        for attribute, truth, said in zip(ATTRIBUTES, batch.truths[i].tolist(), batch.said[i].tolist(), strict=True):
+            assert said == (truth if attribute.name in claimed else len(attribute.labels))
+    assert (files._batch(np.arange(2), ["", ""]).said == torch.tensor([len(a.labels) for a in ATTRIBUTES])).all()
+
+
+def test_the_readers_teach_the_text_encoder(work: Path, tokenizer: PreTrainedTokenizerFast) -> None:
     painter = Painter(tokenizer)
-    # A fresh adaptive norm lets only a little through, and a fresh output nothing at all.
-    flow, reading = losses(painter, drawn(work, tokenizer, WIDE, 4, seed=1), torch.Generator().manual_seed(0), CPU)
+    made = losses(painter, drawn(work, tokenizer, WIDE, 4, seed=1), torch.Generator().manual_seed(0), CPU)
     words = painter.text_encoder.embed_tokens.weight
-    (from_reading,) = torch.autograd.grad(reading, words, retain_graph=True)
-    (from_flow,) = torch.autograd.grad(flow, words)
+    from_flow, from_reading, from_hearing = (
+        torch.autograd.grad(loss, words, retain_graph=True)[0] for loss in (made.flow, made.reading, made.hearing)
+    )
+    assert from_flow.abs().max() == 0, "a fresh output lets nothing through"
     assert from_reading.abs().max() > 0
-    assert from_flow.abs().max() == 0
+    assert from_hearing.abs().max() > 0
+
+
+def test_what_the_blocks_give_is_kept_small(work: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    painter, batch = Painter(tokenizer), drawn(work, tokenizer, WIDE, 4, seed=1)
+    before = losses(painter, batch, torch.Generator().manual_seed(0), CPU)
+    first = painter.transformer.patch_embed.proj.weight
+    with torch.no_grad():
+        first.mul_(20)
+    after = losses(painter, batch, torch.Generator().manual_seed(0), CPU)
+    assert after.activity > 2 * before.activity
+    (slope,) = torch.autograd.grad(after.activity, first)
+    assert (slope * first).sum() > 0, "a smaller weight is a smaller loss"
 
 
 def test_small_things_are_where_they_are_said_to_be() -> None:
@@ -96,6 +119,7 @@ def test_small_things_are_where_they_are_said_to_be() -> None:
 
 def test_a_token_is_covered_by_as_much_as_a_box_takes_of_it() -> None:
     cover = covered([Box(0.25, 0.5, 0.625, 2.0)], 2, 4)
+    assert cover.dtype == np.float32
     assert cover.tolist() == [[0, 0, 0, 0], [0, 1, 0.5, 0]]
     assert not covered([], 2, 4).any()
 
@@ -104,7 +128,7 @@ def test_a_token_is_covered_by_as_much_as_a_box_takes_of_it() -> None:
 def test_errors_at_small_things_weigh_more(work: Path, tokenizer: PreTrainedTokenizerFast) -> None:
     painter, batch = Painter(tokenizer), drawn(work, tokenizer, SQUARE, 8, seed=1)
     plain, stressed = (
-        losses(painter, dataclasses.replace(batch, small=small), torch.Generator().manual_seed(0), CPU, 4.0)[0]
+        losses(painter, dataclasses.replace(batch, small=small), torch.Generator().manual_seed(0), CPU, 4.0).flow
         for small in (torch.zeros(8, 4, 4), torch.ones(8, 4, 4))
     )
     assert float(stressed) == pytest.approx(5 * float(plain), rel=1e-5)
@@ -116,7 +140,7 @@ def test_workers_do_not_read_from_each_other(work: Path, tokenizer: PreTrainedTo
 
     @torch.no_grad()
     def reading(batch: Batch) -> float:
-        return float(losses(painter, batch, torch.Generator().manual_seed(0), CPU)[1])
+        return float(losses(painter, batch, torch.Generator().manual_seed(0), CPU).reading)
 
     alone = [reading(batch) for batch in batches]
     with ThreadPoolExecutor(4) as pool:
