@@ -179,23 +179,22 @@ PUSHES = (
 )
 
 
-def report_guidance(scroll: Handscroll, scorer: Scorer, size: int, seeds: int, steps: int) -> None:
-    """Claims kept at guidance 1 and 4, and how often an unasked thing appears with and without a negative prompt."""
-    kept: dict[float, list[bool]] = {1.0: [], 4.0: []}
+def report_guidance(scroll: Handscroll, scorer: Scorer, size: int, seeds: int, steps: int, guidance: float) -> None:
+    """Claims kept without and with guidance; how often an unasked thing appears, and how often against its name."""
+
+    def shows(prompt: str, against: str, seed: int, name: str) -> str:
+        return read(scorer, generate(scroll, prompt, size, size, seed, steps, guidance, against))[name].label
+
+    kept: dict[float, list[bool]] = {1.0: [], guidance: []}
     for number, _, text in held_out_prompts(8 * seeds):
         for strength, values in kept.items():
             values += kept_claims(
                 text, read(scorer, generate(scroll, text, size, size, number, steps, strength))
             ).values()
-    print(", ".join(f"guidance {strength:.0f}: {np.mean(values):.3f} of claims" for strength, values in kept.items()))
+    print(", ".join(f"guidance {strength:g}: {np.mean(values):.3f} of claims" for strength, values in kept.items()))
     for prompt, name, label, negative in PUSHES:
         shown = [
-            np.mean(
-                [
-                    read(scorer, generate(scroll, prompt, size, size, seed, steps, 3.0, against))[name].label == label
-                    for seed in range(2 * seeds)
-                ]
-            )
+            np.mean([shows(prompt, against, seed, name) == label for seed in range(2 * seeds)])
             for against in ("", negative)
         ]
         print(f"{prompt!r} shows {name} {label}: {shown[0]:.2f}; not {negative!r}: {shown[1]:.2f}", flush=True)
@@ -252,10 +251,11 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=300, help="held-out sentences at each size")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--guidance", type=float, default=3.0)
+    parser.add_argument("--guidance", type=float, help="the model's own unless given")
     options = parser.parse_args()
     torch.set_grad_enabled(False)
     scroll = Handscroll.from_pretrained(options.folder)
+    guidance = scroll.spec.default_guidance if options.guidance is None else options.guidance
     pipe = SanaPipeline.from_pretrained(options.folder, dtype=torch.float32)
     if "fidelity" in options.only:
         report_fidelity(pipe.vae, options.work, options.sizes)
@@ -266,15 +266,16 @@ def main() -> None:
         scorer = load_scorer(options.work / "scorer.pt")
         made_by = checksum([*sorted(options.folder.rglob("*.safetensors")), options.work / "scorer.pt"])
         for size in squares:
-            path = options.work / f"attributes-{size}-{made_by}-{options.steps}-{options.guidance:g}.jsonl"
-            report_attributes(scroll, scorer, path, size, options.prompts, options.steps, options.guidance)
+            path = options.work / f"attributes-{size}-{made_by}-{options.steps}-{guidance:g}.jsonl"
+            report_attributes(scroll, scorer, path, size, options.prompts, options.steps, guidance)
     if "guidance" in options.only:
-        report_guidance(scroll, load_scorer(options.work / "scorer.pt"), squares[0], options.seeds, options.steps)
+        scorer = load_scorer(options.work / "scorer.pt")
+        report_guidance(scroll, scorer, squares[0], options.seeds, options.steps, guidance)
     if "spectra" in options.only:
         for size in squares:
-            report_spectra(scroll, size, max(2, min(16, 2**27 // size**2)), options.steps, options.guidance)
+            report_spectra(scroll, size, max(2, min(16, 2**27 // size**2)), options.steps, guidance)
     if "sheet" in options.only:
-        make_sheet(scroll, options.work, options.sizes, options.seeds, options.steps, options.guidance)
+        make_sheet(scroll, options.work, options.sizes, options.seeds, options.steps, guidance)
 
 
 if __name__ == "__main__":

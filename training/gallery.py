@@ -101,21 +101,21 @@ def main() -> None:
     parser.add_argument("--renders", type=int, default=24_000, help="training renders that are searched")
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--guidance", type=float, default=3.0)
     parser.add_argument("--sizes", nargs="*", type=int, default=[1024, 4096])
     options = parser.parse_args()
     torch.set_grad_enabled(False)
     # Painted beside the checkpoints, in a folder named after the weights: a run that is cut off goes on where it was,
     # and a picture of other weights is never shown.
+    scroll = Handscroll.from_pretrained(options.folder)
+    guidance = scroll.spec.default_guidance
     weights = checksum(sorted(options.folder.rglob("*.safetensors")))
-    images = options.work / f"gallery-{weights}-{options.steps}-{options.guidance:g}-{options.shown}"
+    images = options.work / f"gallery-{weights}-{options.steps}-{guidance:g}-{options.shown}"
     images.mkdir(exist_ok=True)
     thumbnails = training_thumbnails(options.work / "thumbnails.npy", options.renders, options.processes)
-    scroll = Handscroll.from_pretrained(options.folder)
     lines = [
         "# Gallery",
         "",
-        f"Made by the weights that ship, in {options.steps} steps at guidance {options.guidance:g}; none left out.",
+        f"Made by the weights that ship, in {options.steps} steps at guidance {guidance:g}; none left out.",
         f"Beside each 1024x1024 sample: another seed, and the nearest of {options.renders:,} training renders.",
         "",
         "| sample | another seed | nearest training render | sentence |",
@@ -127,7 +127,7 @@ def main() -> None:
         for seed in seeds:
             path = images / f"{number:02d}-{seed}.jpg"
             if not path.exists():
-                picture = generate(scroll, sentence, 1024, 1024, seed, options.steps, options.guidance)
+                picture = generate(scroll, sentence, 1024, 1024, seed, options.steps, guidance)
                 _save(picture, path, options.shown)
             names.append(path.name)
         shown = pyvips.Image.new_from_file(str(images / names[0])).thumbnail_image(256, height=256).numpy()[..., :3]
@@ -142,7 +142,7 @@ def main() -> None:
             seed = options.first_seed + 2000 + number
             path, cut = images / f"large-{number:02d}-{seed}.jpg", images / f"large-{number:02d}-{seed}-cut.jpg"
             if not cut.exists():
-                picture = generate(scroll, SENTENCES[number], 4096, 4096, seed, options.steps, options.guidance)
+                picture = generate(scroll, SENTENCES[number], 4096, 4096, seed, options.steps, guidance)
                 _save(picture, path, 768)
                 _save(picture[1792:2304, 1792:2304], cut, 512)
             lines.append(f"![](images/gallery/{path.name}) ![](images/gallery/{cut.name})")
