@@ -5,9 +5,10 @@ caption. sigma is logit-normal, shifted towards noise as the sampler's steps are
 
 Most of that loss is texture that nothing could predict, and what a word asks for is little of it: a boat is ten of a
 thousand tokens. Left alone, the projection of the captions keeps the few words that change whole skies and loses the
-others. So two small heads, which do not ship, are asked beside it: one what the caption says, from its projected
-tokens; one what the scene holds, from half way up the transformer. And errors at small things weigh more, which prefers
-their presence where it is open, so that weight fades as the rate falls.
+others. And where a sun may stand at three places, small errors make three suns. So three small heads, which do not
+ship, are asked beside it: one what the caption says, from its projected tokens; one what the scene holds, and one where
+it is, from half way up the transformer. Errors at small things weigh more, which prefers their presence where it is
+open, so that weight fades as the rate falls.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import signal
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,7 +38,7 @@ from training.claims import ATTRIBUTES, claims
 from training.latents import PLAN, Bucket, LatentFiles, scene_of
 from training.schedule import Average, autocast, load_checkpoint, pick_device, plateau, save_checkpoint
 from training.scorer import answers, loss_of
-from training.world import Box, Scene, small_things
+from training.world import PLACED, Box, Scene, places
 
 SMALLEST_SHIFT = 3.0  # at 256x256
 FLOW_SHIFT = 6.0  # of the sampler, for about 1024x1024
@@ -46,9 +47,11 @@ HELD_OUT = 64  # of each bucket at most, and an eighth of it
 TEXT_WIDTH = 128
 HEADS, HEAD_WIDTH, BLOCKS = 6, 32, 7
 READ_AFTER = 4  # blocks
-READING_WEIGHT = 0.5  # of the readers' cross entropies beside the flow loss
+READING_WEIGHT = 0.5  # of the cross entropy of what the scene holds and the caption says, beside the flow loss
+PLACING_WEIGHT = 0.1  # of the divergence of where things are
 ACTIVITY_WEIGHT = 1e-3  # of the mean square of what the blocks give
-EMPHASIS = 2.0  # what an error at a small thing costs more than one elsewhere
+EMPHASIS = 1.0  # what an error at a small thing costs more than one elsewhere
+SMALL = [PLACED.index("subject"), PLACED.index("island")]
 
 # Share of the steps given to each bucket, at the start and from half way on; between, they change in a line. Small
 # sizes teach words and colours fast; that a sun stays one at 1024 rows, and how a ridge runs, only that size does.
@@ -81,6 +84,18 @@ class SceneReader(nn.Module):
         return self.head(torch.cat(whole, dim=1))
 
 
+class PlaceReader(nn.Module):
+    """Tokens [N, height * width, C] of the transformer to logits [N, PLACED, height, width] of where each thing is."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(channels)
+        self.head = nn.Linear(channels, len(PLACED))
+
+    def forward(self, tokens: Tensor, height: int, width: int) -> Tensor:
+        return self.head(self.norm(tokens)).transpose(1, 2).unflatten(2, (height, width))
+
+
 class CaptionReader(nn.Module):
     """Projected caption tokens [N, T, C] to logits of what it claims: for each attribute its labels and "unsaid"."""
 
@@ -100,6 +115,7 @@ class Painted:
 
     velocity: Tensor  # [N, 32, h, w]
     scene: Tensor  # logits of what the scene holds: [N, labels]
+    where: Tensor  # logits of where each thing is, should it be there: [N, PLACED, h, w]
     caption: Tensor  # logits of what the caption claims: [N, labels + attributes]
     activity: Tensor  # mean square of what the blocks give, of any number
 
@@ -149,6 +165,7 @@ class Painter(nn.Module):
         self._let_words_through()
         self.reader = SceneReader(HEADS * HEAD_WIDTH)
         self.caption_reader = CaptionReader(HEADS * HEAD_WIDTH)
+        self.place_reader = PlaceReader(HEADS * HEAD_WIDTH)
         # Workers share the module, so what its parts gave is kept for each thread apart.
         self._words: dict[int, Tensor] = {}
         self._blocks: dict[int, list[Tensor]] = defaultdict(list)
@@ -190,6 +207,7 @@ class Painter(nn.Module):
         return Painted(
             velocity,
             scene=self.reader(blocks[READ_AFTER - 1], *noisy.shape[2:]),
+            where=self.place_reader(blocks[READ_AFTER - 1], *noisy.shape[2:]),
             caption=self.caption_reader(words, mask),
             activity=torch.stack([block.float().square().mean() for block in blocks]).mean(),
         )
@@ -202,17 +220,17 @@ class Batch:
     mask: Tensor
     truths: Tensor  # the index of each attribute's answer, -1 where the picture shows none: [N, attributes]
     said: Tensor  # the same of those that the caption claims; of the others one more than the last index
-    small: Tensor  # how much of each token small things cover: [N, h, w]
+    cover: Tensor  # how much of each token each thing covers: [N, PLACED, h, w]
 
 
-def covered(boxes: Sequence[Box], height: int, width: int) -> NDArray[np.float32]:
-    """How much of each of height x width tokens the boxes cover, from 0 to 1."""
-    cover = np.zeros((height, width), np.float32)
-    for box in boxes:
-        ys, xs = np.arange(height), np.arange(width)
+def covered(boxes: Mapping[str, Box], height: int, width: int) -> NDArray[np.float32]:
+    """How much of each of height x width tokens each thing's box covers, from 0 to 1: [PLACED, height, width]."""
+    cover = np.zeros((len(PLACED), height, width), np.float32)
+    ys, xs = np.arange(height), np.arange(width)
+    for name, box in boxes.items():
         down = (np.minimum(box.bottom * height, ys + 1) - np.maximum(box.top * height, ys)).clip(0, 1)
         across = (np.minimum(box.right * width, xs + 1) - np.maximum(box.left * width, xs)).clip(0, 1)
-        cover = np.maximum(cover, np.outer(down, across).astype(np.float32))
+        cover[PLACED.index(name)] = np.outer(down, across)
     return cover
 
 
@@ -262,13 +280,13 @@ class CaptionedLatents:
         claimed = [claims(text) for text in texts]
         spoken = torch.tensor([[attribute.name in names for attribute in ATTRIBUTES] for names in claimed])
         said = torch.where(spoken, truths, torch.tensor([len(attribute.labels) for attribute in ATTRIBUTES]))
-        small = torch.from_numpy(np.stack([self._cover(i) for i in picked]))
-        return Batch(latents, encoded.input_ids, encoded.attention_mask, truths, said, small)
+        cover = torch.from_numpy(np.stack([self._cover(i) for i in picked]))
+        return Batch(latents, encoded.input_ids, encoded.attention_mask, truths, said, cover)
 
     def _cover(self, i: int) -> NDArray[np.float32]:
-        """Found when first asked for: a scene has to be painted, if only at 64 rows."""
+        """Found when first asked for: some scenes have to be painted, if only at 64 rows."""
         if i not in self._covers:
-            boxes = small_things(self.scenes[i], self.bucket.width, self.bucket.height)
+            boxes = places(self.scenes[i], self.bucket.width, self.bucket.height)
             self._covers[i] = covered(boxes, *self.files.shape[1:])
         return self._covers[i]
 
@@ -290,24 +308,40 @@ class Losses(NamedTuple):
 
     flow: Tensor
     reading: Tensor
+    placing: Tensor
     hearing: Tensor
     activity: Tensor
 
     @property
     def total(self) -> Tensor:
-        return self.flow + READING_WEIGHT * (self.reading + self.hearing) + ACTIVITY_WEIGHT * self.activity
+        read = READING_WEIGHT * (self.reading + self.hearing) + PLACING_WEIGHT * self.placing
+        return self.flow + read + ACTIVITY_WEIGHT * self.activity
 
     def __str__(self) -> str:
         named = ((name, float(value.detach())) for name, value in self._asdict().items())
         return ", ".join(f"{name} {value:.4f}" for name, value in named)
 
 
+def placing_loss(where: Tensor, cover: Tensor) -> Tensor:
+    """How far the distribution over tokens that the logits `where` stand for is from what each thing covers.
+
+    Both are [N, PLACED, h, w]; what a picture does not show, or shows outside its edges, counts nothing. The
+    Kullback-Leibler divergence in nats, 0 where the places are known.
+    """
+    shown = cover.sum(dim=(2, 3)) > 0
+    if not shown.any():
+        return where.sum() * 0
+    target = cover[shown].flatten(1)
+    target = target / target.sum(dim=1, keepdim=True)
+    return F.kl_div(where[shown].flatten(1).log_softmax(dim=1), target, reduction="batchmean")
+
+
 def losses(
     model: Painter, batch: Batch, generator: torch.Generator, device: torch.device, emphasis: float = 0.0
 ) -> Losses:
-    """Flow matching's mean square error, the cross entropy of both readers, and the activity of the blocks.
+    """Flow matching's mean square error, what each reader gets wrong, and the activity of the blocks.
 
-    An error at a small thing counts `emphasis` times more than one elsewhere.
+    An error at a subject or an island counts `emphasis` times more than one elsewhere.
     """
     sigma = sample_sigma(len(batch.latents), batch.latents[0, 0].numel(), generator).to(device)
     noise = torch.randn(batch.latents.shape, generator=generator).to(device)
@@ -315,11 +349,13 @@ def losses(
     share = sigma.view(-1, 1, 1, 1)
     noisy = latents + share * (noise - latents)
     painted = model(noisy, sigma, batch.tokens.to(device), batch.mask.to(device))
-    weight = 1 + emphasis * batch.small.to(device)[:, None]
+    cover = batch.cover.to(device)
+    weight = 1 + emphasis * cover[:, SMALL].amax(dim=1, keepdim=True)
     flow = (weight * (painted.velocity.float() - (noise - latents)).square()).mean()
     reading = loss_of(painted.scene.float(), batch.truths.to(device))
     hearing = loss_of(painted.caption.float(), batch.said.to(device), extra=1)
-    return Losses(flow, reading, hearing, painted.activity)
+    placing = placing_loss(painted.where.float(), cover)
+    return Losses(flow, reading, placing, hearing, painted.activity)
 
 
 def load_or_build_tokenizer(folder: Path) -> PreTrainedTokenizerFast:

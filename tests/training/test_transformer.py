@@ -14,8 +14,8 @@ from training.captions import build_tokenizer, sample_captions
 from training.claims import ATTRIBUTES, claims
 from training.latents import Bucket, LatentFiles, paint, scene_of
 from training.scorer import answers
-from training.transformer import Batch, CaptionedLatents, Painter, TransformerTraining, covered, losses
-from training.world import Box, render, sample_scene, small_things
+from training.transformer import Batch, CaptionedLatents, Painter, TransformerTraining, covered, losses, placing_loss
+from training.world import PLACED, Box, places, render, sample_scene
 from transformers import PreTrainedTokenizerFast
 
 SQUARE, WIDE = Bucket(128, 128), Bucket(192, 128)
@@ -82,11 +82,13 @@ def test_the_readers_teach_the_text_encoder(work: Path, tokenizer: PreTrainedTok
     painter = Painter(tokenizer)
     made = losses(painter, drawn(work, tokenizer, WIDE, 4, seed=1), torch.Generator().manual_seed(0), CPU)
     words = painter.text_encoder.embed_tokens.weight
-    from_flow, from_reading, from_hearing = (
-        torch.autograd.grad(loss, words, retain_graph=True)[0] for loss in (made.flow, made.reading, made.hearing)
+    from_flow, from_reading, from_placing, from_hearing = (
+        torch.autograd.grad(loss, words, retain_graph=True)[0]
+        for loss in (made.flow, made.reading, made.placing, made.hearing)
     )
     assert from_flow.abs().max() == 0, "a fresh output lets nothing through"
     assert from_reading.abs().max() > 0
+    assert from_placing.abs().max() > 0
     assert from_hearing.abs().max() > 0
 
 
@@ -102,7 +104,7 @@ def test_what_the_blocks_give_is_kept_small(work: Path, tokenizer: PreTrainedTok
     assert (slope * first).sum() > 0, "a smaller weight is a smaller loss"
 
 
-def test_small_things_are_where_they_are_said_to_be() -> None:
+def test_things_are_where_they_are_said_to_be() -> None:
     """Without its boat a picture changes in the boat's box, and hardly elsewhere."""
     rng, found = np.random.default_rng(3), 0
     while found < 6:
@@ -112,24 +114,33 @@ def test_small_things_are_where_they_are_said_to_be() -> None:
         found += 1
         with_it, without = (render(s, 192, 128) for s in (scene, dataclasses.replace(scene, subject="none")))
         changed = np.abs(with_it.astype(int) - without).max(axis=-1) > 20
-        cover = covered(small_things(scene, 192, 128), 128, 192) > 0
+        cover = covered(places(scene, 192, 128), 128, 192)[PLACED.index("subject")] > 0
         assert changed.any()
         assert changed[cover].sum() > 0.9 * changed.sum()
 
 
 def test_a_token_is_covered_by_as_much_as_a_box_takes_of_it() -> None:
-    cover = covered([Box(0.25, 0.5, 0.625, 2.0)], 2, 4)
+    cover = covered({"subject": Box(0.25, 0.5, 0.625, 2.0)}, 2, 4)
     assert cover.dtype == np.float32
-    assert cover.tolist() == [[0, 0, 0, 0], [0, 1, 0.5, 0]]
-    assert not covered([], 2, 4).any()
+    assert cover[PLACED.index("subject")].tolist() == [[0, 0, 0, 0], [0, 1, 0.5, 0]]
+    assert np.count_nonzero(cover) == 2
+
+
+def test_a_place_that_is_known_costs_nothing() -> None:
+    cover = torch.zeros(2, len(PLACED), 4, 4)
+    cover[0, 1, 2:, 1:3] = 1
+    known, unknown = torch.where(cover > 0, 0.0, -30.0), torch.zeros_like(cover)
+    assert float(placing_loss(known, cover)) == pytest.approx(0, abs=1e-6)
+    assert float(placing_loss(unknown, cover)) == pytest.approx(np.log(16 / 4))
+    assert float(placing_loss(unknown, torch.zeros_like(cover))) == 0, "nothing is there"
 
 
 @torch.no_grad()
 def test_errors_at_small_things_weigh_more(work: Path, tokenizer: PreTrainedTokenizerFast) -> None:
     painter, batch = Painter(tokenizer), drawn(work, tokenizer, SQUARE, 8, seed=1)
     plain, stressed = (
-        losses(painter, dataclasses.replace(batch, small=small), torch.Generator().manual_seed(0), CPU, 4.0).flow
-        for small in (torch.zeros(8, 4, 4), torch.ones(8, 4, 4))
+        losses(painter, dataclasses.replace(batch, cover=cover), torch.Generator().manual_seed(0), CPU, 4.0).flow
+        for cover in (torch.zeros(8, len(PLACED), 4, 4), torch.ones(8, len(PLACED), 4, 4))
     )
     assert float(stressed) == pytest.approx(5 * float(plain), rel=1e-5)
 

@@ -5,7 +5,7 @@ to the picture, lengths to its height, and texture is noise that gains octaves w
 same composition at 256 and at 4096 rows, only sharper.
 """
 
-from .painting import Box, render, small_things
+from .painting import PLACED, Box, places, render
 from .scene import Scene, sample_scene
 
-__all__ = ["Box", "Scene", "render", "sample_scene", "small_things"]
+__all__ = ["PLACED", "Box", "Scene", "places", "render", "sample_scene"]

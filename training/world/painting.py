@@ -12,6 +12,8 @@ from .canvas import Canvas
 from .noise import Floats
 from .scene import Scene
 
+PLACED = ("light", "subject", "island", "near tree")  # what has a place that `places` tells
+
 
 @dataclass(frozen=True)
 class Box:
@@ -34,12 +36,17 @@ class _Painting:
         self.horizon = scene.shore if scene.relief == "none" else min(self.foot, 0.62)
         self.light_x = self.canvas.x_of(scene.light_x)
         self.light_y = self._clear_of_ridges()
-        self.small: list[Box] = []
+        self.places: dict[str, Box] = {}
+        if scene.light != "none":
+            radius = scene.light_radius
+            self._note("light", self.light_x, self.light_y, aside=radius, above=radius, below=radius)
+        if scene.near_tree != "none":
+            self._note("near tree", self.canvas.x_of(0.0 if scene.near_tree_on_left else 1.0), 1.0, 0.3, 0.65, 0.0)
 
-    def _note(self, x: float, y: float, aside: float, above: float, below: float) -> None:
-        """Remembers where something small was painted; all in heights."""
+    def _note(self, name: str, x: float, y: float, aside: float, above: float, below: float) -> None:
+        """Remembers where something is painted; all in heights."""
         left, right = (0.5 + (x + side * aside) / self.canvas.aspect for side in (-1, 1))
-        self.small.append(Box(left, y - above, right, y + below))
+        self.places[name] = Box(left, y - above, right, y + below)
 
     def _clear_of_ridges(self) -> float:
         scene, lowest = self.scene, self.scene.light_y
@@ -131,10 +138,10 @@ class _Painting:
         place = subjects.standing_place(canvas, ground, x)
         if scene.subject == "pagoda":
             subjects.paint_pagoda(canvas, x, place + 0.006, 0.21)
-            self._note(x, place, aside=0.06, above=0.23, below=0.01)
+            self._note("subject", x, place, aside=0.06, above=0.23, below=0.01)
         elif scene.subject == "cabin":
             subjects.paint_cabin(canvas, x, place + 0.012, 0.072)
-            self._note(x, place, aside=0.07, above=0.09, below=0.01)
+            self._note("subject", x, place, aside=0.07, above=0.09, below=0.01)
 
     def _water(self) -> None:
         scene, canvas = self.scene, self.canvas
@@ -149,7 +156,7 @@ class _Painting:
             base = self.foot + (1 - self.foot) * float(rng.uniform(0.22, 0.38))
             half = float(rng.uniform(0.16, 0.24))
             crest = water.paint_island(canvas, middle, base, half, 0.055)
-            self._note(middle, base, aside=half, above=0.07, below=0.02)
+            self._note("island", middle, base, aside=half, above=0.07, below=0.02)
             if on_it:
                 self._subject(crest + 0.004)
             else:
@@ -160,7 +167,7 @@ class _Painting:
             y = self.foot + (1 - self.foot) * float(rng.uniform(0.42, 0.66))
             x = canvas.x_of(scene.subject_x)
             subjects.paint_boat(canvas, x, y, 0.105)
-            self._note(x, y, aside=0.06, above=0.13, below=0.12)
+            self._note("subject", x, y, aside=0.06, above=0.13, below=0.12)
 
 
 def render(scene: Scene, width: int, height: int) -> NDArray[np.uint8]:
@@ -172,10 +179,9 @@ def render(scene: Scene, width: int, height: int) -> NDArray[np.uint8]:
     return picture.astype(np.uint8)
 
 
-def small_things(scene: Scene, width: int, height: int) -> tuple[Box, ...]:
-    """Where a picture of the scene has its subject and its island; only the ratio of width and height matters."""
-    if scene.subject == "none" and not scene.island:
-        return ()
+def places(scene: Scene, width: int, height: int) -> dict[str, Box]:
+    """Where a picture of the scene has what of `PLACED` it has; only the ratio of width and height matters."""
     painting = _Painting(scene, round(64 * width / height), 64)
-    painting.paint()
-    return tuple(painting.small)
+    if scene.subject != "none" or scene.island:
+        painting.paint()
+    return painting.places
