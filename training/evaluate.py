@@ -2,9 +2,9 @@
 
 fidelity     autoencoder against 32 principal components of the same renders: windows, and whole pictures by size
 loss         flow-matching loss of the exported weights on renders they have not seen, by size
-attributes   what a scorer reads from generated pictures of held-out prompts, and from real renders of the same scenes
+attributes   what a scorer reads from generated pictures of held-out prompts, and from real renders of the same scenes;
+             and the energy of each octave of detail, generated over rendered
 guidance     whether guidance and negative prompts move pictures the right way, as the scorer reads it
-spectra      energy of each octave of detail, generated over rendered
 sheet        a few prompts at a few sizes, as PNG files
 """
 
@@ -15,8 +15,12 @@ import hashlib
 import json
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyvips
@@ -30,7 +34,7 @@ from training.captions import caption
 from training.claims import claims, is_held_out
 from training.latents import Bucket, encode, paint
 from training.linear_start import PatchPCA
-from training.scorer import Reading, Scorer, load_scorer, read
+from training.scorer import Scorer, load_scorer, read
 from training.transformer import sample_sigma
 from training.world import Scene, render, sample_scene
 
@@ -122,9 +126,9 @@ def held_out_prompts(count: int) -> Iterator[tuple[int, Scene, str]]:
                 break
 
 
-def kept_claims(text: str, readings: dict[str, Reading]) -> dict[str, bool]:
+def kept_claims(text: str, labels: dict[str, str]) -> dict[str, bool]:
     """For each attribute that a sentence claims, whether the picture was read so."""
-    return {name: readings[name].label in allowed for name, allowed in claims(text).items()}
+    return {name: labels[name] in allowed for name, allowed in claims(text).items()}
 
 
 def checksum(files: list[Path]) -> str:
@@ -135,28 +139,74 @@ def checksum(files: list[Path]) -> str:
     return digest.hexdigest()[:10]
 
 
-def report_attributes(
-    scroll: Handscroll, scorer: Scorer, path: Path, size: int, count: int, steps: int, guidance: float
-) -> None:
-    """Appends a line for each prompt to the file `path`, and goes on where an earlier run was cut off."""
-    done = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+@dataclass(frozen=True)
+class Shot:
+    """One picture to be made and read, and the scene that it should show where there is one."""
+
+    prompt: str
+    size: int
+    seed: int
+    steps: int
+    guidance: float
+    negative: str = ""
+    scene: Scene | None = None
+
+
+Row = dict[str, Any]  # what was seen of one shot, as it stands in a file of JSON lines
+Looks = Callable[[Sequence[Shot]], Iterable[Row]]
+
+
+class Onlooker:
+    """Makes pictures and has them read. One for each process."""
+
+    def __init__(self, scroll: Handscroll, scorer: Scorer) -> None:
+        self.scroll = scroll
+        self.scorer = scorer
+
+    def _seen(self, picture: Picture) -> Row:
+        labels = {name: reading.label for name, reading in read(self.scorer, picture).items()}
+        return {"labels": labels, "octaves": octaves(picture).tolist()}
+
+    def __call__(self, shot: Shot) -> Row:
+        picture = generate(
+            self.scroll, shot.prompt, shot.size, shot.size, shot.seed, shot.steps, shot.guidance, shot.negative
+        )
+        row = {"prompt": shot.prompt, "generated": self._seen(picture)}
+        if shot.scene is not None:
+            row["rendered"] = self._seen(render(shot.scene, shot.size, shot.size))
+        return row
+
+
+_onlooker: Onlooker
+
+
+def _take_seat(folder: Path, scorer: Path, threads: int) -> None:
+    global _onlooker
+    torch.set_num_threads(threads)
+    torch.set_grad_enabled(False)
+    _onlooker = Onlooker(Handscroll.from_pretrained(folder), load_scorer(scorer))
+
+
+def _look(shot: Shot) -> Row:
+    return _onlooker(shot)
+
+
+def look_at_all(path: Path, shots: Sequence[Shot], looks: Looks) -> list[Row]:
+    """A row for each shot, appended to the file `path` as it comes; goes on where an earlier run was cut off."""
+    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
     with path.open("a") as out:
-        for number, scene, text in held_out_prompts(count):
-            if number < len(done):
-                continue
-            picture = generate(scroll, text, size, size, number, steps, guidance)
-            row = {
-                "prompt": text,
-                "rendered": kept_claims(text, read(scorer, render(scene, size, size))),
-                "generated": kept_claims(text, read(scorer, picture)),
-            }
+        for row in looks(shots[len(rows) :]):
             out.write(json.dumps(row) + "\n")
             out.flush()
-            done.append(row)
+            rows.append(row)
+    return rows[: len(shots)]
+
+
+def report_attributes(rows: Sequence[Row], size: int) -> None:
     shares: dict[str, dict[str, list[bool]]] = {kind: defaultdict(list) for kind in ("rendered", "generated")}
-    for row in done[:count]:
+    for row in rows:
         for kind, by_name in shares.items():
-            for name, kept in row[kind].items():
+            for name, kept in kept_claims(row["prompt"], row[kind]["labels"]).items():
                 by_name[name].append(kept)
     for name, kept in sorted(shares["generated"].items()):
         real = np.mean(shares["rendered"][name])
@@ -165,7 +215,13 @@ def report_attributes(
         kind: np.mean([kept for values in by_name.values() for kept in values]) for kind, by_name in shares.items()
     }
     generated, rendered = means["generated"], means["rendered"]
-    print(f"attributes at {size}: generated {generated:.3f}, rendered {rendered:.3f}, ratio {generated / rendered:.3f}")
+    print(
+        f"attributes at {size}, {len(rows)} prompts: generated {generated:.3f}, rendered {rendered:.3f},"
+        f" ratio {generated / rendered:.3f}"
+    )
+    energies = [np.mean([row[kind]["octaves"] for row in rows], axis=0) for kind in ("generated", "rendered")]
+    ratios = " ".join(f"{ratio:.2f}" for ratio in energies[0] / energies[1])
+    print(f"octaves at {size}, finest first, generated over rendered: {ratios}", flush=True)
 
 
 # (prompt, attribute, the answer that guidance should make likelier, a negative prompt that should make it rarer)
@@ -179,24 +235,35 @@ PUSHES = (
 )
 
 
-def report_guidance(scroll: Handscroll, scorer: Scorer, size: int, seeds: int, steps: int, guidance: float) -> None:
+def guidance_shots(size: int, seeds: int, steps: int, guidance: float) -> list[Shot]:
+    """Held-out sentences without and with guidance; then each push without and with what it is not to show."""
+    shots = [
+        Shot(text, size, number, steps, strength)
+        for number, _, text in held_out_prompts(8 * seeds)
+        for strength in (1.0, guidance)
+    ]
+    return shots + [
+        Shot(prompt, size, seed, steps, guidance, against)
+        for prompt, _, _, negative in PUSHES
+        for against in ("", negative)
+        for seed in range(2 * seeds)
+    ]
+
+
+def report_guidance(shots: Sequence[Shot], rows: Sequence[Row]) -> None:
     """Claims kept without and with guidance; how often an unasked thing appears, and how often against its name."""
-
-    def shows(prompt: str, against: str, seed: int, name: str) -> str:
-        return read(scorer, generate(scroll, prompt, size, size, seed, steps, guidance, against))[name].label
-
-    kept: dict[float, list[bool]] = {1.0: [], guidance: []}
-    for number, _, text in held_out_prompts(8 * seeds):
-        for strength, values in kept.items():
-            values += kept_claims(
-                text, read(scorer, generate(scroll, text, size, size, number, steps, strength))
-            ).values()
+    asked = {shot.prompt for shot in shots} - {push[0] for push in PUSHES}
+    kept: dict[float, list[bool]] = defaultdict(list)
+    labels: dict[tuple[str, str], list[dict[str, str]]] = defaultdict(list)
+    for shot, row in zip(shots, rows, strict=True):
+        seen = row["generated"]["labels"]
+        if shot.prompt in asked:
+            kept[shot.guidance] += kept_claims(shot.prompt, seen).values()
+        else:
+            labels[shot.prompt, shot.negative].append(seen)
     print(", ".join(f"guidance {strength:g}: {np.mean(values):.3f} of claims" for strength, values in kept.items()))
     for prompt, name, label, negative in PUSHES:
-        shown = [
-            np.mean([shows(prompt, against, seed, name) == label for seed in range(2 * seeds)])
-            for against in ("", negative)
-        ]
+        shown = [np.mean([seen[name] == label for seen in labels[prompt, against]]) for against in ("", negative)]
         print(f"{prompt!r} shows {name} {label}: {shown[0]:.2f}; not {negative!r}: {shown[1]:.2f}", flush=True)
 
 
@@ -209,17 +276,6 @@ def octaves(picture: Picture) -> NDArray[np.float64]:
         energies.append(np.square(grey - np.kron(half, np.ones((2, 2)))).mean())
         grey = half
     return np.asarray(energies)
-
-
-def report_spectra(scroll: Handscroll, size: int, count: int, steps: int, guidance: float) -> None:
-    rendered, generated = [], []
-    for number, scene, text in held_out_prompts(count):
-        rendered.append(octaves(render(scene, size, size)))
-        generated.append(octaves(generate(scroll, text, size, size, number, steps, guidance)))
-    ratios = np.mean(generated, axis=0) / np.mean(rendered, axis=0)
-    print(
-        f"octaves at {size}, finest first, generated over rendered: " + " ".join(f"{r:.2f}" for r in ratios), flush=True
-    )
 
 
 def make_sheet(
@@ -237,6 +293,30 @@ def make_sheet(
         print(f"{target}: {seconds:.1f} s a picture", flush=True)
 
 
+def report_readings(options: argparse.Namespace, sizes: Sequence[int], guidance: float) -> None:
+    """What the scorer reads, by several processes; the files of rows are named after the weights that made them."""
+    scorer: Path = options.work / "scorer.pt"
+    made_by = checksum([*sorted(options.folder.rglob("*.safetensors")), scorer])
+    seat = (options.folder, scorer, max(1, torch.get_num_threads() // options.processes))
+
+    def rows(name: str, shots: Sequence[Shot]) -> list[Row]:
+        path = options.work / f"{name}-{made_by}-{options.steps}-{guidance:g}.jsonl"
+        context = get_context("spawn")
+        with ProcessPoolExecutor(options.processes, context, initializer=_take_seat, initargs=seat) as pool:
+            return look_at_all(path, shots, lambda left: pool.map(_look, left))
+
+    for size in sizes:
+        if "attributes" in options.only:
+            shots = [
+                Shot(text, size, number, options.steps, guidance, scene=scene)
+                for number, scene, text in held_out_prompts(options.prompts)
+            ]
+            report_attributes(rows(f"attributes-{size}", shots), size)
+        if "guidance" in options.only:
+            shots = guidance_shots(size, options.seeds, options.steps, guidance)
+            report_guidance(shots, rows(f"guidance-{size}-{options.seeds}", shots))
+
+
 def _size(text: str) -> tuple[int, int]:
     width, _, height = text.partition("x")
     return int(width), int(height or width)
@@ -246,12 +326,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, default=Path("src/handscroll/builtin/tiny-landscape"))
     parser.add_argument("--work", type=Path, required=True)
-    parser.add_argument("--only", nargs="*", default=["fidelity", "loss", "attributes", "spectra", "sheet"])
+    parser.add_argument("--only", nargs="*", default=["fidelity", "loss", "attributes", "sheet"])
     parser.add_argument("--sizes", nargs="*", type=_size, default=[(512, 512), (1024, 1024)])
     parser.add_argument("--prompts", type=int, default=300, help="held-out sentences at each size")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--guidance", type=float, help="the model's own unless given")
+    parser.add_argument("--processes", type=int, default=2, help="that make the pictures which the scorer reads")
     options = parser.parse_args()
     torch.set_grad_enabled(False)
     scroll = Handscroll.from_pretrained(options.folder)
@@ -262,18 +343,8 @@ def main() -> None:
     if "loss" in options.only:
         report_loss(pipe)
     squares = [width for width, height in options.sizes if width == height]
-    if "attributes" in options.only:
-        scorer = load_scorer(options.work / "scorer.pt")
-        made_by = checksum([*sorted(options.folder.rglob("*.safetensors")), options.work / "scorer.pt"])
-        for size in squares:
-            path = options.work / f"attributes-{size}-{made_by}-{options.steps}-{guidance:g}.jsonl"
-            report_attributes(scroll, scorer, path, size, options.prompts, options.steps, guidance)
-    if "guidance" in options.only:
-        scorer = load_scorer(options.work / "scorer.pt")
-        report_guidance(scroll, scorer, squares[0], options.seeds, options.steps, guidance)
-    if "spectra" in options.only:
-        for size in squares:
-            report_spectra(scroll, size, max(2, min(16, 2**27 // size**2)), options.steps, guidance)
+    if {"attributes", "guidance"} & set(options.only):
+        report_readings(options, squares, guidance)
     if "sheet" in options.only:
         make_sheet(scroll, options.work, options.sizes, options.seeds, options.steps, guidance)
 

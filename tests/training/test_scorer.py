@@ -10,9 +10,21 @@ import numpy as np
 import pytest
 import torch
 from training.claims import ATTRIBUTES, claims
-from training.evaluate import checksum, held_out_prompts, kept_claims, octaves, report_attributes
+from training.evaluate import (
+    PUSHES,
+    Onlooker,
+    Shot,
+    checksum,
+    guidance_shots,
+    held_out_prompts,
+    kept_claims,
+    look_at_all,
+    octaves,
+    report_attributes,
+    report_guidance,
+)
 from training.gallery import LARGE, SENTENCES, nearest, thumbnail
-from training.scorer import SIDE, Reading, Scorer, ScorerTraining, answers, draw, load_scorer, loss_of, read, to_scorer
+from training.scorer import SIDE, Scorer, ScorerTraining, answers, draw, load_scorer, loss_of, read, to_scorer
 from training.world import render, sample_scene
 
 
@@ -72,8 +84,8 @@ def test_a_scorer_has_a_logit_for_each_label() -> None:
 
 def test_claims_are_counted_as_read() -> None:
     seen = {"time": "dusk", "light": "moon", "light colour": "red", "relief": "alpine", "snow": "yes"}
-    readings = {a.name: Reading(a, seen.get(a.name, a.labels[0]), 1.0) for a in ATTRIBUTES}
-    kept = kept_claims("snowy mountains at dusk, a red sun", readings)
+    labels = {a.name: seen.get(a.name, a.labels[0]) for a in ATTRIBUTES}
+    kept = kept_claims("snowy mountains at dusk, a red sun", labels)
     assert kept == {"time": True, "light": False, "light colour": True, "relief": True, "snow": True}
 
 
@@ -91,14 +103,37 @@ def test_an_evaluation_that_was_cut_off_goes_on(tmp_path: Path, capsys: pytest.C
         made.append(prompt)
         return Painted()
 
-    scorer, path = Scorer().eval(), tmp_path / "attributes.jsonl"
+    look, path = Onlooker(scroll, Scorer().eval()), tmp_path / "attributes.jsonl"
     for count in (3, 5, 5):
-        report_attributes(scroll, scorer, path, 64, count, 20, 3.0)
+        shots = [Shot(text, 64, n, 20, 3.0, scene=scene) for n, scene, text in held_out_prompts(count)]
+        rows = look_at_all(path, shots, lambda left: map(look, left))
+        assert len(rows) == count
+        report_attributes(rows, 64)
     assert made == [text for _, _, text in held_out_prompts(5)]
     assert len(path.read_text().splitlines()) == 5
-    last = capsys.readouterr().out.splitlines()[-1]
-    assert last.startswith("attributes at 64: generated ")
-    assert "ratio" in last
+    *_, judged, spectra = capsys.readouterr().out.splitlines()
+    assert judged.startswith("attributes at 64, 5 prompts: generated ")
+    assert "ratio" in judged
+    assert spectra.count("0.00") == 4, "a black picture has no detail"
+
+
+def test_guidance_is_told_from_negative_prompts(capsys: pytest.CaptureFixture[str]) -> None:
+    """Pictures that show what was asked for with guidance alone, and what is pushed unless it is named against."""
+    shots = guidance_shots(64, 1, 20, 3.0)
+    pushed = {prompt: (name, label) for prompt, name, label, _ in PUSHES}
+    rows = []
+    for shot in shots:
+        labels = {attribute.name: "" for attribute in ATTRIBUTES}
+        if shot.prompt in pushed and not shot.negative:
+            labels.update([pushed[shot.prompt]])
+        elif shot.prompt not in pushed and shot.guidance > 1:
+            labels.update((name, next(iter(allowed))) for name, allowed in claims(shot.prompt).items())
+        rows.append({"generated": {"labels": labels}})
+    report_guidance(shots, rows)
+    first, *pushes = capsys.readouterr().out.splitlines()
+    assert first == "guidance 1: 0.000 of claims, guidance 3: 1.000 of claims"
+    assert len(pushes) == len(PUSHES)
+    assert all("1.00; not " in line and line.endswith(": 0.00") for line in pushes)
 
 
 def test_other_weights_have_another_name(tmp_path: Path) -> None:
