@@ -252,15 +252,15 @@ def guidance_shots(size: int, seeds: int, steps: int, guidance: float) -> list[S
 
 def report_guidance(shots: Sequence[Shot], rows: Sequence[Row]) -> None:
     """Claims kept without and with guidance; how often an unasked thing appears, and how often against its name."""
-    asked = {shot.prompt for shot in shots} - {push[0] for push in PUSHES}
+    pushed = {prompt for prompt, *_ in PUSHES}
     kept: dict[float, list[bool]] = defaultdict(list)
     labels: dict[tuple[str, str], list[dict[str, str]]] = defaultdict(list)
     for shot, row in zip(shots, rows, strict=True):
         seen = row["generated"]["labels"]
-        if shot.prompt in asked:
-            kept[shot.guidance] += kept_claims(shot.prompt, seen).values()
-        else:
+        if shot.prompt in pushed:
             labels[shot.prompt, shot.negative].append(seen)
+        else:
+            kept[shot.guidance] += kept_claims(shot.prompt, seen).values()
     print(", ".join(f"guidance {strength:g}: {np.mean(values):.3f} of claims" for strength, values in kept.items()))
     for prompt, name, label, negative in PUSHES:
         shown = [np.mean([seen[name] == label for seen in labels[prompt, against]]) for against in ("", negative)]
@@ -337,11 +337,12 @@ def main() -> None:
     torch.set_grad_enabled(False)
     scroll = Handscroll.from_pretrained(options.folder)
     guidance = scroll.spec.default_guidance if options.guidance is None else options.guidance
-    pipe = SanaPipeline.from_pretrained(options.folder, dtype=torch.float32)
-    if "fidelity" in options.only:
-        report_fidelity(pipe.vae, options.work, options.sizes)
-    if "loss" in options.only:
-        report_loss(pipe)
+    if {"fidelity", "loss"} & set(options.only):
+        pipe = SanaPipeline.from_pretrained(options.folder, dtype=torch.float32)
+        if "fidelity" in options.only:
+            report_fidelity(pipe.vae, options.work, options.sizes)
+        if "loss" in options.only:
+            report_loss(pipe)
     squares = [width for width, height in options.sizes if width == height]
     if {"attributes", "guidance"} & set(options.only):
         report_readings(options, squares, guidance)

@@ -47,7 +47,7 @@ python -m training.transformer --work "$work" --device "$device" --steps "$steps
 # 5. The scorer, which learns from renders alone. CPU: 1 hour. CUDA: 3 minutes.
 python -m training.scorer --work "$work" --device "$device" --steps "$scorer_steps" --jobs "$jobs" --processes "$processes"
 
-# 6. The folder that ships, what it is worth, and its gallery. CPU: 2 hours, half of it for 300 prompts at 1024x1024.
+# 6. The folder that ships, what it is worth, and its gallery. CPU: 1 hour, a third of it for 300 prompts at 1024x1024.
 python -m training.export --work "$work"
 python -m training.evaluate --work "$work"
 python -m training.gallery --work "$work"
