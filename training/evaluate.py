@@ -224,13 +224,13 @@ def report_attributes(rows: Sequence[Row], size: int) -> None:
     print(f"octaves at {size}, finest first, generated over rendered: {ratios}", flush=True)
 
 
-# (prompt, attribute, the answer that guidance should make likelier, a negative prompt that should make it rarer)
+# (prompt, attribute, an answer that its pictures often show unasked, a negative prompt that should make it rarer)
 PUSHES = (
     ("mountains at dusk", "light", "sun", "a sun"),
     ("a lake at night", "stars", "yes", "stars"),
-    ("green hills", "clouds", "yes", "white clouds"),
-    ("mountains and a lake", "snow", "yes", "snowy mountains"),
-    ("the sea at noon", "subject", "boat", "a sailing boat"),
+    ("an ink painting of mountains", "clouds", "yes", "white clouds"),
+    ("mountains in winter", "snow", "yes", "snowy mountains"),
+    ("mesas and a river", "clouds", "yes", "clouds"),
     ("hills in autumn", "forest", "leafy", "autumn trees"),
 )
 
