@@ -4,7 +4,8 @@ fidelity     autoencoder against 32 principal components of the same renders: wi
 loss         flow-matching loss of the exported weights on renders they have not seen, by size
 attributes   what a scorer reads from generated pictures of held-out prompts, and from real renders of the same scenes;
              and the energy of each octave of detail, generated over rendered
-guidance     whether guidance and negative prompts move pictures the right way, as the scorer reads it
+guidance     how much more of a sentence pictures show with guidance than without
+negatives    how often what a picture shows unasked stays there when a negative prompt names it, or names another thing
 sheet        a few prompts at a few sizes, as PNG files
 """
 
@@ -17,7 +18,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -224,47 +225,81 @@ def report_attributes(rows: Sequence[Row], size: int) -> None:
     print(f"octaves at {size}, finest first, generated over rendered: {ratios}", flush=True)
 
 
-# (prompt, attribute, an answer that its pictures often show unasked, a negative prompt that should make it rarer)
-PUSHES = (
-    ("mountains at dusk", "light", "sun", "a sun"),
-    ("a lake at night", "stars", "yes", "stars"),
-    ("an ink painting of mountains", "clouds", "yes", "white clouds"),
-    ("mountains in winter", "snow", "yes", "snowy mountains"),
-    ("mesas and a river", "clouds", "yes", "clouds"),
-    ("hills in autumn", "forest", "leafy", "autumn trees"),
-)
-
-
 def guidance_shots(size: int, seeds: int, steps: int, guidance: float) -> list[Shot]:
-    """Held-out sentences without and with guidance; then each push without and with what it is not to show."""
-    shots = [
+    """Held-out sentences without and with guidance."""
+    return [
         Shot(text, size, number, steps, strength)
         for number, _, text in held_out_prompts(8 * seeds)
         for strength in (1.0, guidance)
     ]
-    return shots + [
-        Shot(prompt, size, seed, steps, guidance, against)
-        for prompt, _, _, negative in PUSHES
-        for against in ("", negative)
-        for seed in range(2 * seeds)
-    ]
 
 
 def report_guidance(shots: Sequence[Shot], rows: Sequence[Row]) -> None:
-    """Claims kept without and with guidance; how often an unasked thing appears, and how often against its name."""
-    pushed = {prompt for prompt, *_ in PUSHES}
     kept: dict[float, list[bool]] = defaultdict(list)
-    labels: dict[tuple[str, str], list[dict[str, str]]] = defaultdict(list)
     for shot, row in zip(shots, rows, strict=True):
-        seen = row["generated"]["labels"]
-        if shot.prompt in pushed:
-            labels[shot.prompt, shot.negative].append(seen)
-        else:
-            kept[shot.guidance] += kept_claims(shot.prompt, seen).values()
-    print(", ".join(f"guidance {strength:g}: {np.mean(values):.3f} of claims" for strength, values in kept.items()))
-    for prompt, name, label, negative in PUSHES:
-        shown = [np.mean([seen[name] == label for seen in labels[prompt, against]]) for against in ("", negative)]
-        print(f"{prompt!r} shows {name} {label}: {shown[0]:.2f}; not {negative!r}: {shown[1]:.2f}", flush=True)
+        kept[shot.guidance] += kept_claims(shot.prompt, row["generated"]["labels"]).values()
+    shares = ", ".join(f"guidance {strength:g}: {np.mean(values):.3f} of claims" for strength, values in kept.items())
+    print(shares, flush=True)
+
+
+Thing = tuple[str, str]  # an attribute and its answer
+
+# What a picture may show unasked, and the negative prompt that names it.
+NAMES: dict[Thing, str] = {
+    ("light", "sun"): "a sun",
+    ("clouds", "yes"): "clouds",
+    ("forest", "pines"): "pine trees",
+    ("water", "lake"): "a lake",
+    ("subject", "boat"): "a boat",
+    ("light", "moon"): "a moon",
+    ("snow", "yes"): "snow",
+    ("forest", "leafy"): "leafy trees",
+    ("water", "river"): "a river",
+    ("subject", "pagoda"): "a pagoda",
+    ("stars", "yes"): "stars",
+    ("mist", "yes"): "mist",
+    ("near tree", "pines"): "a pine tree",
+    ("island", "yes"): "an island",
+    ("subject", "cabin"): "a cabin",
+    ("near tree", "leafy"): "a large tree",
+}
+
+
+def negative_shots(shots: Sequence[Shot], rows: Sequence[Row]) -> list[tuple[Thing, Shot, Shot]]:
+    """For each thing that a picture shows unasked: the same shot against its name, and against another thing's.
+
+    That other thing is neither asked for nor seen, and what it does is what any negative prompt does: a picture that is
+    disturbed loses some of its things.
+    """
+    found = []
+    things = list(NAMES)
+    for shot, row in zip(shots, rows, strict=True):
+        labels, asked = row["generated"]["labels"], claims(shot.prompt)
+        for place, (name, label) in enumerate(things):
+            if name in asked or labels[name] != label:
+                continue
+            others = (*things[place + 1 :], *things[:place])
+            other = next(thing for thing in others if thing[0] not in asked and labels[thing[0]] != thing[1])
+            against = (replace(shot, negative=NAMES[thing], scene=None) for thing in ((name, label), other))
+            found.append(((name, label), *against))
+    return found
+
+
+def report_negatives(things: Sequence[Thing], rows: Sequence[Row]) -> None:
+    """`rows` are two for each thing: against its name, and against another's."""
+    stayed: dict[Thing, list[tuple[bool, bool]]] = defaultdict(list)
+    for thing, own, other in zip(things, rows[::2], rows[1::2], strict=True):
+        seen = [row["generated"]["labels"][thing[0]] == thing[1] for row in (own, other)]
+        stayed[thing].append((seen[0], seen[1]))
+
+    def line(name: str, pairs: list[tuple[bool, bool]]) -> None:
+        own, other = np.mean(pairs, axis=0)
+        print(f"{name}: seen unasked in {len(pairs)}; against its name {own:.2f} stay, against another's {other:.2f}")
+
+    for thing, pairs in stayed.items():
+        line(NAMES[thing], pairs)
+    if stayed:
+        line("all", [pair for pairs in stayed.values() for pair in pairs])
 
 
 def octaves(picture: Picture) -> NDArray[np.float64]:
@@ -306,15 +341,21 @@ def report_readings(options: argparse.Namespace, sizes: Sequence[int], guidance:
             return look_at_all(path, shots, lambda left: pool.map(_look, left))
 
     for size in sizes:
-        if "attributes" in options.only:
+        if {"attributes", "negatives"} & set(options.only):
             shots = [
                 Shot(text, size, number, options.steps, guidance, scene=scene)
                 for number, scene, text in held_out_prompts(options.prompts)
             ]
-            report_attributes(rows(f"attributes-{size}", shots), size)
+            seen = rows(f"attributes-{size}", shots)
+            if "attributes" in options.only:
+                report_attributes(seen, size)
+            if "negatives" in options.only:
+                cases = negative_shots(shots, seen)
+                against = [shot for _, *pair in cases for shot in pair]
+                report_negatives([thing for thing, *_ in cases], rows(f"negatives-{size}", against))
         if "guidance" in options.only:
             shots = guidance_shots(size, options.seeds, options.steps, guidance)
-            report_guidance(shots, rows(f"guidance-{size}-{options.seeds}", shots))
+            report_guidance(shots, rows(f"guidance-{size}", shots))
 
 
 def _size(text: str) -> tuple[int, int]:
@@ -344,7 +385,7 @@ def main() -> None:
         if "loss" in options.only:
             report_loss(pipe)
     squares = [width for width, height in options.sizes if width == height]
-    if {"attributes", "guidance"} & set(options.only):
+    if {"attributes", "guidance", "negatives"} & set(options.only):
         report_readings(options, squares, guidance)
     if "sheet" in options.only:
         make_sheet(scroll, options.work, options.sizes, options.seeds, options.steps, guidance)

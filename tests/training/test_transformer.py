@@ -31,7 +31,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
 def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tokenizer: PreTrainedTokenizerFast) -> Path:
     """A folder with a few pictures of two sizes, in place of the plan's; their latents are noise."""
     monkeypatch.setattr("training.transformer.PLAN", ((SQUARE, 16), (WIDE, 16)))
-    monkeypatch.setattr("training.transformer.SHARES", {SQUARE.name: (0.5, 0.5, 0.5), WIDE.name: (0.5, 0.5, 0.5)})
+    monkeypatch.setattr("training.transformer.SHARES", {SQUARE.name: (0.5, 0.5), WIDE.name: (0.5, 0.5)})
     rng = np.random.default_rng(0)
     for bucket in (SQUARE, WIDE):
         captions = [paint((bucket, i))[1] for i in range(16)]
