@@ -20,7 +20,7 @@ processes=$(nproc) precision=${PRECISION:-bf16}
 if [ "$device" = cpu ]; then
     # The autoencoder takes one core, so that the painters have the other.
     windows=8000 autoencoder_steps=10000 encoder_steps=7000 autoencoder_batch=8
-    pictures=1 steps=17900 tokens=2048 workers=2
+    pictures=1 steps=17400 tokens=2048 workers=2
     scorer_steps=2000 jobs=2
 else
     windows=24000 autoencoder_steps=12000 encoder_steps=7000 autoencoder_batch=32
@@ -36,11 +36,11 @@ python -m training.windows --work "$work" --count "$windows" --processes "$proce
 python -m training.autoencoder --work "$work" --device "$device" --steps "$autoencoder_steps" \
     --encoder-steps "$encoder_steps" --batch "$autoencoder_batch" --rate 3e-4 --precision "$precision"
 
-# 3. Captions and latents of every size. CPU: 35 minutes with both cores. CUDA machine: 7 minutes.
+# 3. Captions and latents of every size. CPU: 25 minutes with both cores. CUDA machine: 6 minutes.
 #    Step 4 reads what there is and looks for more every 100 steps, so the two may run side by side.
 python -m training.latents --work "$work" --device "$device" --scale "$pictures" --processes "$processes"
 
-# 4. The transformer and its text encoder. CPU: 6.5 hours with both cores. CUDA: 15 minutes.
+# 4. The transformer and its text encoder. CPU: 4.5 hours with both cores. CUDA: 15 minutes.
 python -m training.transformer --work "$work" --device "$device" --steps "$steps" --tokens "$tokens" --workers "$workers" \
     --precision "$precision"
 
