@@ -30,6 +30,10 @@ def _yes(holds: bool) -> str:
     return "yes" if holds else "no"
 
 
+def _number(more: tuple[object, ...]) -> str:
+    return "several" if more else "one"
+
+
 def _season(scene: Scene) -> str | None:
     """Ink shows only winter, and the seasons of broad-leaved trees; the open sea shows none."""
     if scene.season == "none" or scene.relief == "none":
@@ -49,7 +53,7 @@ ATTRIBUTES: tuple[Attribute, ...] = (
     ),
     Attribute("light", ("none", "sun", "moon"), lambda s: s.light),
     Attribute("light colour", ("white", "golden", "orange", "red"), lambda s: s.light_colour or None),
-    Attribute("light side", SIDES, lambda s: s.light_side if s.light != "none" else None),
+    Attribute("light side", SIDES, lambda s: s.light_side if s.light != "none" and not s.more_lights else None),
     Attribute("large light", YES_NO, lambda s: _yes(s.light_is_large) if s.light != "none" else None),
     Attribute("crescent", YES_NO, lambda s: _yes(s.crescent) if s.light == "moon" else None),
     Attribute("stars", YES_NO, lambda s: _yes(s.stars)),
@@ -73,7 +77,11 @@ ATTRIBUTES: tuple[Attribute, ...] = (
     Attribute("island", YES_NO, lambda s: _yes(s.island)),
     Attribute("mist", YES_NO, lambda s: _yes(s.mist)),
     Attribute("subject", SUBJECTS, lambda s: s.subject),
-    Attribute("subject side", SIDES, lambda s: s.subject_side if s.subject != "none" else None),
+    Attribute(
+        "subject side",
+        SIDES,
+        lambda s: s.subject_side if s.subject != "none" and not s.more_subjects else None,
+    ),
     Attribute("near tree", FORESTS, lambda s: s.near_tree),
     Attribute(
         "near tree side",
@@ -82,6 +90,11 @@ ATTRIBUTES: tuple[Attribute, ...] = (
     ),
 )
 BY_NAME = {attribute.name: attribute for attribute in ATTRIBUTES}
+# How many there are of what a true scene has once. Only the scorer is asked.
+COUNTS: tuple[Attribute, ...] = (
+    Attribute("lights", ("one", "several"), lambda s: _number(s.more_lights) if s.light != "none" else None),
+    Attribute("subjects", ("one", "several"), lambda s: _number(s.more_subjects) if s.subject != "none" else None),
+)
 
 _LIGHT = r"(?: (?:rising|setting))? (?:sun|moon|full moon|crescent)\b"
 _AT_LEFT, _AT_CENTRE, _AT_RIGHT = r" (?:to|on|at) the left", r" in the (?:middle|cent)", r" (?:to|on|at) the right"

@@ -26,8 +26,8 @@ from training.evaluate import (
     report_negatives,
 )
 from training.gallery import LARGE, SENTENCES, nearest, thumbnail
-from training.scorer import SIDE, Scorer, ScorerTraining, answers, draw, load_scorer, loss_of, read, to_scorer
-from training.world import render, sample_scene
+from training.scorer import READ, SIDE, Scorer, ScorerTraining, answers, draw, load_scorer, loss_of, read, to_scorer
+from training.world import multiplied, places, render, sample_scene
 
 
 def test_every_attribute_has_an_answer_or_none() -> None:
@@ -36,6 +36,33 @@ def test_every_attribute_has_an_answer_or_none() -> None:
         found = answers(sample_scene(rng))
         assert len(found) == len(ATTRIBUTES)
         assert all(-1 <= answer < len(a.labels) for answer, a in zip(found, ATTRIBUTES, strict=True))
+
+
+def test_a_multiplied_scene_shows_several_of_one_thing_and_claims_no_side_of_it() -> None:
+    rng = np.random.default_rng(4)
+    lights = subjects = 0
+    for _ in range(200):
+        scene = sample_scene(rng)
+        several = multiplied(scene, rng)
+        found = dict(zip((a.name for a in READ), answers(several, READ), strict=True))
+        assert found["lights"] == (-1 if scene.light == "none" else int(bool(several.more_lights)))
+        assert found["subjects"] == (-1 if scene.subject == "none" else int(bool(several.more_subjects)))
+        if several.more_lights:
+            lights += 1
+            assert found["light side"] == -1
+            apart = [abs(x - scene.light_x) + abs(y - scene.light_y) for x, y in several.more_lights]
+            assert min(apart) > 2 * scene.light_radius
+        if several.more_subjects:
+            subjects += 1
+            assert found["subject side"] == -1
+            assert places(several, 64, 64)["subject"] == places(scene, 64, 64)["subject"]
+        if several != scene:
+            assert not np.array_equal(render(several, 64, 64), render(scene, 64, 64))
+        else:
+            assert not several.more_lights
+            assert not several.more_subjects
+    assert lights > 40
+    assert subjects > 20
 
 
 @pytest.mark.parametrize("size", [128, 256, 512])
@@ -70,18 +97,18 @@ def test_a_training_can_be_cut_off_and_read(tmp_path: Path) -> None:
     training.save()
     assert ScorerTraining(options).step == 7
     readings = read(load_scorer(tmp_path / "scorer.pt"), render(sample_scene(np.random.default_rng(3)), 64, 64))
-    assert set(readings) == {a.name for a in ATTRIBUTES}
+    assert set(readings) == {a.name for a in READ}
     assert all(reading.label in reading.attribute.labels for reading in readings.values())
 
 
 def test_a_seed_draws_the_same_pictures_again() -> None:
     (pictures, truths), (again, _) = draw(5), draw(5)
     assert np.array_equal(pictures, again)
-    assert truths.shape == (len(pictures), len(ATTRIBUTES))
+    assert truths.shape == (len(pictures), len(READ))
 
 
 def test_a_scorer_has_a_logit_for_each_label() -> None:
-    assert Scorer()(torch.zeros(1, 3, SIDE, SIDE)).shape == (1, sum(len(a.labels) for a in ATTRIBUTES))
+    assert Scorer()(torch.zeros(1, 3, SIDE, SIDE)).shape == (1, sum(len(a.labels) for a in READ))
 
 
 def test_claims_are_counted_as_read() -> None:

@@ -6,6 +6,6 @@ same composition at 256 and at 4096 rows, only sharper.
 """
 
 from .painting import PLACED, Box, places, render
-from .scene import Scene, sample_scene
+from .scene import Scene, multiplied, sample_scene
 
-__all__ = ["PLACED", "Box", "Scene", "places", "render", "sample_scene"]
+__all__ = ["PLACED", "Box", "Scene", "multiplied", "places", "render", "sample_scene"]

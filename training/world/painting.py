@@ -67,6 +67,8 @@ class _Painting:
             sky.paint_clouds(canvas, self.horizon, self.light_x, self.light_y)
         if scene.light != "none":
             sky.paint_light(canvas, self.horizon, self.light_x, self.light_y)
+            for x, y in scene.more_lights:
+                sky.paint_light(canvas, self.horizon, canvas.x_of(x), y)
         if scene.birds:
             sky.paint_birds(canvas)
         self._land()
@@ -134,14 +136,17 @@ class _Painting:
 
     def _subject(self, ground: Floats) -> None:
         scene, canvas = self.scene, self.canvas
-        x = canvas.x_of(scene.subject_x)
-        place = subjects.standing_place(canvas, ground, x)
-        if scene.subject == "pagoda":
-            subjects.paint_pagoda(canvas, x, place + 0.006, 0.21)
-            self._note("subject", x, place, aside=0.06, above=0.23, below=0.01)
-        elif scene.subject == "cabin":
-            subjects.paint_cabin(canvas, x, place + 0.012, 0.072)
-            self._note("subject", x, place, aside=0.07, above=0.09, below=0.01)
+        for share in (*scene.more_subjects, scene.subject_x):
+            x = canvas.x_of(share)
+            place = subjects.standing_place(canvas, ground, x)
+            if place < 0:
+                place = self.foot  # beside the island that `ground` is the crest of
+            if scene.subject == "pagoda":
+                subjects.paint_pagoda(canvas, x, place + 0.006, 0.21)
+                self._note("subject", x, place, aside=0.06, above=0.23, below=0.01)
+            elif scene.subject == "cabin":
+                subjects.paint_cabin(canvas, x, place + 0.012, 0.072)
+                self._note("subject", x, place, aside=0.07, above=0.09, below=0.01)
 
     def _water(self) -> None:
         scene, canvas = self.scene, self.canvas
@@ -165,6 +170,9 @@ class _Painting:
                 plants.paint_row(canvas, kind, np.where(here, crest, -1).astype(np.float32), 0.10, 48, 0.06, 0.9)
         if scene.subject == "boat":
             y = self.foot + (1 - self.foot) * float(rng.uniform(0.42, 0.66))
+            for share in scene.more_subjects:
+                near = self.foot + (1 - self.foot) * float(rng.uniform(0.36, 0.72))
+                subjects.paint_boat(canvas, canvas.x_of(share), near, 0.105)
             x = canvas.x_of(scene.subject_x)
             subjects.paint_boat(canvas, x, y, 0.105)
             self._note("subject", x, y, aside=0.06, above=0.13, below=0.12)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -61,6 +61,9 @@ class Scene:
     near_tree_on_left: bool
     shore: float  # where water or the nearest meadow begins, of the height
     seed: int
+    # What no sentence asks for: see `multiplied`. Shares of the width, and of width and height.
+    more_subjects: tuple[float, ...] = ()
+    more_lights: tuple[tuple[float, float], ...] = ()
 
     @property
     def light_side(self) -> str:
@@ -92,6 +95,27 @@ class Scene:
         if self.relief in ("alpine", "volcano"):
             return "grey"
         return "golden" if self.season == "autumn" else "green"
+
+
+def multiplied(scene: Scene, rng: np.random.Generator) -> Scene:
+    """The scene with its light or its subject painted several times, as a generator may that has not learnt better.
+
+    For the scorer, which could not learn from true scenes alone what several suns look like. Unchanged where there is
+    nothing to multiply.
+    """
+    lights = scene.light != "none" and (scene.subject == "none" or rng.random() < 0.5)
+    if lights:
+        apart = 2.2 * scene.light_radius
+        places = [(scene.light_x, scene.light_y)]
+        for x, y in rng.uniform((0.08, 0.10), (0.92, 0.40), (int(rng.integers(3, 12)), 2)):
+            if all((x - a) ** 2 + (y - b) ** 2 > apart**2 for a, b in places):
+                places.append((float(x), float(y)))
+        return replace(scene, more_lights=tuple(places[1 : int(rng.integers(2, 6))]))
+    if scene.subject != "none":
+        others = rng.uniform(0.06, 0.94, int(rng.integers(2, 7)))
+        free = [float(x) for x in others if abs(x - scene.subject_x) > 0.1]
+        return replace(scene, more_subjects=tuple(free))
+    return scene
 
 
 def side_of(x: float) -> str:
