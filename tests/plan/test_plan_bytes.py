@@ -21,6 +21,7 @@ from handscroll.banded.kernels import has_onednn
 from handscroll.banded.rows import RowMap, cut
 from handscroll.plan.decoder_shape import DecoderShape, decoder_units
 from handscroll.plan.denoise import band_bytes
+from handscroll.plan.encoder_shape import EncoderShape, encoder_units
 from handscroll.plan.store import stored_bytes
 from handscroll.plan.text import activation_bytes
 from handscroll.spec import F32C32_SANA, AutoencoderSpec, CheckpointSpec, TextEncoderSpec, TransformerSpec
@@ -91,18 +92,22 @@ def _small_maps_want_one_thread() -> Iterator[None]:
 
 
 def meta_decoder(spec: AutoencoderSpec) -> Any:
+    return meta_autoencoder(spec).decoder
+
+
+def meta_autoencoder(spec: AutoencoderSpec) -> Any:
     with torch.device("meta"):
-        return AutoencoderDC(**asdict(spec)).eval().requires_grad_(False).decoder
+        return AutoencoderDC(**asdict(spec)).eval().requires_grad_(False)
 
 
-def real_decoder(spec: AutoencoderSpec, dtype: torch.dtype) -> Any:
+def made_real(half: Any, dtype: torch.dtype) -> Any:
     torch.manual_seed(0)
-    decoder = meta_decoder(spec).to_empty(device="cpu")
-    for parameter in decoder.parameters():
+    half = half.to_empty(device="cpu")
+    for parameter in half.parameters():
         parameter.normal_(0, 0.1)
-    for buffer in decoder.buffers():
+    for buffer in half.buffers():
         buffer.fill_(1)
-    return decoder.to(dtype)
+    return half.to(dtype)
 
 
 # Weights
@@ -134,6 +139,44 @@ def test_a_decoder_is_cut_where_it_runs(name: str) -> None:
             assert ours.sweeps[index][0].scale == sweep.in_scale
             assert ours.map_rows(index) == round(rows * sweep.in_scale)
             assert ours.map_bytes(index) == sweep.map_bytes(rows, columns, element_bytes)
+
+
+ENCODERS = {
+    **AUTOENCODERS,
+    "unshuffled": replace(MINIATURE, downsample_block_type="pixel_unshuffle"),
+    "f64, unshuffled": replace(F64, downsample_block_type="pixel_unshuffle"),
+    "no shortcut": replace(MINIATURE, encoder_out_shortcut=False),
+    "scales": replace(MINIATURE, encoder_qkv_multiscales=((), (), (), (3, 5), (3,), (5, 7))),
+    "an encoder's stage without layers": replace(MINIATURE, encoder_layers_per_block=(1, 1, 1, 1, 2, 1)),
+}
+
+
+@pytest.mark.parametrize("name", ENCODERS)
+def test_an_encoders_units_have_the_modules_parameters(name: str) -> None:
+    spec = ENCODERS[name]
+    encoder = meta_autoencoder(spec).encoder
+    ours, theirs = list(encoder_units(spec)), dcae.encoder_units(encoder)
+    counts = [sum(parameter.numel() for parameter in unit.module.parameters()) for unit in theirs]
+    assert [unit.parameters for unit in ours] == counts
+    assert sum(counts) == spec.encoder_parameter_count
+    ratio = spec.spatial_compression_ratio
+    assert [(unit.scale, unit.factor) for unit in ours] == [(ratio * unit.in_scale, unit.factor) for unit in theirs]
+
+
+@pytest.mark.parametrize("name", ENCODERS)
+def test_an_encoder_is_cut_where_it_runs(name: str) -> None:
+    spec, rng = ENCODERS[name], random.Random(name)
+    units, ratio = dcae.encoder_units(meta_autoencoder(spec).encoder), spec.spatial_compression_ratio
+    for _ in range(60):
+        rows, columns = (rng.choice([1, 2, 3, 5, 8, rng.randint(1, 1024)]) for _ in range(2))
+        element_bytes = rng.choice([2, 4])
+        ours = EncoderShape(spec, rows, columns, element_bytes)
+        theirs = dcae.cut_at_barriers(units, rows * ratio, columns * ratio)
+        assert len(ours) == len(theirs)
+        for index, sweep in enumerate(theirs):
+            assert ours.map_rows(index) == round(rows * ratio * sweep.in_scale)
+            assert ours.map_bytes(index) == sweep.map_bytes(rows * ratio, columns * ratio, element_bytes)
+            assert ours.row_bytes(index) == sweep.row_bytes(columns * ratio, element_bytes)
 
 
 # What a pass of the decoder holds
@@ -194,6 +237,19 @@ def measured_passes(decoder: Any, latent: Tensor, heights: Sequence[int], starts
     return peaks
 
 
+def measured_encoding(encoder: Any, image: Tensor, heights: Sequence[int], starts: Sequence[int]) -> list[int]:
+    sweeps = dcae.cut_at_barriers(dcae.encoder_units(encoder), *image.shape[2:])
+    maps = {}
+    for index, sweep in enumerate(sweeps[1:], 1):
+        assert sweep.attention is not None
+        channels = sweep.attention.module.to_out.out_features
+        sides = (round(side * sweep.in_scale) for side in image.shape[2:])
+        maps[index] = torch.zeros(1, *sides, channels, dtype=image.dtype)
+    with torch.no_grad(), LiveBytes() as live, peaks_of_passes(live) as peaks:
+        dcae.encode(encoder, image, heights=heights, starts=starts, new_map=lambda index, _: Given(maps[index]))
+    return peaks
+
+
 # What maps of a few pixels hold more, or less, than their formulas say: rows of pixels, a norm's scales, fp32 pieces.
 LESS_BYTES, MORE_BYTES = 160 * 2**10, 1024 * 2**10
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
@@ -227,7 +283,7 @@ def test_a_pass_of_the_decoder_holds_what_is_planned(
     if not has_onednn(torch.zeros(1, dtype=dtype)):
         pytest.skip("planned for CPUs with oneDNN in this precision")
     spec = CheckpointSpec.from_folder(BUILTIN).autoencoder if name == "built-in" else AUTOENCODERS[name]
-    decoder, rng = real_decoder(spec, dtype), random.Random(7)
+    decoder, rng = made_real(meta_decoder(spec), dtype), random.Random(7)
     for number, (rows, columns) in enumerate(sizes):
         shape = DecoderShape(spec, rows, columns, dtype.itemsize)
         count = len(shape)
@@ -240,6 +296,44 @@ def test_a_pass_of_the_decoder_holds_what_is_planned(
             made = shape.pass_shape(starts[index], index, heights[index])
             where = f"{rows}x{columns}, sweep {index} from {starts[index]} by {heights[index]} rows"
             check_bytes(made.running_bytes, measured_bytes - latent.nbytes, where)
+
+
+@DTYPES
+@pytest.mark.parametrize(
+    ("name", "sizes"),
+    [
+        ("miniature", [(3, 2), (2, 4)]),
+        ("wide", [(3, 2)]),
+        ("f64", [(2, 3)]),
+        ("built-in", [(2, 3), (3, 2)]),
+        ("unshuffled", [(2, 2)]),
+        ("f64, unshuffled", [(2, 2)]),
+        ("scales", [(4, 2)]),
+        *(
+            pytest.param(name, [(7, 4), (2, 6), (5, 3), (3, 5)], marks=pytest.mark.slow)
+            for name in ("miniature", "wide", "built-in", "f64", "unshuffled", "f64, unshuffled", "scales")
+        ),
+    ],
+)
+def test_a_pass_of_the_encoder_holds_what_is_planned(
+    name: str, sizes: list[tuple[int, int]], dtype: torch.dtype
+) -> None:
+    if not has_onednn(torch.zeros(1, dtype=dtype)):
+        pytest.skip("planned for CPUs with oneDNN in this precision")
+    spec = CheckpointSpec.from_folder(BUILTIN).autoencoder if name == "built-in" else ENCODERS[name]
+    encoder, rng = made_real(meta_autoencoder(spec).encoder, dtype), random.Random(8)
+    for number, (rows, columns) in enumerate(sizes):
+        shape = EncoderShape(spec, rows, columns, dtype.itemsize)
+        count, ratio = len(shape), spec.spatial_compression_ratio
+        heights = [rng.choice([1, 2, 3, 16, shape.map_rows(index)]) for index in range(count)]
+        starts = [rng.randint(0, index) if number % 2 else index for index in range(count)]
+        image = torch.randn(1, 3, rows * ratio, columns * ratio, dtype=dtype)
+        measured = measured_encoding(encoder, image, heights, starts)
+        assert len(measured) == count
+        for index, measured_bytes in enumerate(measured):
+            made = shape.pass_shape(starts[index], index, heights[index])
+            where = f"{rows}x{columns}, sweep {index} from {starts[index]} by {heights[index]} rows"
+            check_bytes(made.running_bytes, measured_bytes, where)
 
 
 # What a layer of the transformer holds, its weights first

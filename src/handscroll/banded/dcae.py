@@ -746,17 +746,47 @@ def encode(
     """
     _check_input(encoder.conv_in, image, lend is not None)
     height, width = image.shape[2:]
+    if heights is None:
+        heights = strip_heights(cut_at_barriers(encoder_units(encoder), height, width), image, strip_rows)
+    map_ = image.permute(0, 2, 3, 1)
+    return encode_strips(
+        encoder,
+        lambda rows: (strip.contiguous() for strip in cut(map_, rows)),
+        height,
+        width,
+        heights,
+        starts=starts,
+        new_map=new_map,
+        lend=lend,
+        on_sweep=on_sweep,
+        plain=plain,
+    )
+
+
+@torch.no_grad()
+def encode_strips(
+    encoder: Any,
+    strips_of: Callable[[int], Iterable[Tensor]],
+    height: int,
+    width: int,
+    heights: Sequence[int],
+    *,
+    starts: Sequence[int] | None = None,
+    new_map: Callable[[int, int], RowMap] | None = None,
+    lend: Lend | None = None,
+    on_sweep: Callable[[int, int], None] | None = None,
+    plain: bool = False,
+) -> Tensor:
+    """`encode` of an image that need not exist: `strips_of(rows)` gives it from top to bottom, `[B, rows, width, 3]`
+    contiguous in the encoder's dtype, as often as a sweep starts from it. Raises ValueError as `encode`.
+    """
     units = encoder_units(encoder)
     ratio = round(1 / units[-1].in_scale)
     if height % ratio or width % ratio:
         raise ValueError(f"an image of {width}x{height} cannot be encoded: its sides must be multiples of {ratio}")
-    sweeps = cut_at_barriers(units, height, width)
-    if heights is None:
-        heights = strip_heights(sweeps, image, strip_rows)
-    map_ = image.permute(0, 2, 3, 1)
     strips = stream(
-        sweeps,
-        lambda rows: (strip.contiguous() for strip in cut(map_, rows)),
+        cut_at_barriers(units, height, width),
+        strips_of,
         height,
         heights,
         starts=starts,

@@ -12,7 +12,9 @@ on a CPU with oneDNN, for one picture. By unit, for r rows of its input, all of 
     up, folded  2 x C                             -                     4 r K out and 2 r K being made
     up, shuffle 2 x C                             -                     12 r K
     norm_out    -                                 -                     r C
-    conv_out    2 x C                             -                     r C + 3 r
+    conv_out    2 x C                             -                     r C + r K
+    down        3 x C                             -                     2 r C + r K
+    mean_out    2 x C                             -                     r C + 2 r K
 
 I = heads * head_dim, S = scales with the plain one, K the channels that go out. A pass also has one workspace as large
 as its largest window, and keeps the sums of its attentions.
@@ -45,7 +47,7 @@ class UnitShape:
     out_channels: int
     parameters: int
     macs: int
-    factor: int = 1
+    factor: float = 1
     scales: tuple[int, ...] = ()
     head_dim: int = 1
     folded: bool = True
@@ -60,8 +62,10 @@ class UnitShape:
     def windows(self) -> list[tuple[int, int]]:
         """Size and channels of its line buffers."""
         match self.kind:
-            case "conv_in" | "conv_out" | "up":
+            case "conv_in" | "conv_out" | "mean_out" | "up":
                 return [(3, self.channels)]
+            case "down":
+                return [(4, self.channels)]
             case "res_block":
                 return [(3, self.channels), (3, self.channels)]
             case "mix_ffn":
@@ -98,7 +102,7 @@ class UnitShape:
                 return 8 * self.channels
             case "attention":
                 return 3 * self.inner * (1 + len(self.scales))
-        return max(self.channels // self.factor**2, self.out_channels)
+        return max(int(self.channels / self.factor**2), self.out_channels)
 
     @property
     def laid_out(self) -> int:
@@ -154,6 +158,10 @@ class UnitShape:
                 elements = 12 * rows * out_channels
             case "norm_out":
                 elements = rows * channels
+            case "down":
+                elements = 2 * rows * channels + rows * out_channels
+            case "mean_out":
+                elements = rows * channels + 2 * rows * out_channels
             case _:
                 elements = rows * channels + rows * out_channels
         return elements * columns * element_bytes
@@ -162,7 +170,7 @@ class UnitShape:
 def decoder_units(spec: AutoencoderSpec) -> Iterator[UnitShape]:
     """The units of the decoder, in the order they run."""
     channels, layers = spec.decoder_block_out_channels, spec.decoder_layers_per_block
-    yield _conv("conv_in", 1, spec.latent_channels, channels[-1])
+    yield conv("conv_in", 1, spec.latent_channels, channels[-1])
     scale = 1
     for stage in reversed(range(len(channels))):
         if not layers[stage]:
@@ -172,23 +180,20 @@ def decoder_units(spec: AutoencoderSpec) -> Iterator[UnitShape]:
             yield _up(spec, scale, channels[stage + 1], width)
             scale *= 2
         if spec.decoder_block_types[stage] == "ResBlock":
-            macs = 18 * width**2
-            block = [UnitShape("res_block", scale, width, width, macs + 3 * width, macs, norm=norm)]
+            block = [res_block(scale, width, norm)]
         else:
-            hidden = 4 * width
-            macs = 3 * width * hidden + 18 * hidden
-            feed_forward = UnitShape("mix_ffn", scale, width, width, macs + 4 * hidden + 2 * width, macs)
-            block = [_attention(spec, stage, scale, width), feed_forward]
+            block = efficient_vit(spec, scale, width, spec.decoder_qkv_multiscales[stage], norm)
         yield from block * layers[stage]
     last = channels[0] if layers[0] > 0 else channels[1]
     yield UnitShape("norm_out", scale, last, last, 2 * last, 0)
     if layers[0] > 0:
-        yield _conv("conv_out", scale, last, spec.in_channels)
+        yield conv("conv_out", scale, last, spec.in_channels)
     else:
         yield _up(spec, scale, last, spec.in_channels)
 
 
-def _conv(kind: str, scale: int, channels: int, out_channels: int) -> UnitShape:
+def conv(kind: str, scale: int, channels: int, out_channels: int) -> UnitShape:
+    """A 3x3 convolution."""
     macs = 9 * channels * out_channels
     return UnitShape(kind, scale, channels, out_channels, macs + out_channels, macs)
 
@@ -201,13 +206,26 @@ def _up(spec: AutoencoderSpec, scale: int, channels: int, out_channels: int) -> 
     return UnitShape("up", scale, channels, out_channels, parameters, 36 * products, factor=2, folded=False)
 
 
-def _attention(spec: AutoencoderSpec, stage: int, scale: int, width: int) -> UnitShape:
-    head_dim, scales = spec.attention_head_dim, spec.decoder_qkv_multiscales[stage]
+def efficient_vit(spec: AutoencoderSpec, scale: int, width: int, scales: tuple[int, ...], norm: str) -> list[UnitShape]:
+    """An `EfficientViTBlock`: an attention over `scales` and a Mix-FFN."""
+    hidden = 4 * width
+    macs = 3 * width * hidden + 18 * hidden
+    feed_forward = UnitShape("mix_ffn", scale, width, width, macs + 4 * hidden + 2 * width, macs)
+    return [_attention(spec, scale, width, scales, norm), feed_forward]
+
+
+def res_block(scale: int, width: int, norm: str) -> UnitShape:
+    """A `ResBlock`."""
+    macs = 18 * width**2
+    return UnitShape("res_block", scale, width, width, macs + 3 * width, macs, norm=norm)
+
+
+def _attention(spec: AutoencoderSpec, scale: int, width: int, scales: tuple[int, ...], norm: str) -> UnitShape:
+    head_dim = spec.attention_head_dim
     inner = width // head_dim * head_dim
     weights = 3 * width * inner + inner * (1 + len(scales)) * width
     weights += sum(3 * inner * size**2 + 3 * inner * head_dim for size in scales)
     macs = weights + (1 + len(scales)) * 2 * inner * (head_dim + 1)
-    norm = spec.decoder_norm_types[stage]
     return UnitShape(
         "attention", scale, width, width, weights + 2 * width, macs, scales=scales, head_dim=head_dim, norm=norm
     )
@@ -242,10 +260,14 @@ class DecoderShape:
     element_bytes: int
     batch: int = 1
 
+    def units(self) -> Iterator[UnitShape]:
+        """The network's units, in the order they run."""
+        return decoder_units(self.spec)
+
     @cached_property
     def sweeps(self) -> tuple[tuple[UnitShape, ...], ...]:
         sweeps: list[list[UnitShape]] = [[]]
-        for unit in decoder_units(self.spec):
+        for unit in self.units():
             if unit.kind == "attention" and self.rows * self.columns * unit.scale**2 > unit.head_dim * self.batch:
                 sweeps.append([])
             sweeps[-1].append(unit)
@@ -267,7 +289,7 @@ class DecoderShape:
         """What the largest activation of sweep `index` holds for one row of its map."""
         own = self.sweeps[index][0].scale
         widest = max(unit.widest_channels * (unit.scale * unit.factor) ** 2 for unit in self.sweeps[index])
-        return widest * self.columns * self.element_bytes // own
+        return int(widest * self.columns * self.element_bytes // own)
 
     @cached_property
     def _parts(self) -> tuple[tuple[tuple[_Part, ...], _Part | None], ...]:
@@ -293,9 +315,9 @@ class DecoderShape:
             for size, channels in part.windows:
                 workspace = max(workspace, (size - 1 + max(rows, size // 2)) * channels * columns * element_bytes)
             working = max(working, waiting + unit.working_bytes(rows, columns, element_bytes))
-            if rows * unit.factor > _rows_at(strip_rows, unit.scale * unit.factor, own):
+            if rows * unit.factor > _rows_at(strip_rows, int(unit.scale * unit.factor), own):
                 # What comes out is cut to fewer rows; the others wait above the units that follow.
-                waiting += rows * unit.out_channels * columns * unit.factor**2 * element_bytes
+                waiting += int(rows * unit.out_channels * columns * unit.factor**2) * element_bytes
         attentions = [sweep[0] for sweep in self.sweeps[1 : index + 2]]
         sums = sum(4 * unit.inner * (unit.head_dim + 1) * (1 + len(unit.scales)) for unit in attentions)
         if element_bytes == 2:
