@@ -3,7 +3,7 @@
 fidelity     autoencoder against 32 principal components of the same renders: windows, and whole pictures by size
 loss         flow-matching loss of the exported weights on renders they have not seen, by size
 attributes   what a scorer reads from generated pictures of held-out prompts, and from real renders of the same scenes;
-             and the energy of each octave of detail, generated over rendered
+             how many suns and subjects, and the energy of each octave of detail, generated over rendered
 guidance     how much more of a sentence pictures show with guidance than without
 negatives    how often what a picture shows unasked stays there when a negative prompt names it, or names another thing
 sheet        a few prompts at a few sizes, as PNG files
@@ -212,6 +212,14 @@ def report_attributes(rows: Sequence[Row], size: int) -> None:
     for name, kept in sorted(shares["generated"].items()):
         real = np.mean(shares["rendered"][name])
         print(f"{name:16s} generated {np.mean(kept):.2f}, rendered {real:.2f}, of {len(kept)} claims")
+    for thing, count in (("light", "lights"), ("subject", "subjects")):
+        ones = {
+            kind: [row[kind]["labels"][count] == "one" for row in rows if row[kind]["labels"][thing] != "none"]
+            for kind in shares
+        }
+        told = ", ".join(f"{kind} {np.mean(kept):.3f} of {len(kept)}" for kind, kept in ones.items() if kept)
+        if told:
+            print(f"{count} at {size}: one alone where there are any: {told}")
     means = {
         kind: np.mean([kept for values in by_name.values() for kept in values]) for kind, by_name in shares.items()
     }
@@ -331,7 +339,7 @@ def make_sheet(
 def report_readings(options: argparse.Namespace, sizes: Sequence[int], guidance: float) -> None:
     """What the scorer reads, by several processes; the files of rows are named after the weights that made them."""
     scorer: Path = options.work / "scorer.pt"
-    made_by = checksum([*sorted(options.folder.rglob("*.safetensors")), scorer])
+    made_by = checksum([*sorted(options.folder.rglob("*.safetensors")), options.folder / "handscroll.json", scorer])
     seat = (options.folder, scorer, max(1, torch.get_num_threads() // options.processes))
 
     def rows(name: str, shots: Sequence[Shot]) -> list[Row]:

@@ -16,6 +16,7 @@ LIMIT = 16 * 2**20
 ABOUT = {
     "name": "tiny-landscape",
     "native_px": 1024,
+    "compose_px": 512,
     "complex_human_instruction": None,
     "licence": "Apache-2.0",
     "default_steps": 20,

@@ -33,6 +33,7 @@ from handscroll.request import (
     check_device,
     indexed,
     parse_bytes,
+    parse_compose,
     parse_size,
 )
 from handscroll.version import __version__
@@ -73,6 +74,14 @@ Memory = Annotated[
         metavar="SIZE",
         help="Stay within 6GiB, 800MiB, ...: the whole process on a CPU, what PyTorch reserves on a GPU. Left out, as "
         "is fastest on this machine.",
+    ),
+]
+Compose = Annotated[
+    str,
+    typer.Option(
+        metavar="auto|off|PIXELS",
+        help="Lay a much larger picture out at about this size squared, and let it grow from there: fewer things "
+        "multiply, and it takes less time. auto: as the model does, off: at full size from the first step.",
     ),
 ]
 Quality = Annotated[
@@ -137,6 +146,7 @@ def generate(
     ] = None,
     negative: Annotated[str, typer.Option(metavar="TEXT", help="What the picture should not show.")] = "",
     seed: Annotated[int | None, typer.Option(metavar="N", help="Same seed, same picture. Left out, random.")] = None,
+    compose: Compose = "auto",
     count: Annotated[int, typer.Option(metavar="N", help="Pictures of consecutive seeds: FILE-1, FILE-2, ...")] = 1,
     memory: Memory = None,
     precision: Precision = "auto",
@@ -176,6 +186,7 @@ def generate(
         patches=patches,
         strip_rows=strip_rows,
         memory_bytes=_bytes(memory),
+        compose_px=parse_compose(compose),
     )
     path = output or _free_name(request)
     _refuse_early(model, path, request.width, request.height, save_latent)
@@ -246,6 +257,7 @@ def plan(
     steps: Annotated[int | None, typer.Option(metavar="N", help="Denoising steps. Left out, the model's.")] = None,
     guidance: Annotated[float | None, typer.Option(metavar="F", help="Above 1, each step takes two forwards.")] = None,
     negative: Annotated[str, typer.Option(metavar="TEXT", help="What the picture should not show.")] = "",
+    compose: Compose = "auto",
     memory: Memory = None,
     precision: Precision = "auto",
     device: Device = "auto",
@@ -275,6 +287,7 @@ def plan(
         device=device,
         strip_rows=strip_rows,
         memory_bytes=_bytes(memory),
+        compose_px=parse_compose(compose),
     )
     resolve(model)
     with _watching(quiet) as on_event:

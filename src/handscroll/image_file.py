@@ -525,14 +525,19 @@ def parameters_text(
     memory_mode: str,
     exact: bool,
     precision: str = "",
+    composed: str = "",
 ) -> str:
-    """How a picture was made, in the lines that image tools read. `version` is handscroll's own, such as 0.1.0."""
+    """How a picture was made, in the lines that image tools read. `version` is handscroll's own, such as 0.1.0.
+
+    composed: the size, as 512x512, at which a picture began that grew; image tools know it as the first pass.
+    """
     fields = {
         "Steps": steps,
         "Sampler": sampler,
         "CFG scale": f"{guidance:g}",
         "Seed": seed,
         "Size": f"{width}x{height}",
+        **({"First pass size": composed} if composed else {}),
         "Model": model,
         **({"Precision": precision} if precision else {}),
         "Version": f"handscroll {version}",

@@ -22,8 +22,9 @@ from handscroll.plan.plan import Plan, chosen_anew, make_plan, minimum_bytes
 from handscroll.request import DEFAULT_MODEL, Request, indexed, parse_bytes
 from handscroll.runtime.checkpoint import DTYPES, load_scheduler, load_tokenizer, open_checkpoint
 from handscroll.runtime.decode import decode_rows
-from handscroll.runtime.denoise import Sampling, denoise, starting_noise
+from handscroll.runtime.denoise import SamplerState, Sampling, denoise, starting_noise
 from handscroll.runtime.devices import scratch_folder
+from handscroll.runtime.growth import grown
 from handscroll.runtime.memory import Meter, enforce
 from handscroll.runtime.recovery import Recovery
 from handscroll.runtime.run_folder import Job, RunFolder, find_run, read_job, resolved_name
@@ -51,6 +52,7 @@ class Result:
     precision: str
     decode: str
     exact: bool
+    composed: str
     memory: dict[str, Any]
     seconds: dict[str, float]
     note: str = ""
@@ -226,11 +228,13 @@ class Handscroll:
         seed: int | None = None,
         decode: str = "rows",
         strip_rows: int | None = None,
+        compose: int | None = None,
         on_event: OnEvent = ignore,
     ) -> Picture:
         """Denoises a prompt; the rows are decoded when the picture is saved or read.
 
-        Raises HandscrollError, of which BudgetError before anything is read.
+        compose: a much larger picture is composed at about this size squared, in pixels, and grows from there; 0 for
+        never, None as the checkpoint does. Raises HandscrollError, of which BudgetError before anything is read.
         """
         request = Request(
             prompt,
@@ -245,6 +249,7 @@ class Handscroll:
             decode=decode,
             strip_rows=strip_rows,
             memory_bytes=self.memory_bytes,
+            compose_px=compose,
         )
         situation = survey(self.spec, request)
         plan = make_plan(self.spec, request, situation, random_seed())
@@ -324,17 +329,46 @@ def encode_prompts(stage: Stages, request: Request) -> tuple[Text, Text | None]:
 def denoise_picture(
     stage: Stages, text: Text, negative: Text | None, index: int, on_event: OnEvent, run: RunFolder | None = None
 ) -> Tensor:
-    """Picture `index` of the plan: its seed's noise to its latent [1, C, h, w] fp32, by way of a run's saved states."""
-    plan = stage.plan
+    """Picture `index` of the plan: its seed's noise to its latent [1, C, h, w] fp32, by way of a run's saved states.
+
+    A picture that grows is first made small, and each size begins from the one before.
+    """
+    final = stage.plan
+    latent: Tensor | None = None
+    state = run.state(index, final.precision.transformer) if run else None
+    steps_done = 0 if state is None else state.steps_before + state.steps_done
+    on_event(Progress("denoise", steps_done, final.total_steps, index))
+    for number, plan in enumerate(final.sizes):
+        if state is not None and plan.steps_before < state.steps_before:
+            continue  # a larger size was begun already
+        source = None if latent is None else grown(stage, latent, plan)
+        with stage.at(plan):
+            latent = denoise_size(stage, text, negative, index, number, final, source, state, on_event, run)
+        state = None
+    assert latent is not None
+    return latent
+
+
+def denoise_size(
+    stage: Stages,
+    text: Text,
+    negative: Text | None,
+    index: int,
+    number: int,
+    final: Plan,
+    source: Tensor | None,
+    start: SamplerState | None,
+    on_event: OnEvent,
+    run: RunFolder | None,
+) -> Tensor:
+    """Size `number` of picture `index`, which the stage's plan is: from noise, or from `source`, or on from `start`."""
+    plan, precision = stage.plan, stage.plan.precision.transformer
     noise, generator = starting_noise(
-        stage.spec.transformer.in_channels, plan.latent_height, plan.latent_width, plan.seeds[index]
+        stage.spec.transformer.in_channels, plan.latent_height, plan.latent_width, final.seeds[index], number
     )
-    transformer = stage.dit
-    precision = plan.precision.transformer
-    start = run.state(index, precision) if run else None
-    on_event(Progress("denoise", start.steps_done if start else 0, plan.steps, index))
+    before, total = plan.steps_before, final.total_steps
     job = Sampling(
-        transformer,
+        stage.dit,
         load_scheduler(stage.spec),
         noise,
         generator,
@@ -342,9 +376,12 @@ def denoise_picture(
         negative,
         steps=plan.steps,
         guidance=plan.guidance,
-        on_step=lambda done, total: on_event(Progress("denoise", done, total, index)),
+        on_step=lambda done: on_event(Progress("denoise", before + done, total, index)),
         start=start,
         on_state=(lambda state: run.keep_state(index, state, precision)) if run else None,
+        source=source,
+        first_step=plan.first_step,
+        steps_before=before,
     )
     return denoise(job)
 
@@ -432,6 +469,7 @@ def _facts(request: Request, stage: Stages, index: int) -> dict[str, Any]:
         "height": plan.height,
         "model": spec.name,
         "precision": str(plan.precision),
+        "composed": plan.composed,
         "version": __version__,
         "memory_mode": plan.decode,
         "exact": plan.exact,
@@ -439,8 +477,9 @@ def _facts(request: Request, stage: Stages, index: int) -> dict[str, Any]:
 
 
 def _made_as(plan: Plan, facts: Mapping[str, str]) -> Plan:
-    """The plan that decodes a latent: its precision before the decoder is what the latent's facts say."""
-    return dataclasses.replace(plan, precision=plan.precision.after(facts.get("precision", "")))
+    """The plan that decodes a latent: what was done before the decoder is what the latent's facts say."""
+    precision = plan.precision.after(facts.get("precision", ""))
+    return dataclasses.replace(plan, precision=precision, composed=facts.get("composed", ""))
 
 
 def _latent_facts(request: Request, facts: dict[str, Any]) -> dict[str, str]:
@@ -521,6 +560,7 @@ def _result(
         precision=str(plan.precision),
         decode=plan.decode,
         exact=plan.exact,
+        composed=plan.composed,
         memory={
             "budget_bytes": plan.budget_bytes,
             "planned_peak_bytes": max(planned.values(), default=None) if plan.decode == "rows" else None,

@@ -12,6 +12,7 @@ PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 DECODES = ("rows", "whole", "tiled", "patch")
 MAX_PROMPT_CHARACTERS = 20_000
 MIN_SIDE_PX, MAX_SIDE_PX = 32, 131_072
+MIN_COMPOSE_PX = 64
 MAX_SEED = 2**63 - 1
 
 DEFAULT_MODEL = "tiny-landscape"
@@ -25,6 +26,8 @@ class Request:
     those that are no multiple of the autoencoder's factor are rendered larger and cropped. `patches` is the number of
     row patches of decode='patch'. `strip_rows` is the strip height of decode='rows', None lets the size decide.
     `memory_bytes` is the budget that the run has to stay within; None takes what is fastest on this machine.
+    `compose_px`: a much larger picture is composed at about this size squared and then grows; 0 for never, None as the
+    checkpoint does.
     """
 
     prompt: str
@@ -42,6 +45,7 @@ class Request:
     patches: int = 32
     strip_rows: int | None = None
     memory_bytes: int | None = None
+    compose_px: int | None = None
 
     def __post_init__(self) -> None:
         check_prompt(self.prompt)
@@ -61,6 +65,8 @@ class Request:
             raise UsageError(
                 f"a memory budget is kept by --decode rows alone; leave out --memory or --decode {self.decode}"
             )
+        if self.compose_px:
+            check_range("compose", self.compose_px, MIN_COMPOSE_PX, MAX_SIDE_PX)
         check_choice("precision", self.precision, PRECISIONS)
         check_choice("decode", self.decode, DECODES)
         check_device(self.device)
@@ -121,6 +127,19 @@ def parse_size(text: str) -> tuple[int, int]:
     check_side("width", width)
     check_side("height", height)
     return width, height
+
+
+def parse_compose(text: str) -> int | None:
+    """`auto`, `off` or pixels -> None, 0 or the pixels. Raises UsageError."""
+    match text.strip().lower():
+        case "auto":
+            return None
+        case "off":
+            return 0
+        case digits if re.fullmatch(r"[0-9]{1,9}", digits):
+            check_range("compose", int(digits), MIN_COMPOSE_PX, MAX_SIDE_PX)
+            return int(digits)
+    raise UsageError(f"compose {text!r} is not known; use auto, off or a side in pixels such as 1024")
 
 
 def parse_bytes(text: str) -> int:

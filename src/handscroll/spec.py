@@ -4,7 +4,7 @@ A checkpoint is a folder in diffusers' layout: `model_index.json` and the folder
 `transformer`, `vae` and `scheduler`. Field names follow diffusers' and transformers' configs, and so do the defaults
 for fields that an older file lacks. A folder may also hold `handscroll.json`, which overrides what cannot be known
 from the components alone: `name`, `native_px`, `complex_human_instruction` (null, or a list of lines), `licence`,
-`default_steps`, `default_guidance`, `max_prompt_tokens`.
+`default_steps`, `default_guidance`, `max_prompt_tokens`, `compose_px`.
 """
 
 from __future__ import annotations
@@ -298,7 +298,8 @@ class CheckpointSpec:
 
     `folder` is where it lies. `instruction` says whether the complex human instruction goes before a prompt;
     `instruction_lines` is the checkpoint's own text for it, and None means diffusers' text. A prompt longer than
-    `max_prompt_tokens` is cut. The weight files are empty in a spec that describes a checkpoint which is not on this
+    `max_prompt_tokens` is cut. Much larger pictures are composed at about `compose_px` squared and grow from
+    there, None for never. The weight files are empty in a spec that describes a checkpoint which is not on this
     machine; `published` is then what is known of its precision.
     """
 
@@ -316,6 +317,7 @@ class CheckpointSpec:
     licence: str | None = None
     published: str = "fp32"
     max_prompt_tokens: int = 300
+    compose_px: int | None = None
     transformer_weights: WeightFiles = NO_WEIGHTS
     autoencoder_weights: WeightFiles = NO_WEIGHTS
     text_encoder_weights: WeightFiles = NO_WEIGHTS
@@ -362,6 +364,7 @@ class CheckpointSpec:
             instruction_lines=own.complex_human_instruction,
             licence=own.licence,
             max_prompt_tokens=own.max_prompt_tokens,
+            compose_px=own.compose_px,
         )
 
     @property
@@ -416,11 +419,12 @@ class _Own:
     default_steps: int | None = None
     default_guidance: float | None = None
     max_prompt_tokens: int = 300
+    compose_px: int | None = None
     complex_human_instruction: tuple[str, ...] | None = None
     instruction: bool = True
 
     def __post_init__(self) -> None:
-        for field in ("native_px", "default_steps", "max_prompt_tokens"):
+        for field in ("native_px", "default_steps", "max_prompt_tokens", "compose_px"):
             if getattr(self, field) is not None:
                 _require_positive(self, field)
 

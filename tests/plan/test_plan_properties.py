@@ -6,14 +6,17 @@ import dataclasses
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 
 from handscroll.errors import BudgetError
+from handscroll.plan.decode import DecodeStage
 from handscroll.plan.decoder_shape import DecoderShape
+from handscroll.plan.encoder_shape import EncoderShape
 from handscroll.plan.hardware import MIB, Hardware, Rates, Situation
-from handscroll.plan.plan import MINIMUM_STEP_BYTES, STAGE_FIELDS, Plan, make_plan, minimum_bytes, shrunk
+from handscroll.plan.plan import MINIMUM_STEP_BYTES, Plan, make_plan, minimum_bytes, shrunk
 from handscroll.plan.precision import BYTES
 from handscroll.request import Request
 from handscroll.spec import F32C32_SANA, CheckpointSpec, TextEncoderSpec, TransformerSpec
@@ -108,10 +111,14 @@ def draw_one(rng: random.Random, specs: list[CheckpointSpec]) -> Draw:
         seed=0,
         precision=rng.choice(["auto", "fp32", "bf16", "fp16"]),
         strip_rows=rng.choice([1, 7, 64]) if rng.random() < 0.1 else None,
+        compose_px=rng.choice([0, 0, 64, 1000, 1024, 2048]) if rng.random() < 0.3 else None,
     )
     tokens = None if rng.random() < 0.1 else rng.randint(1, 2000)
     situation = Situation(hardware, tokens, rng.choice([0, 150 * MIB]))
-    return Draw(rng.choice(specs), request, situation, log_uniform(64 * MIB, 2**39))
+    spec = rng.choice(specs)
+    if spec.is_sprint:
+        request = replace(request, compose_px=None)
+    return Draw(spec, request, situation, log_uniform(64 * MIB, 2**39))
 
 
 def check(draw: Draw) -> None:
@@ -150,7 +157,7 @@ def check(draw: Draw) -> None:
 
 
 def total_seconds(plan: Plan) -> float:
-    return sum(getattr(plan, field).seconds for field in STAGE_FIELDS.values() if getattr(plan, field) is not None)
+    return sum(plan.planned_seconds.values())
 
 
 def check_plan(draw: Draw, plan: Plan) -> None:
@@ -164,9 +171,48 @@ def check_plan(draw: Draw, plan: Plan) -> None:
         assert 1 <= plan.denoise.band_rows <= -(-plan.latent_height // draw.spec.transformer.patch_size)
         assert plan.denoise.residual != "host" or hardware.is_cuda
 
-    stage, starts = plan.decoding, plan.decoding.starts
+    check_growth(draw, plan)
+    for size in plan.sizes:
+        assert size.decoding is not None
+        check_sweeps(DecoderShape, size.decoding, draw, size)
+        if size.smaller is not None:
+            assert size.encoding is not None
+            check_sweeps(EncoderShape, size.encoding, draw, size)
+
+    for name, used_bytes in plan.planned_bytes.items():
+        tries, smaller = 0, shrunk(plan, draw.spec, draw.situation, name)
+        while smaller is not None and tries < 2:
+            assert smaller.planned_bytes[name] < used_bytes
+            others = {other: n_bytes for other, n_bytes in plan.planned_bytes.items() if other != name}
+            assert others.items() <= smaller.planned_bytes.items()
+            used_bytes = smaller.planned_bytes[name]
+            tries, smaller = tries + 1, shrunk(smaller, draw.spec, draw.situation, name)
+
+
+def check_growth(draw: Draw, plan: Plan) -> None:
+    """Each size is larger than the one before, and all are planned for the same machine."""
+    steps = 0
+    for before, size in pairwise((None, *plan.sizes)):
+        assert size is not None
+        assert size.smaller == before
+        assert (size.first_step == 0) == (before is None)
+        assert size.steps_before + size.first_step == steps
+        steps += size.steps - size.first_step
+        assert size.precision == plan.precision
+        assert size.budget_bytes == plan.budget_bytes
+        assert size.on_the_way == (size is not plan)
+        assert (size.encoding is None) == (before is None)
+        if before is not None:
+            assert before.width <= size.latent_width * draw.spec.autoencoder.spatial_compression_ratio
+            assert before.latent_width * before.latent_height < size.latent_width * size.latent_height
+            assert before.denoise is not None
+    assert steps == plan.total_steps
+
+
+def check_sweeps(half: type[DecoderShape], stage: DecodeStage, draw: Draw, plan: Plan) -> None:
+    hardware, starts = draw.situation.hardware, stage.starts
     precision = plan.precision.autoencoder
-    shape = DecoderShape(draw.spec.autoencoder, plan.latent_height, plan.latent_width, BYTES[precision])
+    shape = half(draw.spec.autoencoder, plan.latent_height, plan.latent_width, BYTES[precision])
     assert len(stage.sweeps) == len(shape)
     assert starts[0] == 0
     for index, sweep in enumerate(stage.sweeps):
@@ -182,15 +228,6 @@ def check_plan(draw: Draw, plan: Plan) -> None:
         for place in {first.store, second.store} & room.keys():
             both = [shape.map_bytes(i) for i in (index - 1, index) if stage.sweeps[i].store == place]
             assert sum(both) <= room[place]
-
-    for name, used_bytes in plan.planned_bytes.items():
-        tries, smaller = 0, shrunk(plan, draw.spec, draw.situation, name)
-        while smaller is not None and tries < 2:
-            assert smaller.planned_bytes[name] < used_bytes
-            others = {other: n_bytes for other, n_bytes in plan.planned_bytes.items() if other != name}
-            assert others.items() <= smaller.planned_bytes.items()
-            used_bytes = smaller.planned_bytes[name]
-            tries, smaller = tries + 1, shrunk(smaller, draw.spec, draw.situation, name)
 
 
 def check_draws(specs: list[CheckpointSpec], seed: int, draws: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import itertools
 import re
@@ -144,6 +145,16 @@ def test_memory_that_runs_out_at_one_operation_changes_nothing(job: Job) -> None
     assert counting.operations > 200
     kinds = itertools.cycle(ERRORS.values())
     for number in range(5, counting.operations, counting.operations // 20 + 1):
+        check_survives(job, number, next(kinds))
+
+
+def test_memory_that_runs_out_while_a_picture_grows_changes_nothing(job: Job) -> None:
+    job.request = dataclasses.replace(job.request, width=96, height=64, steps=2, compose_px=64, strip_rows=None)
+    job.expected = job.make(Failing())[0]
+    counting = Failing()
+    job.make(counting)
+    kinds = itertools.cycle(ERRORS.values())
+    for number in range(7, counting.operations, counting.operations // 20 + 1):
         check_survives(job, number, next(kinds))
 
 

@@ -67,7 +67,7 @@ def sampling(scheduler: Any, steps: int, **options: Any) -> Sampling:
     noise, generator = starting_noise(SHAPE[1], SHAPE[2], SHAPE[3], seed=3)
     text, negative = Text(torch.full((1, 2, 3), 0.3)), Text(torch.full((1, 2, 3), -0.2))
     return Sampling(
-        Transformer(), scheduler, noise, generator, text, negative, steps, 4.5, lambda done, of: None, **options
+        Transformer(), scheduler, noise, generator, text, negative, steps, 4.5, lambda done: None, **options
     )
 
 
@@ -99,9 +99,7 @@ def test_a_state_of_another_schedule_is_refused(monkeypatch: pytest.MonkeyPatch)
 
 def test_the_last_state_is_always_handed_out_and_comes_before_its_event() -> None:
     told: list[object] = []
-    job = dataclasses.replace(
-        sampling(SCHEDULERS["dpm, order 2"](), 3), on_step=lambda done, of: told.append(done), on_state=told.append
-    )
+    job = dataclasses.replace(sampling(SCHEDULERS["dpm, order 2"](), 3), on_step=told.append, on_state=told.append)
     denoise(job)
     assert [type(each).__name__ for each in told] == ["int", "int", "SamplerState", "int"]
 

@@ -146,6 +146,24 @@ def test_an_evaluation_that_was_cut_off_goes_on(tmp_path: Path, capsys: pytest.C
     assert spectra.count("0.00") == 4, "a black picture has no detail"
 
 
+def test_one_is_told_from_several(capsys: pytest.CaptureFixture[str]) -> None:
+    blank = {attribute.name: "" for attribute in READ} | {"light": "none", "subject": "none"}
+
+    def seen(**labels: str) -> dict[str, object]:
+        return {"labels": blank | labels, "octaves": [1.0]}
+
+    both = seen(light="sun", lights="one", water="lake")
+    rows = [
+        {"prompt": "a lake", "generated": seen(light="sun", lights="several"), "rendered": seen()},
+        {"prompt": "a lake", "generated": seen(light="moon", lights="one"), "rendered": both},
+        {"prompt": "a lake", "generated": seen(lights="several"), "rendered": seen()},
+    ]
+    report_attributes(rows, 64)
+    lines = capsys.readouterr().out.splitlines()
+    assert "lights at 64: one alone where there are any: rendered 1.000 of 1, generated 0.500 of 2" in lines
+    assert not any(line.startswith("subjects") for line in lines)
+
+
 def test_guidance_is_judged_by_the_claims_it_keeps(capsys: pytest.CaptureFixture[str]) -> None:
     shots = guidance_shots(64, 1, 20, 3.0)
     rows = []

@@ -1,6 +1,7 @@
 """The decoding stage: which maps are kept, spilled or recomputed, and how tall the strips of each sweep are.
 
 A decoder with n barriers takes n + 1 sweeps; sweep i starts from map i, the input of attention i (map 0 is the latent).
+Encoding is planned by the same arithmetic, and map 0 is then the image.
 A map that is spilled lives on the host or in a file. A map that is recomputed never exists: the sweep that needs it
 starts from an earlier one and repeats the layers in between. All ways give the same picture.
 """
@@ -64,12 +65,14 @@ def decode_stages(
     hardware: Hardware,
     limit_bytes: int | None,
     strip_rows: int | None = None,
+    held_bytes: int = 0,
 ) -> Iterator[DecodeStage]:
     """Every way worth considering, each with the fastest strips that the limit lets; else with the smallest.
 
-    `strip_rows` fixes the height in the last sweep, and the others' by the same bytes.
+    `strip_rows` fixes the height in the last sweep, and the others' by the same bytes. `held_bytes` are there all the
+    time, beside what the stage itself makes.
     """
-    for route in _routes(shape, precision, hardware, strip_rows):
+    for route in _routes(shape, precision, hardware, strip_rows, held_bytes):
         sweeps = []
         for options in route:
             fitting = (option for option in options if limit_bytes is None or option.peak_bytes <= limit_bytes)
@@ -89,10 +92,10 @@ def _by_bytes(option: SweepStage) -> tuple[int, float]:
 
 @lru_cache(maxsize=8)  # a job asks several times: for its budget, for the least, for the next try
 def _routes(
-    shape: DecoderShape, precision: str, hardware: Hardware, strip_rows: int | None
+    shape: DecoderShape, precision: str, hardware: Hardware, strip_rows: int | None, held_bytes: int
 ) -> tuple[tuple[tuple[SweepStage, ...], ...], ...]:
     """For every layout, for every sweep, what each strip height makes of it, the fastest first."""
-    latent_bytes = shape.rows * shape.columns * shape.spec.latent_channels * (4 + 2 * shape.element_bytes)
+    held_bytes += shape.rows * shape.columns * shape.spec.latent_channels * (4 + 2 * shape.element_bytes)
     heights = [_heights(shape, index, hardware, strip_rows) for index in range(len(shape))]
     routes = []
     known: dict[tuple[object, ...], tuple[SweepStage, ...]] = {}
@@ -102,7 +105,7 @@ def _routes(
         return [shape.pass_shape(start, index, rows) for rows in heights[index]]
 
     for starts, stores in _layouts(shape, hardware):
-        layout = _Layout(shape, starts, stores, precision, hardware, latent_bytes)
+        layout = _Layout(shape, starts, stores, precision, hardware, held_bytes)
         route = []
         for index in range(len(shape)):
             start = starts[index]
@@ -168,7 +171,7 @@ class _Layout:
     stores: Sequence[Store | None]
     precision: str
     hardware: Hardware
-    latent_bytes: int
+    held_bytes: int  # the latent, and what a caller holds
 
     def sweep(self, index: int, strip_rows: int, made: PassShape) -> SweepStage:
         start, rates = self.starts[index], self.hardware.rates
@@ -180,7 +183,7 @@ class _Layout:
             if store in ("disk", "host"):
                 rate = rates.disk_bytes if store == "disk" else rates.host_bytes
                 seconds += self.shape.map_bytes(place) / rate
-        peak_bytes = made.peak_bytes + self._map_bytes(index) + self.latent_bytes
+        peak_bytes = made.peak_bytes + self._map_bytes(index) + self.held_bytes
         return SweepStage(strip_rows, start, self.stores[index], peak_bytes, seconds)
 
     def _map_bytes(self, index: int) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
@@ -11,6 +11,8 @@ from handscroll.errors import BudgetError, SizeError, UsageError
 from handscroll.plan.decode import DecodeStage, decode_stages
 from handscroll.plan.decoder_shape import DecoderShape
 from handscroll.plan.denoise import DenoiseStage, Sampling, denoise_stages
+from handscroll.plan.encoder_shape import EncoderShape
+from handscroll.plan.growth import first_step, smaller_sizes
 from handscroll.plan.hardware import MIB, Hardware, Situation
 from handscroll.plan.precision import BYTES, Precision, resolve_precision
 from handscroll.plan.text import TextStage, text_stage
@@ -20,7 +22,8 @@ from handscroll.spec import CheckpointSpec
 
 # On a CPU a stage takes more of the process's memory than its tensors: code that is touched for the first time, heaps
 # of threads, oneDNN's scratch and compiled kernels, the file writer; and a share of small blocks between others.
-CPU_EXTRA_BYTES, CPU_EXTRA_SHARE = {"text": 32 * MIB, "denoise": 40 * MIB, "decode": 68 * MIB}, 0.03
+CPU_EXTRA_BYTES = {"text": 32 * MIB, "denoise": 40 * MIB, "encode": 68 * MIB, "decode": 68 * MIB}
+CPU_EXTRA_SHARE = 0.03
 # Without a budget the heap keeps holes between what is in use.
 CPU_HEAP_SHARE = 0.6
 # In half precision oneDNN compiles more kernels and keeps more scratch.
@@ -36,8 +39,10 @@ FREE_SHARE = 0.9
 # What a stage that ran out of memory may take of what it was planned to take, at its next try.
 SHRINKS_TO = 0.7
 
-STAGE_FIELDS = {"text": "text", "denoise": "denoise", "decode": "decoding"}
 PRECISION_FIELDS = {"text": "text_encoder", "denoise": "transformer", "decode": "autoencoder"}
+# What is planned apart, and where in a plan it stands. A stage is one part, but that denoising a picture that grows
+# includes decoding the smaller ones and encoding them for the next size.
+PART_FIELDS = {"text": "text", "denoise": "denoise", "encode": "encoding", "decode": "decoding"}
 
 
 class _Stage(Protocol):
@@ -52,11 +57,15 @@ AnyStage = TypeVar("AnyStage", bound=_Stage)
 
 @dataclass(frozen=True)
 class Plan:
-    """What will run. Sizes in pixels; `latent_height` and `latent_width` in latent pixels; `seeds` one a picture.
+    """What will run. Sizes in pixels; `latent_height` and `latent_width` in latent pixels; `seeds` one a picture, none
+    for a smaller picture on the way.
 
     `text`, `denoise` and `decoding` say how each stage runs; their bytes are of the whole process on a CPU, of the
     allocator on a CUDA device. A stage is None where it is not part of the job, `decoding` also for the ways that
     others decode, which keep no budget.
+
+    A picture that grows has a `smaller` one, which is decoded, enlarged, encoded as `encoding` says and denoised on
+    from step `first_step` of its schedule. `composed` says, as 512x512, at which size it began.
     """
 
     width: int
@@ -75,6 +84,30 @@ class Plan:
     text: TextStage | None = None
     denoise: DenoiseStage | None = None
     decoding: DecodeStage | None = None
+    encoding: DecodeStage | None = None
+    smaller: Plan | None = None
+    first_step: int = 0
+    composed: str = ""
+
+    @property
+    def sizes(self) -> tuple[Plan, ...]:
+        """The plans through which the picture grows, smallest first; the last is this one."""
+        return (self,) if self.smaller is None else (*self.smaller.sizes, self)
+
+    @property
+    def on_the_way(self) -> bool:
+        """Whether this is a smaller picture from which another grows."""
+        return not self.seeds
+
+    @property
+    def total_steps(self) -> int:
+        """Of all sizes together."""
+        return sum(plan.steps - plan.first_step for plan in self.sizes)
+
+    @property
+    def steps_before(self) -> int:
+        """How many of the total come before step 0 of this size's schedule would."""
+        return self.total_steps - self.steps
 
     @property
     def guided(self) -> bool:
@@ -89,8 +122,24 @@ class Plan:
     @property
     def planned_bytes(self) -> dict[str, int]:
         """The peak of every stage that was planned: text, denoise, decode."""
-        stages = {"text": self.text, "denoise": self.denoise, "decode": self.decoding}
-        return {name: stage.peak_bytes for name, stage in stages.items() if stage is not None}
+        return {name: max(part.peak_bytes for part in parts) for name, parts in self._parts.items() if parts}
+
+    @property
+    def planned_seconds(self) -> dict[str, float]:
+        """Of every stage that was planned, by the hardware's rates."""
+        return {name: sum(part.seconds for part in parts) for name, parts in self._parts.items() if parts}
+
+    @property
+    def _parts(self) -> dict[str, list[TextStage | DenoiseStage | DecodeStage]]:
+        denoise: list[TextStage | DenoiseStage | DecodeStage | None] = []
+        for plan in self.sizes:
+            denoise += [plan.encoding, plan.denoise, plan.decoding if plan.on_the_way else None]
+        stages: dict[str, list[TextStage | DenoiseStage | DecodeStage | None]] = {
+            "text": [self.text],
+            "denoise": denoise,
+            "decode": [self.decoding],
+        }
+        return {name: [part for part in parts if part is not None] for name, parts in stages.items()}
 
     @property
     def planned_peak_bytes(self) -> int | None:
@@ -132,19 +181,53 @@ def make_plan(spec: CheckpointSpec, request: Request, situation: Situation, seed
         strip_rows=request.strip_rows,
         budget_bytes=request.memory_bytes,
     )
+    if situation.tokens is not None:
+        plan = _grown(plan, spec, request.compose_px, factor)
     return with_stages(plan, spec, situation)
+
+
+def _grown(plan: Plan, spec: CheckpointSpec, compose_px: int | None, factor: int) -> Plan:
+    """The plan with the smaller ones that it grows from; where nobody asked, as the checkpoint does.
+
+    Raises UsageError where a few-step model is asked to.
+    """
+    if spec.is_sprint:
+        if compose_px:
+            raise UsageError(f"{spec.name} is a few-step model and composes at full size; leave --compose out")
+        return plan
+    compose_px = spec.compose_px if compose_px is None else compose_px
+    if not compose_px or not first_step(plan.steps):
+        return plan  # of a single step there is no last part to begin a larger size with
+    patch = spec.transformer.patch_size
+    full = plan.latent_width * factor // patch, plan.latent_height * factor // patch
+    smaller: Plan | None = None
+    for width, height in smaller_sizes(*full, compose_px, factor):
+        smaller = dataclasses.replace(
+            plan,
+            width=width,
+            height=height,
+            latent_width=width // factor * patch,
+            latent_height=height // factor * patch,
+            seeds=(),
+            decode="rows",
+            strip_rows=None,
+            smaller=smaller,
+            first_step=0 if smaller is None else first_step(plan.steps),
+        )
+    if smaller is None:
+        return plan
+    least = smaller.sizes[0]
+    return dataclasses.replace(
+        plan, smaller=smaller, first_step=first_step(plan.steps), composed=f"{least.width}x{least.height}"
+    )
 
 
 def with_stages(plan: Plan, spec: CheckpointSpec, situation: Situation) -> Plan:
     """The plan with its stages chosen anew for its precision and budget. Raises BudgetError."""
-    limit_bytes = _limit_bytes(plan, situation)
-    found = {
-        STAGE_FIELDS[stage]: _choose(stage, plan, spec, situation, limit_bytes)
-        for stage in _planned_stages(plan, situation)
-    }
-    if plan.budget_bytes is not None and any(stage.peak_bytes > plan.budget_bytes for stage in found.values()):
-        raise _too_small(plan, spec, situation, found)
-    return dataclasses.replace(plan, **found)
+    planned = _chosen(plan, spec, situation, _planned_stages(plan, situation), _limit_bytes(plan, situation))
+    if plan.budget_bytes is not None and max(planned.planned_bytes.values(), default=0) > plan.budget_bytes:
+        raise _too_small(planned, spec, situation)
+    return planned
 
 
 def shrunk(plan: Plan, spec: CheckpointSpec, situation: Situation, stage: str) -> Plan | None:
@@ -154,8 +237,8 @@ def shrunk(plan: Plan, spec: CheckpointSpec, situation: Situation, stage: str) -
         return None
     base_bytes = situation.hardware.base_bytes
     limit_bytes = base_bytes + int(SHRINKS_TO * (used_bytes - base_bytes))
-    smaller = _choose(stage, plan, spec, situation, limit_bytes)
-    return dataclasses.replace(plan, **{STAGE_FIELDS[stage]: smaller}) if smaller.peak_bytes < used_bytes else None
+    smaller = _chosen(plan, spec, situation, [stage], limit_bytes)
+    return smaller if smaller.planned_bytes[stage] < used_bytes else None
 
 
 def in_precision(plan: Plan, spec: CheckpointSpec, situation: Situation, stage: str, precision: str) -> Plan:
@@ -171,19 +254,20 @@ def chosen_anew(plan: Plan, spec: CheckpointSpec, situation: Situation, stage: s
     """The plan with one stage chosen anew, for a situation that has changed. Raises BudgetError if it does not fit."""
     if stage not in _planned_stages(plan, situation):
         return plan
-    found = _choose(stage, plan, spec, situation, _limit_bytes(plan, situation))
-    if plan.budget_bytes is not None and found.peak_bytes > plan.budget_bytes:
-        raise _too_small(plan, spec, situation, {STAGE_FIELDS[stage]: found})
-    return dataclasses.replace(plan, **{STAGE_FIELDS[stage]: found})
+    planned = _chosen(plan, spec, situation, [stage], _limit_bytes(plan, situation))
+    if plan.budget_bytes is not None and planned.planned_bytes[stage] > plan.budget_bytes:
+        raise _too_small(planned, spec, situation)
+    return planned
 
 
 def minimum_bytes(plan: Plan, spec: CheckpointSpec, situation: Situation) -> int | None:
     """The smallest budget that this plan's job would be accepted with; None where it keeps no budget."""
     if plan.decode != "rows":
         return None
-    plan = dataclasses.replace(plan, budget_bytes=0)
-    stages = [_choose(stage, plan, spec, situation, 0) for stage in _planned_stages(plan, situation)]
-    least_bytes = max(stage.peak_bytes for stage in stages)
+    least = _chosen(
+        dataclasses.replace(plan, budget_bytes=0), spec, situation, _planned_stages(plan, situation), limit_bytes=0
+    )
+    least_bytes = max(least.planned_bytes.values())
     return -(-(least_bytes + MINIMUM_STEP_BYTES // 2) // MINIMUM_STEP_BYTES) * MINIMUM_STEP_BYTES
 
 
@@ -200,6 +284,19 @@ def _planned_stages(plan: Plan, situation: Situation) -> list[str]:
     return [*stages, "decode"] if plan.decode == "rows" else stages
 
 
+def _chosen(
+    plan: Plan, spec: CheckpointSpec, situation: Situation, stages: Collection[str], limit_bytes: int | None
+) -> Plan:
+    """The plan with these stages chosen anew, each part of them within the limit where it can be."""
+    parts = list(stages)
+    if "denoise" in stages and plan.smaller is not None:
+        parts.append("encode")
+        smaller = dataclasses.replace(plan.smaller, precision=plan.precision, budget_bytes=plan.budget_bytes)
+        plan = dataclasses.replace(plan, smaller=_chosen(smaller, spec, situation, ["denoise", "decode"], limit_bytes))
+    found = {PART_FIELDS[part]: _choose(part, plan, spec, situation, limit_bytes) for part in parts}
+    return dataclasses.replace(plan, **found)
+
+
 def _choose(stage: str, plan: Plan, spec: CheckpointSpec, situation: Situation, limit_bytes: int | None) -> Any:
     extra_share = CPU_EXTRA_SHARE if plan.budget_bytes is not None else CPU_HEAP_SHARE
     if situation.hardware.is_cuda:
@@ -207,7 +304,7 @@ def _choose(stage: str, plan: Plan, spec: CheckpointSpec, situation: Situation, 
     extra_bytes = _extra_bytes(stage, plan, spec, situation)
     room = Room(situation.hardware, limit_bytes, extra_bytes, extra_share)
     best: Any = room.choose(_ways(stage, plan, spec, situation, room))
-    if stage != "decode" or situation.hardware.is_cuda:
+    if stage != "decode" or plan.on_the_way or situation.hardware.is_cuda:
         return best
     # The file is encoded once all rows are there, and what made them is gone.
     writing_bytes = writer_bytes(situation.suffix, plan.width, plan.height)
@@ -218,9 +315,11 @@ def _extra_bytes(stage: str, plan: Plan, spec: CheckpointSpec, situation: Situat
     """What a stage takes beside tensors: on a CPU kernels, and a buffer to read weights of another dtype through."""
     if situation.hardware.is_cuda:
         return CUDA_EXTRA_BYTES
-    component = {"text": "text_encoder", "denoise": "transformer", "decode": "vae"}[stage]
+    component, precision = {
+        "text": ("text_encoder", plan.precision.text_encoder),
+        "denoise": ("transformer", plan.precision.transformer),
+    }.get(stage, ("vae", plan.precision.autoencoder))
     stored = {entry.dtype for entry in spec.weights_of(component).tensors}
-    precision = getattr(plan.precision, PRECISION_FIELDS[stage])
     extra_bytes = CPU_EXTRA_BYTES[stage] + (CPU_HALF_EXTRA_BYTES if precision != "fp32" else 0)
     return extra_bytes + (STAGING_BYTES if stored - {precision} else 0)
 
@@ -240,14 +339,18 @@ def _ways(
             rows=plan.latent_height // patch,
             columns=plan.latent_width // patch,
             tokens=tokens,
-            steps=plan.steps,
+            steps=plan.steps - plan.first_step,
             branches=prompts,
             precision=plan.precision.transformer,
         )
         return denoise_stages(spec.transformer, job, hardware, room.stage_bytes)
     precision = plan.precision.autoencoder
-    shape = DecoderShape(spec.autoencoder, plan.latent_height, plan.latent_width, BYTES[precision])
-    return decode_stages(shape, precision, hardware, room.stage_bytes, plan.strip_rows)
+    half, between = (EncoderShape, plan.smaller) if stage == "encode" else (DecoderShape, plan)
+    shape = half(spec.autoencoder, plan.latent_height, plan.latent_width, BYTES[precision])
+    # A smaller picture is held whole, in the host's memory, while it is decoded and encoded again.
+    held_bytes = 3 * between.width * between.height if between and between.on_the_way and not hardware.is_cuda else 0
+    strip_rows = plan.strip_rows if stage == "decode" else None
+    return decode_stages(shape, precision, hardware, room.stage_bytes, strip_rows, held_bytes)
 
 
 class Room:
@@ -284,12 +387,13 @@ class Room:
         return dataclasses.replace(best, peak_bytes=self.total_bytes(best.peak_bytes))  # type: ignore[type-var]
 
 
-def _too_small(plan: Plan, spec: CheckpointSpec, situation: Situation, stages: dict[str, Any]) -> BudgetError:
+def _too_small(plan: Plan, spec: CheckpointSpec, situation: Situation) -> BudgetError:
     least_bytes, allowed_bytes = minimum_bytes(plan, spec, situation), plan.budget_bytes
     assert least_bytes is not None
     assert allowed_bytes is not None
-    largest = max(stages, key=lambda name: stages[name].peak_bytes)
-    name = {"text": "reading the prompt", "denoise": "denoising", "decoding": "decoding"}[largest]
+    planned_bytes = plan.planned_bytes
+    largest = max(planned_bytes, key=lambda name: planned_bytes[name])
+    name = {"text": "reading the prompt", "denoise": "denoising", "decode": "decoding"}[largest]
     return BudgetError(
         f"{plan.width}x{plan.height} with {spec.name} in {plan.precision} needs at least "
         f"--memory {least_bytes // MIB}MiB, for {name}; {allowed_bytes // MIB} MiB were allowed",

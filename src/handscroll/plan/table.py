@@ -17,6 +17,15 @@ PLACES = {"memory": "in memory", "host": "in the host's memory", "disk": "on dis
 def plan_dict(spec: CheckpointSpec, plan: Plan, minimum_bytes: int | None) -> dict[str, Any]:
     """JSON values: the request's numbers, the budget, and for each stage its bytes, seconds and choices."""
     stages = {name: dataclasses.asdict(stage) for name, stage in _stages(plan).items()}
+    growth = [
+        {
+            "width": size.width,
+            "height": size.height,
+            "steps": size.steps - size.first_step,
+            **{name: dataclasses.asdict(part) for name, part in _parts_on_the_way(size).items()},
+        }
+        for size in plan.sizes[:-1]
+    ]
     return {
         "model": spec.name,
         "width": plan.width,
@@ -32,7 +41,8 @@ def plan_dict(spec: CheckpointSpec, plan: Plan, minimum_bytes: int | None) -> di
             "planned_peak_bytes": plan.planned_peak_bytes,
         },
         "stages": stages,
-        "seconds": round(sum(stage.seconds for stage in _stages(plan).values()), 1),
+        "growth": growth,
+        "seconds": round(sum(plan.planned_seconds.values()), 1),
     }
 
 
@@ -44,21 +54,37 @@ def plan_table(spec: CheckpointSpec, plan: Plan, minimum_bytes: int | None) -> s
         f"on {plan.device}, {budget}"
     )
     rows = [("STAGE", "PEAK", "ABOUT", "HOW")]
-    rows += [
-        (name, _gibibytes(stage.peak_bytes), _seconds(stage.seconds), _how(stage, spec))
-        for name, stage in _stages(plan).items()
-    ]
+    for name, stage in _stages(plan).items():
+        if name == "encode":
+            rows += [_row_on_the_way(size) for size in plan.sizes[:-1]]
+        rows.append((name, _gibibytes(stage.peak_bytes), _seconds(stage.seconds), _how(stage, spec)))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
-    total_seconds = sum(stage.seconds for stage in _stages(plan).values())
+    total_seconds = sum(plan.planned_seconds.values())
     peak = "" if plan.planned_peak_bytes is None else f"peak {_gibibytes(plan.planned_peak_bytes)}, "
     least = "" if minimum_bytes is None else f"; the least that would do is --memory {minimum_bytes // 2**20}MiB"
     return "\n".join([heading, "", *lines, "", f"{peak}about {_seconds(total_seconds)} a picture{least}"])
 
 
 def _stages(plan: Plan) -> dict[str, TextStage | DenoiseStage | DecodeStage]:
-    stages = {"text": plan.text, "denoise": plan.denoise, "decode": plan.decoding}
+    stages = {"text": plan.text, "encode": plan.encoding, "denoise": plan.denoise, "decode": plan.decoding}
     return {name: stage for name, stage in stages.items() if stage is not None}
+
+
+def _parts_on_the_way(size: Plan) -> dict[str, TextStage | DenoiseStage | DecodeStage]:
+    parts = _stages(size)
+    parts.pop("text", None)
+    return parts
+
+
+def _row_on_the_way(size: Plan) -> tuple[str, str, str, str]:
+    """One line for all parts of a smaller picture."""
+    parts = _parts_on_the_way(size).values()
+    peak_bytes, seconds = max(part.peak_bytes for part in parts), sum(part.seconds for part in parts)
+    steps = size.steps - size.first_step
+    what = "composed" if size.smaller is None else "grown"
+    how = f"{what} at {size.width}x{size.height} in {steps} step{'s' * (steps != 1)}, decoded and enlarged"
+    return "compose" if size.smaller is None else "grow", _gibibytes(peak_bytes), _seconds(seconds), how
 
 
 def _how(stage: TextStage | DenoiseStage | DecodeStage, spec: CheckpointSpec) -> str:

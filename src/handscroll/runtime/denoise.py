@@ -23,12 +23,19 @@ SCM_INTERMEDIATE_TIMESTEP = 1.3
 SAVE_AFTER_SECONDS = 10.0
 SAVE_SHARE = 0.02
 
-OnStep = Callable[[int, int], None]
+# Between the seeds of one picture's sizes: odd, and too far apart for the seeds that people count up from.
+SEED_STRIDE = 0x9E3779B97F4A7C15
+
+OnStep = Callable[[int], None]
 
 
-def starting_noise(channels: int, height: int, width: int, seed: int) -> tuple[Tensor, torch.Generator]:
-    """Noise [1, channels, height, width], fp32, drawn on the CPU as diffusers draws it; and its generator."""
-    generator = torch.Generator("cpu").manual_seed(seed)
+def starting_noise(channels: int, height: int, width: int, seed: int, size: int = 0) -> tuple[Tensor, torch.Generator]:
+    """Noise [1, channels, height, width], fp32, drawn on the CPU as diffusers draws it; and its generator.
+
+    size: which of the sizes through which a picture grows. The first has the seed's own noise, so that a small picture
+    shows what a large one of the same seed will be; the others each have another.
+    """
+    generator = torch.Generator("cpu").manual_seed((seed + size * SEED_STRIDE) % 2**63)
     return torch.randn((1, channels, height, width), generator=generator, dtype=torch.float32), generator
 
 
@@ -38,7 +45,8 @@ class SamplerState:
 
     `latent` [1, C, h, w] fp32 is the sample after `steps_done` steps. `timesteps` is the whole schedule, kept to be
     compared. `model_outputs` are the newest of a multistep solver, oldest first (none for others), `lower_order_nums`
-    counts its steps up to its order. `generator` is the noise generator's state, uint8.
+    counts its steps up to its order. `generator` is the noise generator's state, uint8. `steps_before`: how many steps
+    of the picture come before step 0 of this schedule, where it grows through several.
     """
 
     steps_done: int
@@ -47,6 +55,7 @@ class SamplerState:
     generator: Tensor
     model_outputs: tuple[Tensor, ...] = ()
     lower_order_nums: int = 0
+    steps_before: int = 0
 
 
 @dataclass(frozen=True)
@@ -54,9 +63,12 @@ class Sampling:
     """What it takes to denoise one picture. `noise` [1, C, h, w] fp32 was drawn from `generator`, which goes on.
 
     With `negative`, classifier-free guidance by two branches a step; without, one. A few-step model (SCMScheduler)
-    takes its guidance as an input. `on_step(done, of)` is told of each step. From `start` the sampling goes on, with
-    the same bits as if it had never stopped. `on_state` is given a state where that is worth saving, and after the
-    last step; it comes before that step's `on_step`.
+    takes its guidance as an input. `on_step(done)` is told of each step. From `start` the sampling goes on, with the
+    same bits as if it had never stopped. `on_state` is given a state where that is worth saving, and after the last
+    step; it comes before that step's `on_step`.
+
+    With `source` [1, C, h, w] fp32, a finished latent, the schedule begins at `first_step`, where that step's share of
+    noise is laid over it (SDEdit, as diffusers' image-to-image pipelines begin). Not for few-step models.
     """
 
     transformer: Transformer
@@ -70,6 +82,9 @@ class Sampling:
     on_step: OnStep
     start: SamplerState | None = None
     on_state: Callable[[SamplerState], None] | None = None
+    source: Tensor | None = None
+    first_step: int = 0
+    steps_before: int = 0
 
 
 def denoise(job: Sampling) -> Tensor:
@@ -105,7 +120,9 @@ class _Journey:
     def __init__(self, job: Sampling, timesteps: Tensor) -> None:
         self.job, self.timesteps = job, timesteps
         self.saved_at, self.save_seconds = time.perf_counter(), 0.0
-        self.steps_done = 0
+        self.steps_done = job.first_step
+        if job.first_step:
+            job.scheduler.set_begin_index(job.first_step)
         if job.start is not None:
             self._return_to(job.start)
 
@@ -127,7 +144,7 @@ class _Journey:
             self.job.on_state(self._state(done, latent))
             self.saved_at = time.perf_counter()
             self.save_seconds = self.saved_at - start
-        self.job.on_step(done, total)
+        self.job.on_step(done)
 
     def _state(self, steps_done: int, latent: Tensor) -> SamplerState:
         scheduler = self.job.scheduler
@@ -140,11 +157,13 @@ class _Journey:
             self.job.generator.get_state(),
             tuple(output.cpu() for output in outputs),
             getattr(scheduler, "lower_order_nums", 0),
+            self.job.steps_before,
         )
 
     def _return_to(self, state: SamplerState) -> None:
         scheduler = self.job.scheduler
-        if not torch.equal(state.timesteps, scheduler.timesteps.cpu()) or state.steps_done > len(self.timesteps):
+        same = torch.equal(state.timesteps, scheduler.timesteps.cpu()) and state.steps_before == self.job.steps_before
+        if not same or not self.job.first_step <= state.steps_done <= len(self.timesteps):
             raise RunFolderError("the saved state belongs to another schedule; delete the run folder to start over")
         self.steps_done = state.steps_done
         scheduler._step_index = state.steps_done
@@ -164,13 +183,21 @@ def _predictions(
     return transformer.predict(branches)
 
 
+def _beginning(job: Sampling) -> Tensor:
+    """Noise, or a source with the first step's share of noise over it: x_sigma = (1 - sigma) x_0 + sigma noise."""
+    if job.source is None:
+        return job.noise
+    sigma = float(job.scheduler.sigmas[job.first_step])
+    return torch.lerp(job.source.cpu(), job.noise, sigma)
+
+
 def _denoise_flow(job: Sampling) -> Tensor:
     """As `SanaPipeline.__call__`."""
     transformer, scheduler, device = job.transformer, job.scheduler, job.transformer.device
     timesteps = _set_timesteps(scheduler, job.steps, device=device)
     channels = job.noise.shape[1]
     journey = _Journey(job, timesteps)
-    latent = (job.noise if job.start is None else job.start.latent).to(device)
+    latent = (_beginning(job) if job.start is None else job.start.latent).to(device)
     for index, t in journey.steps():
         timestep = t.expand(1) * transformer.config.timestep_scale
         texts = [job.text] if job.negative is None else [job.text, job.negative]

@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 
     from handscroll.runtime.denoise import SamplerState
 
-FORMAT, FORMAT_VERSION = "handscroll run", 1
+FORMAT, FORMAT_VERSION = "handscroll run", 2
 MAX_NAME_BYTES = 255  # what common file systems hold
 _OURS = re.compile(r"job\.json|lock|(state|latent)-\d+(\.previous)?\.safetensors|[a-z]+\.(part|rows)")
 
@@ -54,8 +54,9 @@ class Job:
     """What a run makes. Two jobs whose `latents` are equal, and their seeds, may share latents and states.
 
     `request` is as given, but for `model`, which is found again from any folder; `seed` None in it stands for a drawn
-    one. `latents` holds everything else that latents depend on, `pictures` what pictures depend on beyond their
-    latents; both are JSON values under names that a user understands.
+    one. `steps` are those of all sizes that a picture grows through. `latents` holds everything else that latents
+    depend on, `pictures` what pictures depend on beyond their latents; both are JSON values under names that a user
+    understands.
     """
 
     request: Request
@@ -87,6 +88,7 @@ class Job:
             "negative prompt": request.negative,
             "size": f"{plan.width}x{plan.height}",
             "steps": plan.steps,
+            "composition": " ".join(f"{size.width}x{size.height}" for size in plan.sizes),
             "guidance": plan.guidance,
             "count": request.count,
             "text encoder's precision": plan.precision.text_encoder,
@@ -99,7 +101,7 @@ class Job:
         return cls(
             dataclasses.replace(request, model=resolved_name(request.model)),
             plan.seeds[0],
-            plan.steps,
+            plan.total_steps,
             latents,
             {"decode": plan.decode, "autoencoder's precision": plan.precision.autoencoder, "quality": quality},
             output,
@@ -251,7 +253,7 @@ class RunFolder:
             state = self._read_state(path, precision)
             if state is not None:
                 if index not in self._ours:
-                    self._resumed[index] = state.steps_done
+                    self._resumed[index] = state.steps_before + state.steps_done
                 return state
         return None
 
@@ -278,6 +280,7 @@ class RunFolder:
         tensors = {"latent": state.latent, "timesteps": state.timesteps, "generator": state.generator}
         tensors |= {f"model_output.{number}": output for number, output in enumerate(state.model_outputs)}
         facts = {"run": self._id, "steps_done": state.steps_done, "lower_order_nums": state.lower_order_nums}
+        facts["steps_before"] = state.steps_before
         facts["precision"] = precision or self._precision
 
         def save() -> None:
@@ -352,7 +355,7 @@ class RunFolder:
         if not without_latent:
             return f"{which}from the finished latent"
         states = (self._read_state(path) for path in self._state_paths(index))
-        steps_done = next((state.steps_done for state in states if state is not None), 0)
+        steps_done = next((state.steps_before + state.steps_done for state in states if state is not None), 0)
         return f"{which}from step {steps_done} of {self.job.steps}"
 
     # Files
@@ -396,6 +399,7 @@ class RunFolder:
                 generator=tensors["generator"],
                 model_outputs=tuple(outputs),
                 lower_order_nums=int(facts["lower_order_nums"]),
+                steps_before=int(facts["steps_before"]),
             )
         except (CheckpointError, KeyError, ValueError):
             return None

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,7 @@ from handscroll.banded import dit
 from handscroll.banded.dit import Branch
 from handscroll.banded.rows import RowMap
 from handscroll.errors import HandscrollError
+from handscroll.plan.decode import DecodeStage
 from handscroll.plan.plan import Plan
 from handscroll.plan.store import Store
 from handscroll.runtime.checkpoint import open_module
@@ -28,6 +29,8 @@ from handscroll.runtime.spill import DiskMap, HostMap
 from handscroll.runtime.text import open_text_encoder
 from handscroll.runtime.weights import DTYPES, WeightStream
 from handscroll.spec import CheckpointSpec
+
+Part = Literal["encoder", "decoder"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,32 +115,52 @@ class Stages:
     @property
     def decoder(self) -> Opened:
         """The autoencoder with its decoder alone."""
-        return self._open("vae", self.plan.precision.autoencoder)
+        return self._open("vae", self.plan.precision.autoencoder, "decoder")
+
+    @property
+    def encoder(self) -> Opened:
+        """The autoencoder with its encoder alone."""
+        return self._open("vae", self.plan.precision.autoencoder, "encoder")
 
     def new_map(self, index: int, height: int) -> RowMap:
         """The map that sweep `index` of the decoder starts from."""
-        store = self.plan.decoding.sweeps[index].store if self.plan.decoding else "memory"
+        return self._new_map(self.plan.decoding, index, height)
+
+    def new_encoder_map(self, index: int, height: int) -> RowMap:
+        """The map that sweep `index` of the encoder starts from."""
+        return self._new_map(self.plan.encoding, index, height)
+
+    def _new_map(self, stage: DecodeStage | None, index: int, height: int) -> RowMap:
+        store = stage.sweeps[index].store if stage else "memory"
         return make_map(store or "memory", height, self.scratch)
 
-    def _open(self, component: Any, precision: str) -> Opened:
-        key = f"{component} {precision}"
+    @contextmanager
+    def at(self, plan: Plan) -> Iterator[None]:
+        """Runs another plan of the same job while it is entered: of a size through which the picture grows."""
+        own, self.plan = self.plan, plan
+        try:
+            yield
+        finally:
+            self.plan = own
+
+    def _open(self, component: Any, precision: str, part: Part | None = None) -> Opened:
+        key = f"{component} {part or ''} {precision}"
         if key not in self.opened:
             if not self.keep:
                 self.free()
             try:
-                self.opened[key] = self._opened(component, DTYPES[precision])
+                self.opened[key] = self._opened(component, DTYPES[precision], part)
             except OSError as error:
                 raise HandscrollError(f"{self.spec.folder / component}: cannot be read: {error.strerror}") from error
         return self.opened[key]
 
-    def _opened(self, component: Any, dtype: torch.dtype) -> Opened:
+    def _opened(self, component: Any, dtype: torch.dtype, part: Part | None) -> Opened:
         if component == "text_encoder":
             module, stream = open_text_encoder(self.spec, dtype=dtype, device=self.plan.device)
             if self.keep:
                 stream.keep(module)
             return Opened(module, stream, self.keep)
         leave = {"patch_embed.pos_embed"} if component == "transformer" else set()
-        part: Any = "decoder" if component == "vae" else None
         module, stream = open_module(self.spec, component, dtype=dtype, device=self.plan.device, part=part, leave=leave)
         if self.keep or (component == "vae" and self.plan.decode != "rows"):
             stream.keep(module)

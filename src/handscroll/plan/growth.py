@@ -1,0 +1,45 @@
+"""The sizes through which a large picture grows: composed small, then enlarged and painted on, size by size.
+
+A model lays out a picture well at the sizes that it saw most of; far beyond them suns multiply. So the steps from pure
+noise are made small, and each larger size begins from the enlarged picture with noise laid over it again, as in
+SDEdit (arXiv 2108.01073): what noise hides is painted anew, what it leaves is kept.
+"""
+
+from __future__ import annotations
+
+import math
+
+# Of a larger size's schedule the last part, as diffusers counts `strength`: at Sana's flow shift of 6 it begins at a
+# sigma of 0.8, where the composition shows through and everything finer than it is still to be made.
+GROWTH_STRENGTH = 0.4
+# Sides double at most from one size to the next; a picture that is larger by less than this is made as it is.
+LARGEST_STEP, SMALLEST_STEP = 2.0, 1.25
+
+
+def smaller_sizes(width: int, height: int, compose_px: int, multiple: int) -> list[tuple[int, int]]:
+    """The sizes before width x height, smallest first, the first of about `compose_px` squared pixels.
+
+    Their sides are multiples of `multiple`, in about the same ratio. Where growth is by powers of two, the sizes of a
+    smaller picture are the first of a larger one's.
+    """
+    ratio = math.sqrt(width * height) / compose_px
+    if ratio < SMALLEST_STEP:
+        return []
+    count = max(1, math.ceil(math.log(ratio, LARGEST_STEP) - 1e-9))
+    sizes: list[tuple[int, int]] = []
+    for index in range(count):
+        scale = ratio ** (index / count) / ratio
+        size = (_near(width * scale, multiple, width), _near(height * scale, multiple, height))
+        before = sizes[-1] if sizes else (0, 0)
+        if size != before and size[0] * size[1] < width * height:
+            sizes.append(size)
+    return sizes
+
+
+def _near(side: float, multiple: int, most: int) -> int:
+    return min(max(1, round(side / multiple)) * multiple, most)
+
+
+def first_step(steps: int) -> int:
+    """The step of a schedule of so many at which a larger size begins."""
+    return steps - max(1, round(steps * GROWTH_STRENGTH))

@@ -1,0 +1,57 @@
+"""The sizes through which a picture grows."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from handscroll.plan.growth import first_step, smaller_sizes
+
+
+@pytest.mark.parametrize(
+    ("width", "height", "compose_px", "sizes"),
+    [
+        (512, 512, 512, []),
+        (256, 256, 512, []),
+        (608, 608, 512, []),
+        (768, 768, 512, [(512, 512)]),
+        (1024, 1024, 512, [(512, 512)]),
+        (2048, 2048, 512, [(512, 512), (1024, 1024)]),
+        (4096, 4096, 512, [(512, 512), (1024, 1024), (2048, 2048)]),
+        (4096, 1024, 512, [(1024, 256), (2048, 512)]),
+        (4096, 4096, 1024, [(1024, 1024), (2048, 2048)]),
+        (131072, 32, 512, [(32768, 32), (65536, 32)]),
+    ],
+)
+def test_the_sizes_double(width: int, height: int, compose_px: int, sizes: list[tuple[int, int]]) -> None:
+    assert smaller_sizes(width, height, compose_px, 32) == sizes
+
+
+SIDES = st.integers(1, 1024).map(lambda rows: rows * 32)
+
+
+@given(SIDES, SIDES, st.integers(64, 4096), st.sampled_from([32, 64, 128]))
+def test_every_size_is_larger_than_the_one_before(width: int, height: int, compose_px: int, multiple: int) -> None:
+    width, height = -(-width // multiple) * multiple, -(-height // multiple) * multiple
+    sizes = [*smaller_sizes(width, height, compose_px, multiple), (width, height)]
+    assert all(side % multiple == 0 for size in sizes for side in size)
+    for (w0, h0), (w1, h1) in pairwise(sizes):
+        assert w0 <= w1
+        assert h0 <= h1
+        assert w0 * h0 < w1 * h1
+    if len(sizes) > 1 and min(sizes[0]) >= 8 * multiple:
+        area = sizes[0][0] * sizes[0][1]
+        assert 0.85 * compose_px**2 < area < 1.15 * compose_px**2
+        assert all(w1 * h1 < 4.6 * w0 * h0 for (w0, h0), (w1, h1) in pairwise(sizes))
+
+
+@given(st.integers(2, 1000))
+def test_a_larger_size_has_the_last_part_of_the_schedule(steps: int) -> None:
+    assert 0 < first_step(steps) < steps
+
+
+def test_a_larger_size_has_eight_steps_of_twenty() -> None:
+    assert first_step(20) == 12

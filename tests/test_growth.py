@@ -1,0 +1,238 @@
+"""Pictures that are composed small and grow: against the same steps made with diffusers' own modules, whole."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import pyvips
+import torch
+from diffusers import SanaPipeline
+from torch import Tensor
+
+from handscroll import Handscroll, Request, decode_latent, generate, pipeline
+from handscroll.errors import BudgetError, UsageError
+from handscroll.events import Progress
+from handscroll.image_file import read_parameters
+from handscroll.plan.growth import first_step
+from handscroll.plan.hardware import MIB, Hardware
+from handscroll.request import parse_compose
+from handscroll.runtime.checkpoint import open_checkpoint
+from handscroll.runtime.denoise import starting_noise
+from handscroll.runtime.text import instruction_of
+
+Miniature = Callable[..., Path]
+PROMPT = "Snowy Mountains at dusk, a red sun"
+STEPS, SEED, GUIDANCE = 5, 3, 4.5
+WIDE = {"width": 256, "height": 128, "seed": SEED, "steps": STEPS, "guidance": GUIDANCE}
+
+
+@torch.no_grad()
+def whole_latent(folder: Path, sizes: list[tuple[int, int]]) -> Tensor:
+    """The latent of a picture that grows through (width, height), by nothing of handscroll's but its noise."""
+    spec = open_checkpoint(folder)
+    pipe = SanaPipeline.from_pretrained(folder, torch_dtype=torch.float32)
+    lines = instruction_of(spec).split("\n") if spec.instruction else None
+    text = pipe.encode_prompt(PROMPT, True, negative_prompt="", complex_human_instruction=lines)
+    embeddings, mask = torch.cat([text[2], text[0]]), torch.cat([text[3], text[1]])
+    vae, scheduler = pipe.vae, pipe.scheduler
+    latent: Tensor | None = None
+    for number, (width, height) in enumerate(sizes):
+        noise, _ = starting_noise(32, height // 32, width // 32, SEED, number)
+        scheduler = scheduler.from_config(scheduler.config)
+        scheduler.set_timesteps(STEPS)
+        begin = first_step(STEPS) if number else 0
+        scheduler.set_begin_index(begin)
+        if latent is None:
+            latent = noise
+        else:
+            small = vae.decode(latent / vae.config.scaling_factor).sample
+            pixels = ((small[0] * 0.5 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()
+            before = pyvips.Image.new_from_array(np.ascontiguousarray(pixels))
+            large = before.resize(width / before.width, vscale=height / before.height, kernel="cubic").numpy()
+            source = vae.encode(torch.from_numpy(large).float().permute(2, 0, 1)[None] / 127.5 - 1).latent
+            source = source * vae.config.scaling_factor
+            sigma = scheduler.sigmas[begin]
+            latent = (1 - sigma) * source + sigma * noise
+        for t in scheduler.timesteps[begin:]:
+            made = pipe.transformer(
+                torch.cat([latent] * 2),
+                encoder_hidden_states=embeddings,
+                encoder_attention_mask=mask,
+                timestep=t.expand(2) * pipe.transformer.config.timestep_scale,
+                return_dict=False,
+            )[0]
+            without, with_prompt = made.chunk(2)
+            latent = scheduler.step(without + GUIDANCE * (with_prompt - without), t, latent, return_dict=False)[0]
+    assert latent is not None
+    return latent
+
+
+@pytest.mark.parametrize(
+    ("width", "height", "sizes"),
+    [
+        (256, 128, [(96, 32), (160, 64), (256, 128)]),
+        (128, 128, [(64, 64), (128, 128)]),
+        (96, 128, [(64, 64), (96, 128)]),
+    ],
+)
+def test_a_picture_grows_as_diffusers_own_modules_make_it(
+    miniature: Miniature, width: int, height: int, sizes: list[tuple[int, int]]
+) -> None:
+    folder = miniature("1.6b")
+    scroll = Handscroll.from_pretrained(folder)
+    ours = scroll(PROMPT, width=width, height=height, compose=64, seed=SEED, steps=STEPS, guidance=GUIDANCE)
+    assert [(plan.width, plan.height) for plan in ours._stage.plan.sizes] == sizes
+    theirs = whole_latent(folder, sizes)
+    # Of the smaller picture a few samples of uint8 may be rounded to the other side.
+    assert (ours.latent - theirs).abs().max() < 0.02 * theirs.std()
+    assert theirs.std() > 0.1
+
+
+def test_a_small_picture_shows_what_the_large_one_will_be(
+    miniature: Miniature, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun: list[Tensor] = []
+
+    def grown(stage: object, latent: Tensor, plan: object) -> Tensor:
+        begun.append(latent)
+        return real(stage, latent, plan)  # type: ignore[arg-type]
+
+    real = pipeline.grown
+    monkeypatch.setattr(pipeline, "grown", grown)
+    scroll = Handscroll.from_pretrained(miniature("1.6b"))
+    small = scroll(PROMPT, width=64, height=64, compose=64, seed=4, steps=3).latent
+    assert not begun
+    scroll(PROMPT, width=256, height=256, compose=64, seed=4, steps=3)
+    scroll(PROMPT, width=128, height=128, compose=64, seed=4, steps=3)
+    assert torch.equal(begun[0], small)
+    assert torch.equal(begun[2], small)
+    assert [each.shape[-1] for each in begun] == [2, 4, 2]
+
+
+def test_the_picture_is_the_same_in_any_memory(miniature: Miniature, monkeypatch: pytest.MonkeyPatch) -> None:
+    scroll = Handscroll.from_pretrained(miniature("1.6b"))
+    roomy = scroll(PROMPT, compose=64, **WIDE)
+    real = pipeline.survey
+
+    def cramped(*arguments: object, **options: object) -> object:
+        return dataclasses.replace(real(*arguments, **options), hardware=Hardware("cpu", free_bytes=MIB))  # type: ignore[arg-type]
+
+    monkeypatch.setattr(pipeline, "survey", cramped)
+    tight = scroll(PROMPT, compose=64, **WIDE)
+    plans = [picture._stage.plan for picture in (roomy, tight)]
+    assert plans[0].encoding != plans[1].encoding
+    assert plans[0].planned_bytes["denoise"] > plans[1].planned_bytes["denoise"]
+    assert torch.equal(roomy.latent, tight.latent)
+
+
+@pytest.mark.parametrize("stop_after", [2, 5, 6, 7, 8])
+def test_a_run_goes_on_within_any_of_its_sizes(
+    miniature: Miniature, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop_after: int
+) -> None:
+    from handscroll.runtime import denoise
+
+    monkeypatch.setattr(denoise, "worth_saving", lambda *_: True)
+    request = Request(PROMPT, model=str(miniature("1.6b")), compose_px=64, **WIDE)
+    (whole,) = generate(request, tmp_path / "whole.png")
+
+    def stop(event: Progress) -> None:
+        if event.stage == "denoise" and event.done == stop_after:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt) as caught:
+        generate(request, tmp_path / "cut.png", on_event=stop)
+    assert f"goes on from step {stop_after} of 9" in caught.value.__notes__[0]
+    events: list[Progress] = []
+    (again,) = generate(request, tmp_path / "cut.png", on_event=events.append)
+    assert again.resumed_from_step == stop_after
+    assert [event.done for event in events if event.stage == "denoise"] == list(range(stop_after, 10))
+    assert whole.path.read_bytes() == again.path.read_bytes()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["cut.png", "whole.png"]
+
+
+def test_another_composition_is_another_job(miniature: Miniature, tmp_path: Path) -> None:
+    request = Request(PROMPT, model=str(miniature("1.6b")), compose_px=64, **WIDE)
+
+    def stop(event: Progress) -> None:
+        if event.stage == "denoise" and event.done == 7:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        generate(request, tmp_path / "p.png", on_event=stop)
+    told: list[str] = []
+    generate(
+        dataclasses.replace(request, compose_px=0),
+        tmp_path / "p.png",
+        on_event=lambda event: told.append(event.detail) if event.stage == "notice" else None,
+    )
+    assert "starting over" in told[0]
+    assert "composition" in told[0]
+
+
+def test_the_file_says_where_it_began(miniature: Miniature, tmp_path: Path) -> None:
+    request = Request(PROMPT, model=str(miniature("1.6b")), compose_px=64, **WIDE)
+    (made,) = generate(request, tmp_path / "a.png", save_latent=tmp_path / "a.safetensors")
+    assert "First pass size: 96x32" in read_parameters(made.path)
+    assert made.as_dict()["composed"] == "96x32"
+    again = decode_latent(tmp_path / "a.safetensors", tmp_path / "b.png")
+    assert read_parameters(again.path) == read_parameters(made.path)
+    (plain,) = generate(dataclasses.replace(request, compose_px=0), tmp_path / "c.png")
+    assert "First pass" not in read_parameters(plain.path)
+    assert plain.composed == ""
+
+
+def test_each_way_to_decode_takes_the_same_latent(miniature: Miniature, tmp_path: Path) -> None:
+    request = Request(PROMPT, model=str(miniature("1.6b")), compose_px=64, decode="whole", **WIDE)
+    scroll = Handscroll.from_pretrained(request.model)
+    assert generate(request, tmp_path / "p.png")[0].memory["planned_peak_bytes"] is None
+    latents = [scroll(PROMPT, compose=64, decode=decode, **WIDE).latent for decode in ("rows", "tiled")]
+    assert torch.equal(*latents)
+
+
+def test_a_model_composes_small_where_it_says_so() -> None:
+    plan = pipeline.plan_of(Request(PROMPT, width=2048, height=1024))[1]
+    assert [(size.width, size.height) for size in plan.sizes] == [(736, 352), (1216, 608), (2048, 1024)]
+    assert plan.composed == "736x352"
+    assert len(pipeline.plan_of(Request(PROMPT, width=512, height=512))[1].sizes) == 1
+    assert len(pipeline.plan_of(Request(PROMPT, width=2048, compose_px=0))[1].sizes) == 1
+    assert len(pipeline.plan_of(Request(PROMPT, width=2048, steps=1))[1].sizes) == 1
+
+
+def test_the_official_models_are_left_as_they_are(miniature: Miniature) -> None:
+    request = Request(PROMPT, model=str(miniature("1.6b-4k")), width=1024)
+    assert len(pipeline.plan_of(request)[1].sizes) == 1
+    assert len(pipeline.plan_of(dataclasses.replace(request, compose_px=256))[1].sizes) == 3
+
+
+def test_what_grows_keeps_its_budget_or_is_refused(miniature: Miniature) -> None:
+    request = Request(PROMPT, width=2048, height=2048)
+    _, plan, least_bytes = pipeline.plan_of(request)
+    assert least_bytes is not None
+    _, small, _ = pipeline.plan_of(dataclasses.replace(request, memory_bytes=least_bytes + 32 * MIB))
+    assert small.planned_peak_bytes is not None
+    assert small.planned_peak_bytes <= least_bytes + 32 * MIB
+    assert [size.composed for size in plan.sizes] == ["", "", "512x512"]
+    with pytest.raises(BudgetError):
+        pipeline.plan_of(dataclasses.replace(request, memory_bytes=least_bytes // 2))
+
+
+def test_a_few_step_model_does_not_grow(miniature: Miniature) -> None:
+    request = Request(PROMPT, model=str(miniature("sprint-1.6b")), width=512)
+    assert len(pipeline.plan_of(request)[1].sizes) == 1
+    with pytest.raises(UsageError, match="--compose"):
+        pipeline.plan_of(dataclasses.replace(request, compose_px=128))
+
+
+@pytest.mark.parametrize(("text", "expected"), [("auto", None), (" Off ", 0), ("512", 512), ("131072", 131072)])
+def test_what_compose_takes(text: str, expected: int | None) -> None:
+    assert parse_compose(text) == expected
+
+
+@pytest.mark.parametrize("text", ["", "on", "512x512", "-1", "0", "32", "999999999", "1.5", "１０２４"])
+def test_what_compose_refuses(text: str) -> None:
+    with pytest.raises(UsageError, match="compose"):
+        parse_compose(text)
