@@ -35,7 +35,7 @@ from training.captions import caption
 from training.claims import claims, is_held_out
 from training.latents import Bucket, encode, paint
 from training.linear_start import PatchPCA
-from training.scorer import Scorer, load_scorer, read
+from training.scorer import Scorer, load_scorer, read, scorer_file
 from training.transformer import sample_sigma
 from training.world import Scene, render, sample_scene
 
@@ -338,7 +338,7 @@ def make_sheet(
 
 def report_readings(options: argparse.Namespace, sizes: Sequence[int], guidance: float) -> None:
     """What the scorer reads, by several processes; the files of rows are named after the weights that made them."""
-    scorer: Path = options.work / "scorer.pt"
+    scorer = scorer_file(options.work)
     made_by = checksum([*sorted(options.folder.rglob("*.safetensors")), options.folder / "handscroll.json", scorer])
     seat = (options.folder, scorer, max(1, torch.get_num_threads() // options.processes))
 

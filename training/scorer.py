@@ -23,6 +23,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from training.claims import ATTRIBUTES, COUNTS, Attribute
@@ -157,8 +158,14 @@ def read(scorer: Scorer, picture: NDArray[np.uint8]) -> dict[str, Reading]:
 
 def load_scorer(path: Path) -> Scorer:
     scorer = Scorer()
-    scorer.load_state_dict(torch.load(path, map_location="cpu")["average"])
+    scorer.load_state_dict(load_file(path))
     return scorer.eval()
+
+
+def scorer_file(work: Path) -> Path:
+    """The scorer that was trained in a work folder, else the one that is kept here, so that figures can be compared."""
+    own = work / "scorer.safetensors"
+    return own if own.exists() else Path(__file__).with_name("scorer.safetensors")
 
 
 class ScorerTraining:
@@ -182,6 +189,7 @@ class ScorerTraining:
 
     def save(self) -> None:
         save_checkpoint(self.checkpoint, self.step, self.model, self.average, self.optimiser)
+        save_file(self.average.model.state_dict(), self.checkpoint.with_suffix(".safetensors"))
 
     @torch.no_grad()
     def report(self) -> None:

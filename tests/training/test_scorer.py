@@ -26,7 +26,19 @@ from training.evaluate import (
     report_negatives,
 )
 from training.gallery import LARGE, SENTENCES, nearest, thumbnail
-from training.scorer import READ, SIDE, Scorer, ScorerTraining, answers, draw, load_scorer, loss_of, read, to_scorer
+from training.scorer import (
+    READ,
+    SIDE,
+    Scorer,
+    ScorerTraining,
+    answers,
+    draw,
+    load_scorer,
+    loss_of,
+    read,
+    scorer_file,
+    to_scorer,
+)
 from training.world import multiplied, places, render, sample_scene
 
 
@@ -96,9 +108,20 @@ def test_a_training_can_be_cut_off_and_read(tmp_path: Path) -> None:
     training.step = 7
     training.save()
     assert ScorerTraining(options).step == 7
-    readings = read(load_scorer(tmp_path / "scorer.pt"), render(sample_scene(np.random.default_rng(3)), 64, 64))
+    assert scorer_file(tmp_path) == tmp_path / "scorer.safetensors"
+    readings = read(load_scorer(scorer_file(tmp_path)), render(sample_scene(np.random.default_rng(3)), 64, 64))
     assert set(readings) == {a.name for a in READ}
     assert all(reading.label in reading.attribute.labels for reading in readings.values())
+
+
+def test_the_scorer_that_is_kept_reads_renders(tmp_path: Path) -> None:
+    scorer, right = load_scorer(scorer_file(tmp_path)), []
+    for seed in range(10_000_100, 10_000_102):
+        pictures, truths = draw(seed)
+        for picture, truth in zip(pictures, truths, strict=True):
+            found = read(scorer, picture.transpose(1, 2, 0))
+            right += [found[a.name].label == a.labels[t] for a, t in zip(READ, truth, strict=True) if t >= 0]
+    assert sum(right) > 0.85 * len(right)
 
 
 def test_a_seed_draws_the_same_pictures_again() -> None:
