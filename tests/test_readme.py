@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import pyvips
 
@@ -55,6 +56,25 @@ def test_the_commands_with_a_budget_run_within_it(tmp_path: Path) -> None:
         memory = json.loads(done.stdout)["memory"]
         assert memory["planned_peak_bytes"] <= memory["budget_bytes"]
     assert memory["measured_peak_bytes"] <= memory["budget_bytes"]
+
+
+def test_a_sketch_shows_what_the_large_picture_is(tmp_path: Path) -> None:
+    commands = [line for block in blocks("sh") for line in block.splitlines() if " --seed 7 " in line]
+    seen = []
+    for command in commands:
+        done = subprocess.run(
+            [sys.executable, "-m", "handscroll", *shlex.split(command)[1:]],
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+        assert done.returncode == 0, done.stderr
+        picture = pyvips.Image.new_from_file(str(tmp_path / done.stdout.strip()))
+        seen.append(picture.thumbnail_image(64).numpy().astype(float))
+    sketch, large = seen
+    assert np.abs(sketch - large).mean() < 12, "of 255, at 64x64"
+    assert sketch.std() > 20
 
 
 def test_the_python_example_runs(tmp_path: Path) -> None:
