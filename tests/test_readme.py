@@ -71,10 +71,12 @@ def test_a_sketch_shows_what_the_large_picture_is(tmp_path: Path) -> None:
         )
         assert done.returncode == 0, done.stderr
         picture = pyvips.Image.new_from_file(str(tmp_path / done.stdout.strip()))
-        seen.append(picture.thumbnail_image(64).numpy().astype(float))
+        pixels = picture.thumbnail_image(64).numpy().astype(float)
+        # What tells one place of a row from another: the red sun, not the gradient of any dusk.
+        seen.append((pixels[..., 0] - pixels[..., 2]) - (pixels[..., 0] - pixels[..., 2]).mean(axis=1, keepdims=True))
     sketch, large = seen
-    assert np.abs(sketch - large).mean() < 12, "of 255, at 64x64"
-    assert sketch.std() > 20
+    assert np.corrcoef(sketch.ravel(), large.ravel())[0, 1] > 0.75
+    assert np.corrcoef(sketch[:, ::-1].ravel(), large.ravel())[0, 1] < 0.3
 
 
 def test_the_python_example_runs(tmp_path: Path) -> None:
