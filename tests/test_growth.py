@@ -8,9 +8,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import pyvips
 import torch
 from diffusers import SanaPipeline
+from PIL import Image
 from torch import Tensor
 
 from handscroll import Handscroll, Request, decode_latent, generate, pipeline
@@ -22,12 +22,33 @@ from handscroll.plan.hardware import MIB, Hardware
 from handscroll.request import parse_compose
 from handscroll.runtime.checkpoint import open_checkpoint
 from handscroll.runtime.denoise import starting_noise
+from handscroll.runtime.growth import enlarged
 from handscroll.runtime.text import instruction_of
 
 Miniature = Callable[..., Path]
 PROMPT = "Snowy Mountains at dusk, a red sun"
 STEPS, SEED, GUIDANCE = 5, 3, 4.5
 WIDE = {"width": 256, "height": 128, "seed": SEED, "steps": STEPS, "guidance": GUIDANCE}
+
+
+def pillows(pixels: np.ndarray, width: int, height: int) -> Tensor:
+    """[height, width, 3] in -1 ... 1, enlarged by Pillow a channel at a time, since it knows no more in float."""
+    channels = [Image.fromarray(pixels[..., c].astype(np.float32)) for c in range(3)]
+    large = [np.asarray(channel.resize((width, height), Image.Resampling.BICUBIC)) for channel in channels]
+    return (torch.from_numpy(np.stack(large, axis=-1)) / 127.5 - 1).clamp(-1, 1)
+
+
+@pytest.mark.parametrize(("before", "after"), [((5, 7), (9, 16)), ((32, 32), (64, 64)), ((33, 1), (50, 3))])
+@pytest.mark.parametrize("rows", [1, 4, 1000])
+def test_strips_are_enlarged_as_pillow_enlarges(before: tuple[int, int], after: tuple[int, int], rows: int) -> None:
+    pixels = np.random.default_rng(1).integers(0, 256, (*before, 3), np.uint8)
+    strips = list(enlarged(pixels, *after, rows, torch.float32))
+    assert {strip.shape[1] for strip in strips[:-1]} <= {rows}
+    ours = torch.cat(strips, dim=1)[0]
+    assert (ours - pillows(pixels, after[1], after[0])).abs().max() < 1e-5
+    assert torch.equal(ours, torch.cat(list(enlarged(pixels, *after, 3, torch.float32)), dim=1)[0])
+    half = torch.cat(list(enlarged(pixels, *after, rows, torch.bfloat16)), dim=1)[0]
+    assert torch.equal(half, ours.bfloat16())
 
 
 @torch.no_grad()
@@ -51,9 +72,7 @@ def whole_latent(folder: Path, sizes: list[tuple[int, int]]) -> Tensor:
         else:
             small = vae.decode(latent / vae.config.scaling_factor).sample
             pixels = ((small[0] * 0.5 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()
-            before = pyvips.Image.new_from_array(np.ascontiguousarray(pixels))
-            large = before.resize(width / before.width, vscale=height / before.height, kernel="cubic").numpy()
-            source = vae.encode(torch.from_numpy(large).float().permute(2, 0, 1)[None] / 127.5 - 1).latent
+            source = vae.encode(pillows(pixels, width, height).permute(2, 0, 1)[None]).latent
             source = source * vae.config.scaling_factor
             sigma = scheduler.sigmas[begin]
             latent = (1 - sigma) * source + sigma * noise

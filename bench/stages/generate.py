@@ -76,6 +76,7 @@ class Generate(Stage):
         command = ["generate", PROMPT, "-o", picture, "--model", self.settings.model, "--size", f"{size[0]}x{size[1]}"]
         command += ["--steps", str(steps), "--guidance", str(self.spec.default_guidance), "--seed", str(SEED)]
         command += ["--device", self.settings.device, "--precision", self.settings.precision, "--quiet"]
+        command += ["--compose", "off"]  # every step at full size, as diffusers does
         if handscroll(list(map(str, command))):
             raise RuntimeError("handscroll failed")  # it has said why
         return picture

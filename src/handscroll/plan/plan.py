@@ -24,6 +24,8 @@ from handscroll.spec import CheckpointSpec
 # of threads, oneDNN's scratch and compiled kernels, the file writer; and a share of small blocks between others.
 CPU_EXTRA_BYTES = {"text": 32 * MIB, "denoise": 40 * MIB, "encode": 68 * MIB, "decode": 68 * MIB}
 CPU_EXTRA_SHARE = 0.03
+# And after each smaller size that a picture grew from, kernels compiled for its shapes, and holes between small blocks.
+CPU_GROWTH_BYTES = 32 * MIB
 # Without a budget the heap keeps holes between what is in use.
 CPU_HEAP_SHARE = 0.6
 # In half precision oneDNN compiles more kernels and keeps more scratch.
@@ -320,7 +322,9 @@ def _extra_bytes(stage: str, plan: Plan, spec: CheckpointSpec, situation: Situat
         "denoise": ("transformer", plan.precision.transformer),
     }.get(stage, ("vae", plan.precision.autoencoder))
     stored = {entry.dtype for entry in spec.weights_of(component).tensors}
-    extra_bytes = CPU_EXTRA_BYTES[stage] + (CPU_HALF_EXTRA_BYTES if precision != "fp32" else 0)
+    growths = 0 if stage == "text" else len(plan.sizes) - 1
+    extra_bytes = CPU_EXTRA_BYTES[stage] + growths * CPU_GROWTH_BYTES
+    extra_bytes += (1 + growths) * CPU_HALF_EXTRA_BYTES if precision != "fp32" else 0
     return extra_bytes + (STAGING_BYTES if stored - {precision} else 0)
 
 
