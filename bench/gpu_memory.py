@@ -115,6 +115,7 @@ def job(arguments: argparse.Namespace, size_px: tuple[int, int], steps: int, pic
     return [
         *("generate", PROMPT, "-o", picture, "--model", arguments.folder, "--size", f"{size_px[0]}x{size_px[1]}"),
         *("--steps", str(steps), "--seed", "1", "--device", arguments.device, "--precision", arguments.precision),
+        *("--compose", "off"),
     ]
 
 
@@ -213,6 +214,7 @@ def plans(arguments: argparse.Namespace) -> tuple[list[dict[str, Any]], list[str
             seed=1,
             precision=arguments.precision,
             memory_bytes=budget_bytes,
+            compose_px=0,
         )
         try:
             plan = make_plan(spec, request, situation, 1)

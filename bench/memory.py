@@ -204,6 +204,7 @@ def generate(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     width, height = arguments.size
     base = ["generate", PROMPT, "--model", arguments.folder, "--size", f"{width}x{height}"]
     base += ["--steps", str(arguments.steps), "--seed", "1", "--device", "cpu", "--precision", arguments.precision]
+    base += ["--compose", "off"]
     say(f"{width}x{height}, refused")
     least_bytes = child.least_bytes([*base, "-o", folder / "refused.png"], fresh_cache(folder))
     runs: list[dict[str, Any]] = []

@@ -49,4 +49,4 @@ def with_budget(request: Request, budget_bytes: int | None) -> Request:
 
 def seconds_of(plan: Plan) -> float:
     """A plan's own estimate, of the stages that it plans."""
-    return sum(stage.seconds for stage in (plan.text, plan.denoise, plan.decoding) if stage is not None)
+    return sum(plan.planned_seconds.values())

@@ -18,11 +18,13 @@ from handscroll.errors import BudgetError, UsageError
 from handscroll.events import Progress
 from handscroll.image_file import read_parameters
 from handscroll.plan.growth import first_step
-from handscroll.plan.hardware import MIB, Hardware
+from handscroll.plan.hardware import MIB, Hardware, Situation
+from handscroll.plan.plan import Plan, make_plan, minimum_bytes
 from handscroll.request import parse_compose
 from handscroll.runtime.checkpoint import open_checkpoint
 from handscroll.runtime.denoise import starting_noise
 from handscroll.runtime.growth import enlarged
+from handscroll.runtime.stages import Transformer
 from handscroll.runtime.text import instruction_of
 
 Miniature = Callable[..., Path]
@@ -93,9 +95,9 @@ def whole_latent(folder: Path, sizes: list[tuple[int, int]]) -> Tensor:
 @pytest.mark.parametrize(
     ("width", "height", "sizes"),
     [
-        (256, 128, [(96, 32), (160, 64), (256, 128)]),
+        (256, 128, [(64, 32), (128, 64), (256, 128)]),
         (128, 128, [(64, 64), (128, 128)]),
-        (96, 128, [(64, 64), (96, 128)]),
+        (96, 128, [(64, 96), (96, 128)]),
     ],
 )
 def test_a_picture_grows_as_diffusers_own_modules_make_it(
@@ -173,6 +175,26 @@ def test_a_run_goes_on_within_any_of_its_sizes(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["cut.png", "whole.png"]
 
 
+def test_what_a_size_begins_from_is_kept(miniature: Miniature, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It took a decode and an encode; a run that is cut off in its first step does not make them again."""
+    request = Request(PROMPT, model=str(miniature("1.6b")), compose_px=64, **WIDE)
+    (whole,) = generate(request, tmp_path / "whole.png")
+
+    def cut(transformer: Transformer, branches: object) -> list[Tensor]:
+        if transformer.plan.latent_height == 4:  # the last size, 256x128
+            raise KeyboardInterrupt
+        return predict(transformer, branches)  # type: ignore[arg-type]
+
+    predict = Transformer.predict
+    with monkeypatch.context() as patch:
+        patch.setattr(Transformer, "predict", cut)
+        with pytest.raises(KeyboardInterrupt):
+            generate(request, tmp_path / "cut.png")
+    monkeypatch.setattr(pipeline, "grown", lambda *_: pytest.fail("grown again"))
+    (again,) = generate(request, tmp_path / "cut.png")
+    assert whole.path.read_bytes() == again.path.read_bytes()
+
+
 def test_another_composition_is_another_job(miniature: Miniature, tmp_path: Path) -> None:
     request = Request(PROMPT, model=str(miniature("1.6b")), compose_px=64, **WIDE)
 
@@ -195,8 +217,8 @@ def test_another_composition_is_another_job(miniature: Miniature, tmp_path: Path
 def test_the_file_says_where_it_began(miniature: Miniature, tmp_path: Path) -> None:
     request = Request(PROMPT, model=str(miniature("1.6b")), compose_px=64, **WIDE)
     (made,) = generate(request, tmp_path / "a.png", save_latent=tmp_path / "a.safetensors")
-    assert "First pass size: 96x32" in read_parameters(made.path)
-    assert made.as_dict()["composed"] == "96x32"
+    assert "First pass size: 64x32" in read_parameters(made.path)
+    assert made.as_dict()["composed"] == "64x32"
     again = decode_latent(tmp_path / "a.safetensors", tmp_path / "b.png")
     assert read_parameters(again.path) == read_parameters(made.path)
     (plain,) = generate(dataclasses.replace(request, compose_px=0), tmp_path / "c.png")
@@ -214,8 +236,8 @@ def test_each_way_to_decode_takes_the_same_latent(miniature: Miniature, tmp_path
 
 def test_a_model_composes_small_where_it_says_so() -> None:
     plan = pipeline.plan_of(Request(PROMPT, width=2048, height=1024))[1]
-    assert [(size.width, size.height) for size in plan.sizes] == [(736, 352), (1216, 608), (2048, 1024)]
-    assert plan.composed == "736x352"
+    assert [(size.width, size.height) for size in plan.sizes] == [(704, 352), (1216, 608), (2048, 1024)]
+    assert plan.composed == "704x352"
     assert len(pipeline.plan_of(Request(PROMPT, width=512, height=512))[1].sizes) == 1
     assert len(pipeline.plan_of(Request(PROMPT, width=2048, compose_px=0))[1].sizes) == 1
     assert len(pipeline.plan_of(Request(PROMPT, width=2048, steps=1))[1].sizes) == 1
@@ -227,16 +249,26 @@ def test_the_official_models_are_left_as_they_are(miniature: Miniature) -> None:
     assert len(pipeline.plan_of(dataclasses.replace(request, compose_px=256))[1].sizes) == 3
 
 
-def test_what_grows_keeps_its_budget_or_is_refused(miniature: Miniature) -> None:
-    request = Request(PROMPT, width=2048, height=2048)
-    _, plan, least_bytes = pipeline.plan_of(request)
+def test_what_grows_keeps_its_budget_or_is_refused() -> None:
+    spec = open_checkpoint("tiny-landscape")
+    situation = Situation(Hardware("cpu", base_bytes=400 * MIB), tokens=5)
+
+    def planned(memory_bytes: int | None, compose_px: int | None = None) -> Plan:
+        request = Request(PROMPT, width=2048, height=2048, memory_bytes=memory_bytes, compose_px=compose_px)
+        return make_plan(spec, request, situation, 1)
+
+    roomy, at_once = planned(None), planned(None, compose_px=0)
+    least_bytes = minimum_bytes(roomy, spec, situation)
+    at_once_bytes = minimum_bytes(at_once, spec, situation)
     assert least_bytes is not None
-    _, small, _ = pipeline.plan_of(dataclasses.replace(request, memory_bytes=least_bytes + 32 * MIB))
-    assert small.planned_peak_bytes is not None
-    assert small.planned_peak_bytes <= least_bytes + 32 * MIB
-    assert [size.composed for size in plan.sizes] == ["", "", "512x512"]
-    with pytest.raises(BudgetError):
-        pipeline.plan_of(dataclasses.replace(request, memory_bytes=least_bytes // 2))
+    assert at_once_bytes is not None
+    assert at_once_bytes < least_bytes - 32 * MIB
+    assert planned(least_bytes).planned_bytes["denoise"] <= least_bytes
+    assert [size.composed for size in roomy.sizes] == ["", "", "512x512"]
+    with pytest.raises(BudgetError, match="--compose off"):
+        planned(at_once_bytes)
+    with pytest.raises(BudgetError, match=r"allowed$"):
+        planned(at_once_bytes // 2)
 
 
 def test_a_few_step_model_does_not_grow(miniature: Miniature) -> None:

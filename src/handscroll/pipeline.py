@@ -341,6 +341,9 @@ def denoise_picture(
     for number, plan in enumerate(final.sizes):
         if state is not None and plan.steps_before < state.steps_before:
             continue  # a larger size was begun already
+        if state is not None and plan is not final and state.steps_done == plan.steps:
+            latent, state = state.latent, None  # this one was finished
+            continue
         source = None if latent is None else grown(stage, latent, plan)
         with stage.at(plan):
             latent = denoise_size(stage, text, negative, index, number, final, source, state, on_event, run)

@@ -19,25 +19,35 @@ LARGEST_STEP, SMALLEST_STEP = 2.0, 1.25
 def smaller_sizes(width: int, height: int, compose_px: int, multiple: int) -> list[tuple[int, int]]:
     """The sizes before width x height, smallest first, the first of about `compose_px` squared pixels.
 
-    Their sides are multiples of `multiple`, in about the same ratio. Where growth is by powers of two, the sizes of a
-    smaller picture are the first of a larger one's.
+    Their sides are multiples of `multiple`, in the ratio nearest to the picture's that there is. The shorter is about
+    half of `compose_px` or more, where the picture's is: no model has learnt to compose lower bands. Where growth is
+    by powers of two, the sizes of a smaller picture are the first of a larger one's.
     """
-    ratio = math.sqrt(width * height) / compose_px
+    ratio = min(math.sqrt(width * height) / compose_px, 2 * min(width, height) / compose_px)
     if ratio < SMALLEST_STEP:
         return []
     count = max(1, math.ceil(math.log(ratio, LARGEST_STEP) - 1e-9))
     sizes: list[tuple[int, int]] = []
     for index in range(count):
-        scale = ratio ** (index / count) / ratio
-        size = (_near(width * scale, multiple, width), _near(height * scale, multiple, height))
+        size = _nearest(width, height, ratio ** (index / count) / ratio, multiple)
         before = sizes[-1] if sizes else (0, 0)
-        if size != before and size[0] * size[1] < width * height:
+        if before[0] <= size[0] and before[1] <= size[1] and size != before and size != (width, height):
             sizes.append(size)
     return sizes
 
 
-def _near(side: float, multiple: int, most: int) -> int:
-    return min(max(1, round(side / multiple)) * multiple, most)
+def _nearest(width: int, height: int, scale: float, multiple: int) -> tuple[int, int]:
+    """Of the multiples around both sides times `scale` the pair whose ratio is most like theirs, then the nearest."""
+
+    def around(side: int) -> set[int]:
+        below = int(side * scale / multiple)
+        return {min(max(1, count) * multiple, side) for count in (below, below + 1)}
+
+    def badness(size: tuple[int, int]) -> tuple[float, float]:
+        bent = abs(math.log(size[0] / size[1] * height / width))
+        return round(bent, 9), abs(math.log(size[0] * size[1] / (width * height * scale**2)))
+
+    return min(((w, h) for w in sorted(around(width)) for h in sorted(around(height))), key=badness)
 
 
 def first_step(steps: int) -> int:

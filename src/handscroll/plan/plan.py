@@ -398,8 +398,13 @@ def _too_small(plan: Plan, spec: CheckpointSpec, situation: Situation) -> Budget
     planned_bytes = plan.planned_bytes
     largest = max(planned_bytes, key=lambda name: planned_bytes[name])
     name = {"text": "reading the prompt", "denoise": "denoising", "decode": "decoding"}[largest]
-    return BudgetError(
+    line = (
         f"{plan.width}x{plan.height} with {spec.name} in {plan.precision} needs at least "
-        f"--memory {least_bytes // MIB}MiB, for {name}; {allowed_bytes // MIB} MiB were allowed",
-        least_bytes,
+        f"--memory {least_bytes // MIB}MiB, for {name}; {allowed_bytes // MIB} MiB were allowed"
     )
+    if plan.smaller is not None:
+        at_once_bytes = minimum_bytes(dataclasses.replace(plan, smaller=None, first_step=0), spec, situation)
+        assert at_once_bytes is not None
+        if at_once_bytes <= allowed_bytes:
+            line += ", which --compose off would do with"
+    return BudgetError(line, least_bytes)

@@ -31,6 +31,8 @@ def plan_dict(spec: CheckpointSpec, plan: Plan, minimum_bytes: int | None) -> di
         "width": plan.width,
         "height": plan.height,
         "steps": plan.steps,
+        "total_steps": plan.total_steps,
+        "composed": plan.composed,
         "guidance": plan.guidance,
         "precision": str(plan.precision),
         "device": plan.device,
@@ -50,7 +52,7 @@ def plan_table(spec: CheckpointSpec, plan: Plan, minimum_bytes: int | None) -> s
     """A heading, a line a stage, and what it comes to."""
     budget = "no budget" if plan.budget_bytes is None else f"budget {_gibibytes(plan.budget_bytes)}"
     heading = (
-        f"{spec.name}, {plan.width}x{plan.height}, {plan.steps} steps, guidance {plan.guidance:g}, {plan.precision} "
+        f"{spec.name}, {plan.width}x{plan.height}, {_steps(plan)}, guidance {plan.guidance:g}, {plan.precision} "
         f"on {plan.device}, {budget}"
     )
     rows = [("STAGE", "PEAK", "ABOUT", "HOW")]
@@ -69,6 +71,10 @@ def plan_table(spec: CheckpointSpec, plan: Plan, minimum_bytes: int | None) -> s
 def _stages(plan: Plan) -> dict[str, TextStage | DenoiseStage | DecodeStage]:
     stages = {"text": plan.text, "encode": plan.encoding, "denoise": plan.denoise, "decode": plan.decoding}
     return {name: stage for name, stage in stages.items() if stage is not None}
+
+
+def _steps(plan: Plan) -> str:
+    return f"{plan.steps} steps" if plan.smaller is None else f"{plan.steps - plan.first_step} of {plan.steps} steps"
 
 
 def _parts_on_the_way(size: Plan) -> dict[str, TextStage | DenoiseStage | DecodeStage]:

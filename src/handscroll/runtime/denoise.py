@@ -130,6 +130,12 @@ class _Journey:
         """The steps still to do: each one's number from 0, and its timestep."""
         return list(enumerate(self.timesteps))[self.steps_done :]
 
+    def begin(self, latent: Tensor) -> None:
+        """Saves what a grown size begins from, which took a decode and an encode to make."""
+        if self.job.on_state is not None and torch.isfinite(latent).all():
+            self.job.on_state(self._state(self.job.first_step, latent))
+            self.saved_at = time.perf_counter()
+
     def step_done(self, index: int, latent: Tensor) -> None:
         """Step `index` gave `latent`: save it if that is worth it, and tell."""
         done, total = index + 1, len(self.timesteps)
@@ -198,6 +204,8 @@ def _denoise_flow(job: Sampling) -> Tensor:
     channels = job.noise.shape[1]
     journey = _Journey(job, timesteps)
     latent = (_beginning(job) if job.start is None else job.start.latent).to(device)
+    if job.source is not None and job.start is None:
+        journey.begin(latent)
     for index, t in journey.steps():
         timestep = t.expand(1) * transformer.config.timestep_scale
         texts = [job.text] if job.negative is None else [job.text, job.negative]

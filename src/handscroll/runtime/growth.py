@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from handscroll.banded import dcae
+from handscroll.errors import NumericsError
 from handscroll.plan.plan import Plan
 from handscroll.runtime.decode import PIECE_BYTES, decode_rows
 from handscroll.runtime.memory import trim
@@ -40,7 +41,8 @@ def picture_of(stage: Stages, latent: Tensor) -> np.ndarray:
 def latent_of(stage: Stages, picture: np.ndarray) -> Tensor:
     """picture [h, w, 3] uint8, enlarged to the plan's size -> its latent [1, C, H/32, W/32] fp32, as samplers take it.
 
-    The enlarged picture exists only in strips. Raises OutputError where a map finds no room on disk.
+    The enlarged picture exists only in strips. Raises OutputError where a map finds no room on disk,
+    NumericsError for NaN or infinity.
     """
     plan, opened = stage.plan, stage.encoder
     autoencoder, dtype = opened.module, DTYPES[plan.precision.autoencoder]
@@ -59,6 +61,8 @@ def latent_of(stage: Stages, picture: np.ndarray) -> Tensor:
         lend=None if opened.kept else lambda modules: opened.stream.lend(*modules),
         on_sweep=lambda done, of: trim(),
     )
+    if not torch.isfinite(latent).all():
+        raise NumericsError("the autoencoder gave numbers that are not finite")
     return latent.float() * autoencoder.config.scaling_factor
 
 
@@ -87,8 +91,10 @@ def enlarged(
             for tap in range(4):
                 pixels.addcmul_(lines[:, xs[:, tap]], across[:, tap, None])
             target.copy_(pixels.mul_(1 / 127.5).sub_(1).clamp_(-1, 1))
-        yield strip[None].to(device)
-        del strip, target
+            del target, lines, pixels
+        given = [strip[None].to(device)]
+        del strip
+        yield given.pop()  # which the network may free when it has read it
 
 
 def _taps(before: int, after: int) -> tuple[Tensor, Tensor]:

@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 
     from handscroll.runtime.denoise import SamplerState
 
-FORMAT, FORMAT_VERSION = "handscroll run", 2
+FORMAT, FORMAT_VERSION = "handscroll run", 1
 MAX_NAME_BYTES = 255  # what common file systems hold
 _OURS = re.compile(r"job\.json|lock|(state|latent)-\d+(\.previous)?\.safetensors|[a-z]+\.(part|rows)")
 
@@ -98,6 +98,8 @@ class Job:
             "torch version": str(torch.__version__),
             "diffusers version": importlib.metadata.version("diffusers"),
         }
+        if plan.smaller is not None:  # smaller pictures are decoded and encoded on the way to the latent
+            latents["growth's precision"] = plan.precision.autoencoder
         return cls(
             dataclasses.replace(request, model=resolved_name(request.model)),
             plan.seeds[0],
