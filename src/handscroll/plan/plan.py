@@ -403,7 +403,9 @@ def _too_small(plan: Plan, spec: CheckpointSpec, situation: Situation) -> Budget
         f"--memory {least_bytes // MIB}MiB, for {name}; {allowed_bytes // MIB} MiB were allowed"
     )
     if plan.smaller is not None:
-        at_once_bytes = minimum_bytes(dataclasses.replace(plan, smaller=None, first_step=0), spec, situation)
+        at_once_bytes = minimum_bytes(
+            dataclasses.replace(plan, smaller=None, encoding=None, first_step=0), spec, situation
+        )
         assert at_once_bytes is not None
         if at_once_bytes <= allowed_bytes:
             line += ", which --compose off would do with"
