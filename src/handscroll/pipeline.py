@@ -52,10 +52,10 @@ class Result:
     precision: str
     decode: str
     exact: bool
-    composed: str
     memory: dict[str, Any]
     seconds: dict[str, float]
     note: str = ""
+    composed: str = ""
     resumed_from_step: int | None = None
 
     def as_dict(self) -> dict[str, Any]:
