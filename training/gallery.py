@@ -115,8 +115,8 @@ def main() -> None:
     lines = [
         "# Gallery",
         "",
-        f"Made by the weights that ship, composed at {scroll.spec.compose_px} rows, in {options.steps} steps at guidance"
-        f" {guidance:g}; none left out.",
+        f"Made by the weights that ship, composed at {scroll.spec.compose_px} rows, in {options.steps} steps at"
+        f" guidance {guidance:g}; none left out.",
         f"Beside each 1024x1024 sample: another seed, and the nearest of {options.renders:,} training renders.",
         "",
         "| sample | another seed | nearest training render | sentence |",
