@@ -100,6 +100,8 @@ def test_the_autoencoder_is_the_one_that_diffusers_loads(miniature: Miniature, d
     ours = load_module(spec_of(folder), "vae", dtype=dtype, device="cpu")
     theirs = AutoencoderDC.from_pretrained(folder / "vae", torch_dtype=dtype, low_cpu_mem_usage=False).eval()
     assert same_tensors(ours, theirs)
+    # Where a weight asks for gradients PyTorch folds a product's batch, and some processors then sum in another order.
+    theirs.requires_grad_(False)
     assert run_autoencoder(ours, dtype).equal(run_autoencoder(theirs, dtype))
 
 
