@@ -111,7 +111,7 @@ def draw_one(rng: random.Random, specs: list[CheckpointSpec]) -> Draw:
         seed=0,
         precision=rng.choice(["auto", "fp32", "bf16", "fp16"]),
         strip_rows=rng.choice([1, 7, 64]) if rng.random() < 0.1 else None,
-        compose_px=rng.choice([0, 0, 64, 1000, 1024, 2048]) if rng.random() < 0.3 else None,
+        compose_px=rng.choice([None, 64, 1000, 1024, 2048]) if rng.random() < 0.15 else 0,
     )
     tokens = None if rng.random() < 0.1 else rng.randint(1, 2000)
     situation = Situation(hardware, tokens, rng.choice([0, 150 * MIB]))
