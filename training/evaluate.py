@@ -140,6 +140,11 @@ def checksum(files: list[Path]) -> str:
     return digest.hexdigest()[:10]
 
 
+def model_files(folder: Path) -> list[Path]:
+    """What the pictures of a checkpoint folder depend on: its weights, and how it says that they are used."""
+    return [*sorted(folder.rglob("*.safetensors")), folder / "handscroll.json"]
+
+
 @dataclass(frozen=True)
 class Shot:
     """One picture to be made and read, and the scene that it should show where there is one."""
@@ -339,7 +344,7 @@ def make_sheet(
 def report_readings(options: argparse.Namespace, sizes: Sequence[int], guidance: float) -> None:
     """What the scorer reads, by several processes; the files of rows are named after the weights that made them."""
     scorer = scorer_file(options.work)
-    made_by = checksum([*sorted(options.folder.rglob("*.safetensors")), options.folder / "handscroll.json", scorer])
+    made_by = checksum([*model_files(options.folder), scorer])
     seat = (options.folder, scorer, max(1, torch.get_num_threads() // options.processes))
 
     def rows(name: str, shots: Sequence[Shot]) -> list[Row]:

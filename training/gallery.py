@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 
 from handscroll import Handscroll
-from training.evaluate import Picture, checksum, generate
+from training.evaluate import Picture, checksum, generate, model_files
 from training.latents import Bucket, paint
 
 SENTENCES = (
@@ -108,7 +108,7 @@ def main() -> None:
     # and a picture of other weights is never shown.
     scroll = Handscroll.from_pretrained(options.folder)
     guidance = scroll.spec.default_guidance
-    weights = checksum([*sorted(options.folder.rglob("*.safetensors")), options.folder / "handscroll.json"])
+    weights = checksum(model_files(options.folder))
     images = options.work / f"gallery-{weights}-{options.steps}-{guidance:g}-{options.shown}"
     images.mkdir(exist_ok=True)
     thumbnails = training_thumbnails(options.work / "thumbnails.npy", options.renders, options.processes)

@@ -21,8 +21,8 @@ from handscroll.latent_file import check_latent_target, load_latent
 from handscroll.plan.plan import Plan, chosen_anew, make_plan, minimum_bytes
 from handscroll.request import DEFAULT_MODEL, Request, indexed, parse_bytes
 from handscroll.runtime.checkpoint import DTYPES, load_scheduler, load_tokenizer, open_checkpoint
-from handscroll.runtime.decode import decode_rows
-from handscroll.runtime.denoise import SamplerState, Sampling, denoise, starting_noise
+from handscroll.runtime.decode import decode_rows, whole_picture
+from handscroll.runtime.denoise import Sampling, denoise, starting_noise
 from handscroll.runtime.devices import scratch_folder
 from handscroll.runtime.growth import grown
 from handscroll.runtime.memory import Meter, enforce
@@ -284,7 +284,8 @@ class Picture:
 
     def numpy(self) -> np.ndarray:
         """The whole picture, [height, width, 3] uint8."""
-        return np.concatenate(list(self.rows()))
+        with torch.inference_mode():
+            return whole_picture(self._stage, self.latent)
 
     def save(self, path: str | Path, *, quality: int | None = None, on_event: OnEvent = ignore) -> Path:
         """Writes the picture row by row in the format of the path's ending.
@@ -333,11 +334,14 @@ def denoise_picture(
 
     A picture that grows is first made small, and each size begins from the one before.
     """
-    final = stage.plan
-    latent: Tensor | None = None
-    state = run.state(index, final.precision.transformer) if run else None
-    steps_done = 0 if state is None else state.steps_before + state.steps_done
-    on_event(Progress("denoise", steps_done, final.total_steps, index))
+    final, latent = stage.plan, None
+    precision = final.precision.transformer
+    state = run.state(index, precision) if run else None
+
+    def on_step(done: int) -> None:
+        on_event(Progress("denoise", done, final.total_steps, index))
+
+    on_step(0 if state is None else state.total_done)
     for number, plan in enumerate(final.sizes):
         if state is not None and plan.steps_before < state.steps_before:
             continue  # a larger size was begun already
@@ -345,48 +349,29 @@ def denoise_picture(
             latent, state = state.latent, None  # this one was finished
             continue
         source = None if latent is None else grown(stage, latent, plan)
+        noise, generator = starting_noise(
+            stage.spec.transformer.in_channels, plan.latent_height, plan.latent_width, final.seeds[index], number
+        )
         with stage.at(plan):
-            latent = denoise_size(stage, text, negative, index, number, final, source, state, on_event, run)
-        state = None
+            job = Sampling(
+                stage.dit,
+                load_scheduler(stage.spec),
+                noise,
+                generator,
+                text,
+                negative,
+                steps=plan.steps,
+                guidance=plan.guidance,
+                on_step=on_step,
+                start=state,
+                on_state=(lambda state: run.keep_state(index, state, precision)) if run else None,
+                source=source,
+                first_step=plan.first_step,
+                steps_before=plan.steps_before,
+            )
+            latent, state = denoise(job), None
     assert latent is not None
     return latent
-
-
-def denoise_size(
-    stage: Stages,
-    text: Text,
-    negative: Text | None,
-    index: int,
-    number: int,
-    final: Plan,
-    source: Tensor | None,
-    start: SamplerState | None,
-    on_event: OnEvent,
-    run: RunFolder | None,
-) -> Tensor:
-    """Size `number` of picture `index`, which the stage's plan is: from noise, or from `source`, or on from `start`."""
-    plan, precision = stage.plan, stage.plan.precision.transformer
-    noise, generator = starting_noise(
-        stage.spec.transformer.in_channels, plan.latent_height, plan.latent_width, final.seeds[index], number
-    )
-    before, total = plan.steps_before, final.total_steps
-    job = Sampling(
-        stage.dit,
-        load_scheduler(stage.spec),
-        noise,
-        generator,
-        text,
-        negative,
-        steps=plan.steps,
-        guidance=plan.guidance,
-        on_step=lambda done: on_event(Progress("denoise", before + done, total, index)),
-        start=start,
-        on_state=(lambda state: run.keep_state(index, state, precision)) if run else None,
-        source=source,
-        first_step=plan.first_step,
-        steps_before=before,
-    )
-    return denoise(job)
 
 
 def keep_picture(work: Callable[[], Tensor], stage: Stages, request: Request, index: int, run: RunFolder) -> None:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from handscroll.plan.text import activation_bytes
 from handscroll.spec import F32C32_SANA, AutoencoderSpec, CheckpointSpec, TextEncoderSpec, TransformerSpec
 from live_bytes import LiveBytes
 
+NewMap = Callable[[int, int], RowMap]
 BUILTIN = Path(__file__).parents[2] / "src" / "handscroll" / "builtin" / "tiny-landscape"
 MINIATURE = AutoencoderSpec.from_config(miniatures.AUTOENCODER)
 WIDE = replace(
@@ -219,40 +221,54 @@ def peaks_of_passes(live: LiveBytes) -> Iterator[list[int]]:
         dcae.sweep = real
 
 
-def measured_passes(decoder: Any, latent: Tensor, heights: Sequence[int], starts: Sequence[int]) -> list[int]:
-    sweeps = dcae.cut_at_barriers(dcae.decoder_units(decoder), *latent.shape[2:])
-    rows, columns = latent.shape[2:]
+def measured_passes(units: Sequence[dcae.Unit], given: Tensor, run: Callable[[NewMap], object]) -> list[int]:
+    """What was alive in every pass of a network `given` [1, C, H, W]; `run` runs it with the maps that it is handed."""
     maps = {}
-    for index, sweep in enumerate(sweeps[1:], 1):
+    for index, sweep in enumerate(dcae.cut_at_barriers(units, *given.shape[2:])[1:], 1):
         assert sweep.attention is not None
         channels = sweep.attention.module.to_out.out_features
-        sides = round(rows * sweep.in_scale), round(columns * sweep.in_scale)
-        maps[index] = torch.zeros(1, *sides, channels, dtype=latent.dtype)
+        sides = (round(side * sweep.in_scale) for side in given.shape[2:])
+        maps[index] = torch.zeros(1, *sides, channels, dtype=given.dtype)
     with torch.no_grad(), LiveBytes() as live, peaks_of_passes(live) as peaks:
-        strips = dcae.decode_rows(
-            decoder, latent, heights=heights, starts=starts, new_map=lambda index, _: Given(maps[index])
-        )
-        for strip in strips:
-            del strip
-    return peaks
-
-
-def measured_encoding(encoder: Any, image: Tensor, heights: Sequence[int], starts: Sequence[int]) -> list[int]:
-    sweeps = dcae.cut_at_barriers(dcae.encoder_units(encoder), *image.shape[2:])
-    maps = {}
-    for index, sweep in enumerate(sweeps[1:], 1):
-        assert sweep.attention is not None
-        channels = sweep.attention.module.to_out.out_features
-        sides = (round(side * sweep.in_scale) for side in image.shape[2:])
-        maps[index] = torch.zeros(1, *sides, channels, dtype=image.dtype)
-    with torch.no_grad(), LiveBytes() as live, peaks_of_passes(live) as peaks:
-        dcae.encode(encoder, image, heights=heights, starts=starts, new_map=lambda index, _: Given(maps[index]))
+        run(lambda index, _: Given(maps[index]))
     return peaks
 
 
 # What maps of a few pixels hold more, or less, than their formulas say: rows of pixels, a norm's scales, fp32 pieces.
 LESS_BYTES, MORE_BYTES = 160 * 2**10, 1024 * 2**10
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+
+
+def needs_onednn(dtype: torch.dtype) -> None:
+    """Ends a test here where this machine has not what plans are made for."""
+    if not has_onednn(torch.zeros(1, dtype=dtype)):
+        pytest.skip("planned for CPUs with oneDNN in this precision")
+
+
+def decoded(decoder: Any, latent: Tensor, heights: list[int], starts: list[int], new_map: NewMap) -> None:
+    for strip in dcae.decode_rows(decoder, latent, heights=heights, starts=starts, new_map=new_map):
+        del strip
+
+
+def encoded(encoder: Any, image: Tensor, heights: list[int], starts: list[int], new_map: NewMap) -> None:
+    dcae.encode(encoder, image, heights=heights, starts=starts, new_map=new_map)
+
+
+def drawn_route(
+    shape: DecoderShape, rng: random.Random, heights: list[int], *, repeats: bool
+) -> tuple[list[int], list[int]]:
+    """For every sweep a strip height, of those or its whole map, and a start: an earlier one where it `repeats`."""
+    indices = range(len(shape))
+    drawn = [rng.choice([*heights, shape.map_rows(index)]) for index in indices]
+    return drawn, [rng.randint(0, index) if repeats else index for index in indices]
+
+
+def check_passes(shape: DecoderShape, heights: list[int], starts: list[int], measured: list[int]) -> None:
+    assert len(measured) == len(shape)
+    for index, measured_bytes in enumerate(measured):
+        made = shape.pass_shape(starts[index], index, heights[index])
+        where = f"{shape.rows}x{shape.columns}, sweep {index} from {starts[index]} by {heights[index]} rows"
+        check_bytes(made.running_bytes, measured_bytes, where)
 
 
 def check_bytes(planned_bytes: int, measured_bytes: int, where: str) -> None:
@@ -280,22 +296,16 @@ def check_bytes(planned_bytes: int, measured_bytes: int, where: str) -> None:
 def test_a_pass_of_the_decoder_holds_what_is_planned(
     name: str, sizes: list[tuple[int, int]], dtype: torch.dtype
 ) -> None:
-    if not has_onednn(torch.zeros(1, dtype=dtype)):
-        pytest.skip("planned for CPUs with oneDNN in this precision")
+    needs_onednn(dtype)
     spec = CheckpointSpec.from_folder(BUILTIN).autoencoder if name == "built-in" else AUTOENCODERS[name]
     decoder, rng = made_real(meta_decoder(spec), dtype), random.Random(7)
+    units = dcae.decoder_units(decoder)
     for number, (rows, columns) in enumerate(sizes):
         shape = DecoderShape(spec, rows, columns, dtype.itemsize)
-        count = len(shape)
-        heights = [rng.choice([1, 2, 3, shape.map_rows(index)]) for index in range(count)]
-        starts = [rng.randint(0, index) if number % 2 else index for index in range(count)]
+        heights, starts = drawn_route(shape, rng, [1, 2, 3], repeats=number % 2 == 1)
         latent = torch.randn(1, spec.latent_channels, rows, columns, dtype=dtype)
-        measured = measured_passes(decoder, latent, heights, starts)
-        assert len(measured) == count
-        for index, measured_bytes in enumerate(measured):
-            made = shape.pass_shape(starts[index], index, heights[index])
-            where = f"{rows}x{columns}, sweep {index} from {starts[index]} by {heights[index]} rows"
-            check_bytes(made.running_bytes, measured_bytes - latent.nbytes, where)
+        measured = measured_passes(units, latent, partial(decoded, decoder, latent, heights, starts))
+        check_passes(shape, heights, starts, [n_bytes - latent.nbytes for n_bytes in measured])
 
 
 @DTYPES
@@ -318,22 +328,16 @@ def test_a_pass_of_the_decoder_holds_what_is_planned(
 def test_a_pass_of_the_encoder_holds_what_is_planned(
     name: str, sizes: list[tuple[int, int]], dtype: torch.dtype
 ) -> None:
-    if not has_onednn(torch.zeros(1, dtype=dtype)):
-        pytest.skip("planned for CPUs with oneDNN in this precision")
+    needs_onednn(dtype)
     spec = CheckpointSpec.from_folder(BUILTIN).autoencoder if name == "built-in" else ENCODERS[name]
     encoder, rng = made_real(meta_autoencoder(spec).encoder, dtype), random.Random(8)
+    units = dcae.encoder_units(encoder)
     for number, (rows, columns) in enumerate(sizes):
-        shape = EncoderShape(spec, rows, columns, dtype.itemsize)
-        count, ratio = len(shape), spec.spatial_compression_ratio
-        heights = [rng.choice([1, 2, 3, 16, shape.map_rows(index)]) for index in range(count)]
-        starts = [rng.randint(0, index) if number % 2 else index for index in range(count)]
+        shape, ratio = EncoderShape(spec, rows, columns, dtype.itemsize), spec.spatial_compression_ratio
+        heights, starts = drawn_route(shape, rng, [1, 2, 3, 16], repeats=number % 2 == 1)
         image = torch.randn(1, 3, rows * ratio, columns * ratio, dtype=dtype)
-        measured = measured_encoding(encoder, image, heights, starts)
-        assert len(measured) == count
-        for index, measured_bytes in enumerate(measured):
-            made = shape.pass_shape(starts[index], index, heights[index])
-            where = f"{rows}x{columns}, sweep {index} from {starts[index]} by {heights[index]} rows"
-            check_bytes(made.running_bytes, measured_bytes, where)
+        run = partial(encoded, encoder, image, heights, starts)
+        check_passes(shape, heights, starts, measured_passes(units, image, run))
 
 
 # What a layer of the transformer holds, its weights first
@@ -380,8 +384,7 @@ def parameters_of(module: Any) -> int:
 @pytest.mark.parametrize("branches", [1, 2])
 @pytest.mark.parametrize("name", TRANSFORMERS)
 def test_a_layer_of_the_transformer_holds_what_is_planned(name: str, branches: int, dtype: torch.dtype) -> None:
-    if not has_onednn(torch.zeros(1, dtype=dtype)):
-        pytest.skip("planned for CPUs with oneDNN in this precision")
+    needs_onednn(dtype)
     spec, rng = TRANSFORMERS[name], random.Random(3)
     torch.manual_seed(0)
     transformer = SanaTransformer2DModel(**asdict(spec)).eval().to(dtype)

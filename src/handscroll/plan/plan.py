@@ -55,6 +55,7 @@ class _Stage(Protocol):
 
 
 AnyStage = TypeVar("AnyStage", bound=_Stage)
+Part = TextStage | DenoiseStage | DecodeStage
 
 
 @dataclass(frozen=True)
@@ -102,9 +103,14 @@ class Plan:
         return not self.seeds
 
     @property
+    def steps_here(self) -> int:
+        """How many steps of the schedule are made at this size."""
+        return self.steps - self.first_step
+
+    @property
     def total_steps(self) -> int:
         """Of all sizes together."""
-        return sum(plan.steps - plan.first_step for plan in self.sizes)
+        return sum(plan.steps_here for plan in self.sizes)
 
     @property
     def steps_before(self) -> int:
@@ -132,15 +138,11 @@ class Plan:
         return {name: sum(part.seconds for part in parts) for name, parts in self._parts.items() if parts}
 
     @property
-    def _parts(self) -> dict[str, list[TextStage | DenoiseStage | DecodeStage]]:
-        denoise: list[TextStage | DenoiseStage | DecodeStage | None] = []
+    def _parts(self) -> dict[str, list[Part]]:
+        denoise: list[Part | None] = []
         for plan in self.sizes:
             denoise += [plan.encoding, plan.denoise, plan.decoding if plan.on_the_way else None]
-        stages: dict[str, list[TextStage | DenoiseStage | DecodeStage | None]] = {
-            "text": [self.text],
-            "denoise": denoise,
-            "decode": [self.decoding],
-        }
+        stages: dict[str, list[Part | None]] = {"text": [self.text], "denoise": denoise, "decode": [self.decoding]}
         return {name: [part for part in parts if part is not None] for name, parts in stages.items()}
 
     @property
@@ -184,11 +186,11 @@ def make_plan(spec: CheckpointSpec, request: Request, situation: Situation, seed
         budget_bytes=request.memory_bytes,
     )
     if situation.tokens is not None:
-        plan = _grown(plan, spec, request.compose_px, factor)
+        plan = _grown(plan, spec, request.compose_px)
     return with_stages(plan, spec, situation)
 
 
-def _grown(plan: Plan, spec: CheckpointSpec, compose_px: int | None, factor: int) -> Plan:
+def _grown(plan: Plan, spec: CheckpointSpec, compose_px: int | None) -> Plan:
     """The plan with the smaller ones that it grows from; where nobody asked, as the checkpoint does.
 
     Raises UsageError where a few-step model is asked to.
@@ -200,16 +202,16 @@ def _grown(plan: Plan, spec: CheckpointSpec, compose_px: int | None, factor: int
     compose_px = spec.compose_px if compose_px is None else compose_px
     if not compose_px or not first_step(plan.steps):
         return plan  # of a single step there is no last part to begin a larger size with
-    patch = spec.transformer.patch_size
-    full = plan.latent_width * factor // patch, plan.latent_height * factor // patch
+    ratio = spec.autoencoder.spatial_compression_ratio
+    full, multiple = (plan.latent_width * ratio, plan.latent_height * ratio), ratio * spec.transformer.patch_size
     smaller: Plan | None = None
-    for width, height in smaller_sizes(*full, compose_px, factor):
+    for width, height in smaller_sizes(*full, compose_px, multiple):
         smaller = dataclasses.replace(
             plan,
             width=width,
             height=height,
-            latent_width=width // factor * patch,
-            latent_height=height // factor * patch,
+            latent_width=width // ratio,
+            latent_height=height // ratio,
             seeds=(),
             decode="rows",
             strip_rows=None,
@@ -343,17 +345,18 @@ def _ways(
             rows=plan.latent_height // patch,
             columns=plan.latent_width // patch,
             tokens=tokens,
-            steps=plan.steps - plan.first_step,
+            steps=plan.steps_here,
             branches=prompts,
             precision=plan.precision.transformer,
         )
         return denoise_stages(spec.transformer, job, hardware, room.stage_bytes)
     precision = plan.precision.autoencoder
-    half, between = (EncoderShape, plan.smaller) if stage == "encode" else (DecoderShape, plan)
+    half, small, strip_rows = DecoderShape, plan if plan.on_the_way else None, plan.strip_rows
+    if stage == "encode":
+        half, small, strip_rows = EncoderShape, plan.smaller, None
     shape = half(spec.autoencoder, plan.latent_height, plan.latent_width, BYTES[precision])
     # A smaller picture is held whole, in the host's memory, while it is decoded and encoded again.
-    held_bytes = 3 * between.width * between.height if between and between.on_the_way and not hardware.is_cuda else 0
-    strip_rows = plan.strip_rows if stage == "decode" else None
+    held_bytes = 0 if small is None or hardware.is_cuda else 3 * small.width * small.height
     return decode_stages(shape, precision, hardware, room.stage_bytes, strip_rows, held_bytes)
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from handscroll.plan.decode import DecodeStage
 from handscroll.plan.denoise import DenoiseStage
-from handscroll.plan.plan import Plan
+from handscroll.plan.plan import Part, Plan
 from handscroll.plan.text import TextStage
 from handscroll.spec import CheckpointSpec
 
@@ -21,8 +21,8 @@ def plan_dict(spec: CheckpointSpec, plan: Plan, minimum_bytes: int | None) -> di
         {
             "width": size.width,
             "height": size.height,
-            "steps": size.steps - size.first_step,
-            **{name: dataclasses.asdict(part) for name, part in _parts_on_the_way(size).items()},
+            "steps": size.steps_here,
+            **{name: dataclasses.asdict(part) for name, part in _stages(size).items()},
         }
         for size in plan.sizes[:-1]
     ]
@@ -68,32 +68,26 @@ def plan_table(spec: CheckpointSpec, plan: Plan, minimum_bytes: int | None) -> s
     return "\n".join([heading, "", *lines, "", f"{peak}about {_seconds(total_seconds)} a picture{least}"])
 
 
-def _stages(plan: Plan) -> dict[str, TextStage | DenoiseStage | DecodeStage]:
+def _stages(plan: Plan) -> dict[str, Part]:
     stages = {"text": plan.text, "encode": plan.encoding, "denoise": plan.denoise, "decode": plan.decoding}
     return {name: stage for name, stage in stages.items() if stage is not None}
 
 
 def _steps(plan: Plan) -> str:
-    return f"{plan.steps} steps" if plan.smaller is None else f"{plan.steps - plan.first_step} of {plan.steps} steps"
-
-
-def _parts_on_the_way(size: Plan) -> dict[str, TextStage | DenoiseStage | DecodeStage]:
-    parts = _stages(size)
-    parts.pop("text", None)
-    return parts
+    return f"{plan.steps} steps" if plan.smaller is None else f"{plan.steps_here} of {plan.steps} steps"
 
 
 def _row_on_the_way(size: Plan) -> tuple[str, str, str, str]:
     """One line for all parts of a smaller picture."""
-    parts = _parts_on_the_way(size).values()
+    parts = _stages(size).values()
     peak_bytes, seconds = max(part.peak_bytes for part in parts), sum(part.seconds for part in parts)
-    steps = size.steps - size.first_step
-    what = "composed" if size.smaller is None else "grown"
-    how = f"{what} at {size.width}x{size.height} in {steps} step{'s' * (steps != 1)}, decoded and enlarged"
-    return "compose" if size.smaller is None else "grow", _gibibytes(peak_bytes), _seconds(seconds), how
+    name, what = ("compose", "composed") if size.smaller is None else ("grow", "grown")
+    steps = f"{size.steps_here} step{'s' * (size.steps_here != 1)}"
+    how = f"{what} at {size.width}x{size.height} in {steps}, decoded and enlarged"
+    return name, _gibibytes(peak_bytes), _seconds(seconds), how
 
 
-def _how(stage: TextStage | DenoiseStage | DecodeStage, spec: CheckpointSpec) -> str:
+def _how(stage: Part, spec: CheckpointSpec) -> str:
     match stage:
         case TextStage():
             return f"{stage.tokens} tokens, layers read one at a time"

@@ -44,6 +44,18 @@ def decode_rows(stage: Stages, latent: Tensor) -> Iterator[np.ndarray]:
         yield waiting.arrived()
 
 
+def whole_picture(stage: Stages, latent: Tensor) -> np.ndarray:
+    """latent [1, C, h, w] as the sampler leaves it -> the picture of the plan's size, [height, width, 3] uint8.
+
+    Raises as `decode_rows`.
+    """
+    picture, row = np.empty((stage.plan.height, stage.plan.width, 3), np.uint8), 0
+    for strip in decode_rows(stage, latent):
+        picture[row : row + len(strip)] = strip
+        row += len(strip)
+    return picture
+
+
 def _strips(stage: Stages, latent: Tensor) -> Generator[Tensor, None, None]:
     """Strips [1, 3, rows, W] in the autoencoder's dtype, by the way that the plan names."""
     opened, plan = stage.decoder, stage.plan

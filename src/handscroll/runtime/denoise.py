@@ -57,15 +57,20 @@ class SamplerState:
     lower_order_nums: int = 0
     steps_before: int = 0
 
+    @property
+    def total_done(self) -> int:
+        """Of the picture's steps at all sizes."""
+        return self.steps_before + self.steps_done
+
 
 @dataclass(frozen=True)
 class Sampling:
     """What it takes to denoise one picture. `noise` [1, C, h, w] fp32 was drawn from `generator`, which goes on.
 
     With `negative`, classifier-free guidance by two branches a step; without, one. A few-step model (SCMScheduler)
-    takes its guidance as an input. `on_step(done)` is told of each step. From `start` the sampling goes on, with the
-    same bits as if it had never stopped. `on_state` is given a state where that is worth saving, and after the last
-    step; it comes before that step's `on_step`.
+    takes its guidance as an input. `on_step(done)` is told of each step, counted with the `steps_before`. From `start`
+    the sampling goes on, with the same bits as if it had never stopped. `on_state` is given a state where that is worth
+    saving, and after the last step; it comes before that step's `on_step`.
 
     With `source` [1, C, h, w] fp32, a finished latent, the schedule begins at `first_step`, where that step's share of
     noise is laid over it (SDEdit, as diffusers' image-to-image pipelines begin). Not for few-step models.
@@ -150,7 +155,7 @@ class _Journey:
             self.job.on_state(self._state(done, latent))
             self.saved_at = time.perf_counter()
             self.save_seconds = self.saved_at - start
-        self.job.on_step(done)
+        self.job.on_step(self.job.steps_before + done)
 
     def _state(self, steps_done: int, latent: Tensor) -> SamplerState:
         scheduler = self.job.scheduler

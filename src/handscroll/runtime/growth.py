@@ -11,7 +11,7 @@ from torch import Tensor
 from handscroll.banded import dcae
 from handscroll.errors import NumericsError
 from handscroll.plan.plan import Plan
-from handscroll.runtime.decode import PIECE_BYTES, decode_rows
+from handscroll.runtime.decode import PIECE_BYTES, whole_picture
 from handscroll.runtime.memory import trim
 from handscroll.runtime.stages import Stages
 from handscroll.runtime.weights import DTYPES
@@ -21,21 +21,9 @@ def grown(stage: Stages, latent: Tensor, plan: Plan) -> Tensor:
     """The finished latent of a plan's smaller picture -> what that plan's size begins from, [1, C, h, w] fp32."""
     assert plan.smaller is not None
     with stage.at(plan.smaller):
-        picture = picture_of(stage, latent)
+        picture = whole_picture(stage, latent)
     with stage.at(plan):
         return latent_of(stage, picture)
-
-
-def picture_of(stage: Stages, latent: Tensor) -> np.ndarray:
-    """latent [1, C, h, w] as the sampler leaves it -> the whole picture of the plan's size, [height, width, 3] uint8.
-
-    Raises as `decode_rows`.
-    """
-    picture, row = np.empty((stage.plan.height, stage.plan.width, 3), np.uint8), 0
-    for strip in decode_rows(stage, latent):
-        picture[row : row + len(strip)] = strip
-        row += len(strip)
-    return picture
 
 
 def latent_of(stage: Stages, picture: np.ndarray) -> Tensor:

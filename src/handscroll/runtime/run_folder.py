@@ -255,7 +255,7 @@ class RunFolder:
             state = self._read_state(path, precision)
             if state is not None:
                 if index not in self._ours:
-                    self._resumed[index] = state.steps_before + state.steps_done
+                    self._resumed[index] = state.total_done
                 return state
         return None
 
@@ -357,7 +357,7 @@ class RunFolder:
         if not without_latent:
             return f"{which}from the finished latent"
         states = (self._read_state(path) for path in self._state_paths(index))
-        steps_done = next((state.steps_before + state.steps_done for state in states if state is not None), 0)
+        steps_done = next((state.total_done for state in states if state is not None), 0)
         return f"{which}from step {steps_done} of {self.job.steps}"
 
     # Files
