@@ -97,9 +97,13 @@ class BusyError(RunFolderError):
 
 
 class NumericsError(HandscrollError):
-    """A stage produced NaN or infinity."""
+    """A stage produced NaN or infinity. `component`: whose numbers they were, as `Precision` names it."""
 
     code = "not_finite"
+
+    def __init__(self, message: str, component: str | None = None) -> None:
+        super().__init__(message)
+        self.component = component
 
 
 class OutOfMemoryError(HandscrollError):

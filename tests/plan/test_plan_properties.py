@@ -179,14 +179,15 @@ def check_plan(draw: Draw, plan: Plan) -> None:
             assert size.encoding is not None
             check_sweeps(EncoderShape, size.encoding, draw, size)
 
-    for name, used_bytes in plan.planned_bytes.items():
-        tries, smaller = 0, shrunk(plan, draw.spec, draw.situation, name)
+    for name in plan.planned_bytes:
+        tries, before, smaller = 0, plan, shrunk(plan, draw.spec, draw.situation, name)
         while smaller is not None and tries < 2:
-            assert smaller.planned_bytes[name] < used_bytes
+            now, used = ([part.peak_bytes for part in each.parts[name]] for each in (smaller, before))
+            assert sum(now) < sum(used)
+            assert all(a <= b for a, b in zip(now, used, strict=True))
             others = {other: n_bytes for other, n_bytes in plan.planned_bytes.items() if other != name}
             assert others.items() <= smaller.planned_bytes.items()
-            used_bytes = smaller.planned_bytes[name]
-            tries, smaller = tries + 1, shrunk(smaller, draw.spec, draw.situation, name)
+            tries, before, smaller = tries + 1, smaller, shrunk(smaller, draw.spec, draw.situation, name)
 
 
 def check_growth(draw: Draw, plan: Plan) -> None:

@@ -313,6 +313,20 @@ def test_numbers_that_overflow_in_half_precision_are_made_in_fp32(
         assert torch.isfinite(load_file(file)["embeddings"].float()).all()
 
 
+def test_an_autoencoder_that_overflows_while_a_picture_grows_is_the_one_that_goes_to_fp32(
+    miniature: Miniature, tmp_path: Path
+) -> None:
+    folder = fragile(Path(shutil.copytree(miniature("1.6b"), tmp_path / "model")), "decode", 3.4e38)
+    lines: list[str] = []
+    request = Request(
+        "a lake", model=str(folder), width=128, height=128, steps=5, seed=3, precision="bf16", compose_px=64
+    )
+    (result,) = generate(request, tmp_path / "p.png", on_event=notices(lines))
+    growing = LINES["decode"].replace("decoding", "denoising")
+    assert lines == [growing, LINES["decode"]]
+    assert result.precision == mixed("decode", "bf16")
+
+
 def test_a_file_says_how_its_latent_was_made_also_in_another_session(miniature: Miniature, tmp_path: Path) -> None:
     folder = fragile(Path(shutil.copytree(miniature("1.6b"), tmp_path / "model")), "denoise", 3.4e38)
 

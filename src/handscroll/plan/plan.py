@@ -41,7 +41,8 @@ FREE_SHARE = 0.9
 # What a stage that ran out of memory may take of what it was planned to take, at its next try.
 SHRINKS_TO = 0.7
 
-PRECISION_FIELDS = {"text": "text_encoder", "denoise": "transformer", "decode": "autoencoder"}
+# Whose precision a stage runs in; a picture that grows is also decoded and encoded while it is denoised.
+COMPONENTS = {"text": ("text_encoder",), "denoise": ("transformer", "autoencoder"), "decode": ("autoencoder",)}
 # What is planned apart, and where in a plan it stands. A stage is one part, but that denoising a picture that grows
 # includes decoding the smaller ones and encoding them for the next size.
 PART_FIELDS = {"text": "text", "denoise": "denoise", "encode": "encoding", "decode": "decoding"}
@@ -130,15 +131,16 @@ class Plan:
     @property
     def planned_bytes(self) -> dict[str, int]:
         """The peak of every stage that was planned: text, denoise, decode."""
-        return {name: max(part.peak_bytes for part in parts) for name, parts in self._parts.items() if parts}
+        return {name: max(part.peak_bytes for part in parts) for name, parts in self.parts.items() if parts}
 
     @property
     def planned_seconds(self) -> dict[str, float]:
         """Of every stage that was planned, by the hardware's rates."""
-        return {name: sum(part.seconds for part in parts) for name, parts in self._parts.items() if parts}
+        return {name: sum(part.seconds for part in parts) for name, parts in self.parts.items() if parts}
 
     @property
-    def _parts(self) -> dict[str, list[Part]]:
+    def parts(self) -> dict[str, list[Part]]:
+        """What each stage consists of, one after the other; nothing where it was not planned."""
         denoise: list[Part | None] = []
         for plan in self.sizes:
             denoise += [plan.encoding, plan.denoise, plan.decoding if plan.on_the_way else None]
@@ -235,23 +237,33 @@ def with_stages(plan: Plan, spec: CheckpointSpec, situation: Situation) -> Plan:
 
 
 def shrunk(plan: Plan, spec: CheckpointSpec, situation: Situation, stage: str) -> Plan | None:
-    """The plan with less memory for one stage, after it ran out; None where it takes the least already."""
-    used_bytes = plan.planned_bytes.get(stage)
-    if used_bytes is None:
+    """The plan with less memory for one stage, after it ran out; None where all of it takes the least already.
+
+    Of a stage of several parts nobody knows which one ran out, nor at how much: the largest are shrunk first, and
+    where they cannot be, the next.
+    """
+    parts = plan.parts.get(stage)
+    if not parts:
         return None
-    base_bytes = situation.hardware.base_bytes
-    limit_bytes = base_bytes + int(SHRINKS_TO * (used_bytes - base_bytes))
-    smaller = _chosen(plan, spec, situation, [stage], limit_bytes)
-    return smaller if smaller.planned_bytes[stage] < used_bytes else None
+
+    def total_bytes(plan: Plan) -> int:
+        return sum(part.peak_bytes for part in plan.parts[stage])
+
+    base_bytes, used_bytes = situation.hardware.base_bytes, total_bytes(plan)
+    if total_bytes(_chosen(plan, spec, situation, [stage], limit_bytes=0)) >= used_bytes:
+        return None
+    limit_bytes, smaller = max(part.peak_bytes for part in parts), plan
+    while total_bytes(smaller) >= used_bytes:
+        limit_bytes = base_bytes + int(SHRINKS_TO * max(limit_bytes - base_bytes, 0))
+        smaller = _chosen(plan, spec, situation, [stage], limit_bytes)
+    return smaller
 
 
-def in_precision(plan: Plan, spec: CheckpointSpec, situation: Situation, stage: str, precision: str) -> Plan:
-    """The plan with one stage in a precision, chosen anew where that is a change. Raises BudgetError."""
-    component = PRECISION_FIELDS[stage]
-    if getattr(plan.precision, component) == precision:
-        return plan
-    changed = dataclasses.replace(plan, precision=dataclasses.replace(plan.precision, **{component: precision}))
-    return chosen_anew(changed, spec, situation, stage)
+def in_precision(plan: Plan, spec: CheckpointSpec, situation: Situation, stage: str, precision: Precision) -> Plan:
+    """The plan with what runs in one stage in a precision, chosen anew where that is a change. Raises BudgetError."""
+    own = {component: getattr(precision, component) for component in COMPONENTS[stage]}
+    changed = dataclasses.replace(plan, precision=dataclasses.replace(plan.precision, **own))
+    return plan if changed == plan else chosen_anew(changed, spec, situation, stage)
 
 
 def chosen_anew(plan: Plan, spec: CheckpointSpec, situation: Situation, stage: str) -> Plan:

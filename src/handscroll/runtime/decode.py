@@ -111,7 +111,7 @@ class _Pixels:
         if self.on_their_way:
             self.event.synchronize()
         if not self.finite:
-            raise NumericsError("the autoencoder gave numbers that are not finite")
+            raise NumericsError("the autoencoder gave numbers that are not finite", "autoencoder")
         return self.pixels.numpy()
 
 

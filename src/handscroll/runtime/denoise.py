@@ -100,7 +100,7 @@ def denoise(job: Sampling) -> Tensor:
     """
     latent = _denoise_scm(job) if hasattr(job.scheduler.config, "sigma_data") else _denoise_flow(job)
     if not torch.isfinite(latent).all():
-        raise NumericsError("the transformer gave numbers that are not finite")
+        raise NumericsError("the transformer gave numbers that are not finite", "transformer")
     return latent
 
 

@@ -50,7 +50,7 @@ def latent_of(stage: Stages, picture: np.ndarray) -> Tensor:
         on_sweep=lambda done, of: trim(),
     )
     if not torch.isfinite(latent).all():
-        raise NumericsError("the autoencoder gave numbers that are not finite")
+        raise NumericsError("the autoencoder gave numbers that are not finite", "autoencoder")
     return latent.float() * autoencoder.config.scaling_factor
 
 

@@ -6,6 +6,7 @@ block: an exception's traceback keeps alive every tensor of the frames that it c
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Callable
 from typing import TypeVar
@@ -13,7 +14,8 @@ from typing import TypeVar
 from handscroll.errors import BudgetError, NumericsError, OutOfMemoryError, is_out_of_memory
 from handscroll.events import OnEvent, notice
 from handscroll.plan.hardware import MIB, Situation
-from handscroll.plan.plan import PRECISION_FIELDS, in_precision, shrunk
+from handscroll.plan.plan import COMPONENTS, in_precision, shrunk
+from handscroll.plan.precision import Precision
 from handscroll.runtime.stages import Stages
 
 Result = TypeVar("Result")
@@ -34,24 +36,24 @@ class Recovery:
     def run(self, stage: str, work: Callable[[], Result], picture: int = 0) -> Result:
         """The result of `work`, which reads `stages.plan` anew at every try, and may go on from what it has saved.
 
-        Out of memory: again with smaller strips or bands, and at last as it is. Not finite: again in fp32, where the
-        stage was in less; that holds for this picture alone. Raises OutOfMemoryError or NumericsError when nothing is
-        left to try.
+        Out of memory: again with smaller strips or bands, and at last as it is. Not finite: again with the component
+        that it came from in fp32, where it was in less; that holds for this stage of this picture alone. Raises
+        OutOfMemoryError or NumericsError when nothing is left to try.
         """
         tries_left = LAST_TRIES
-        self._plan_in(stage, getattr(self.precision, PRECISION_FIELDS[stage]))
+        self._plan_in(stage, self.precision)
         while True:
             try:
                 return work()
             except NumericsError as error:
-                numerics, line = True, str(error)
+                overflowed, line = error.component or COMPONENTS[stage][0], str(error)
             except Exception as error:
                 if not is_out_of_memory(error):
                     raise
-                numerics, line = False, _one_line(error)
+                overflowed, line = None, _one_line(error)
             self.stages.free()
-            if numerics:
-                self._in_fp32(stage, line, picture)
+            if overflowed is not None:
+                self._in_fp32(stage, overflowed, line, picture)
                 continue
             if self._shrink(stage, line, picture):
                 continue
@@ -64,7 +66,7 @@ class Recovery:
             self.on_event(notice(f"out of memory while {NAMES[stage]} ({line}); trying again", picture))
             time.sleep(WAIT_SECONDS)
 
-    def _plan_in(self, stage: str, precision: str) -> None:
+    def _plan_in(self, stage: str, precision: Precision) -> None:
         self.stages.plan = in_precision(self.stages.plan, self.stages.spec, self.situation, stage, precision)
 
     def _shrink(self, stage: str, line: str, picture: int) -> bool:
@@ -79,12 +81,13 @@ class Recovery:
         )
         return True
 
-    def _in_fp32(self, stage: str, line: str, picture: int) -> None:
-        """Plans a stage in fp32. Raises NumericsError where that is what it ran in, or where fp32 does not fit."""
-        if getattr(self.stages.plan.precision, PRECISION_FIELDS[stage]) == "fp32":
+    def _in_fp32(self, stage: str, component: str, line: str, picture: int) -> None:
+        """Plans a stage with one component in fp32. Raises NumericsError where it was, or where fp32 does not fit."""
+        precision = self.stages.plan.precision
+        if getattr(precision, component) == "fp32":
             raise NumericsError(line)
         try:
-            self._plan_in(stage, "fp32")
+            self._plan_in(stage, dataclasses.replace(precision, **{component: "fp32"}))
         except BudgetError as error:
             raise NumericsError(f"{line}; fp32 does not fit: {error}") from error
         self.on_event(notice(f"{line}: {NAMES[stage]} again in fp32", picture))

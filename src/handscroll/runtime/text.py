@@ -90,7 +90,7 @@ def encoded(
         encoder, tokenizer = open_encoder()
         text = encode_prompt(spec, encoder, tokenizer, prompt, instruction)
         if not torch.isfinite(text.embeddings).all():
-            raise NumericsError("the text encoder gave numbers that are not finite")
+            raise NumericsError("the text encoder gave numbers that are not finite", "text_encoder")
         save_text(key, text)
     return text.to(device)
 
