@@ -1,4 +1,7 @@
-"""Write the trained weights as a checkpoint folder in the diffusers layout, in bf16, with nothing of the training."""
+"""Write the trained weights as a checkpoint folder in the diffusers layout, in bf16, with nothing of the training.
+
+What the work folder does not hold stays as it is in the checkpoint folder: one part can be trained on alone.
+"""
 
 from __future__ import annotations
 
@@ -6,9 +9,11 @@ import argparse
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
-from diffusers import AutoencoderDC, DPMSolverMultistepScheduler, SanaPipeline
+from diffusers import AutoencoderDC, DPMSolverMultistepScheduler, SanaPipeline, SanaTransformer2DModel
+from transformers import Gemma2Model, PreTrainedTokenizerFast
 
 from training.transformer import FLOW_SHIFT, Painter, load_or_build_tokenizer
 
@@ -36,19 +41,27 @@ def scheduler() -> DPMSolverMultistepScheduler:
     )
 
 
-def assemble(work: Path) -> SanaPipeline:
-    """The averaged weights as a pipeline, in float32."""
-    tokenizer = load_or_build_tokenizer(work / "tokenizer")
-    painter = Painter(tokenizer)
-    painter.load_state_dict(torch.load(work / "painter.pt", map_location="cpu")["average"])
-    decoder = work / "autoencoder"
-    vae = AutoencoderDC.from_pretrained(decoder if decoder.exists() else work / "autoencoder-fixed-encoder")
+def _average(checkpoint: Path) -> dict[str, Any]:
+    return torch.load(checkpoint, map_location="cpu")["average"]
+
+
+def assemble(work: Path, folder: Path) -> SanaPipeline:
+    """The averaged weights of what was trained in `work` as a pipeline, in float32; the rest is that of `folder`."""
+    if (work / "painter.pt").exists():
+        tokenizer = load_or_build_tokenizer(work / "tokenizer")
+        painter = Painter(tokenizer)
+        painter.load_state_dict(_average(work / "painter.pt"))
+        text_encoder, transformer = painter.text_encoder, painter.transformer
+    else:
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(folder / "tokenizer")
+        text_encoder = Gemma2Model.from_pretrained(folder / "text_encoder", dtype=torch.float32)
+        transformer = SanaTransformer2DModel.from_pretrained(folder / "transformer", low_cpu_mem_usage=False).float()
+    if (work / "growth.pt").exists():
+        transformer.load_state_dict(_average(work / "growth.pt"))
+    decoders = (work / "autoencoder", work / "autoencoder-fixed-encoder", folder / "vae")
+    vae = AutoencoderDC.from_pretrained(next(decoder for decoder in decoders if decoder.exists()))
     return SanaPipeline(
-        tokenizer=tokenizer,
-        text_encoder=painter.text_encoder,
-        vae=vae,
-        transformer=painter.transformer,
-        scheduler=scheduler(),
+        tokenizer=tokenizer, text_encoder=text_encoder, vae=vae, transformer=transformer, scheduler=scheduler()
     )
 
 
@@ -73,10 +86,10 @@ def _forget_paths(folder: Path) -> None:
 
 
 def export(work: Path, folder: Path) -> int:
-    """Replace `folder` by the current weights and return its size in bytes."""
+    """Replace `folder` by the weights that were trained in `work` and return its size in bytes."""
     part = folder.with_name(folder.name + ".part")
     shutil.rmtree(part, ignore_errors=True)
-    assemble(work).to(dtype=torch.bfloat16).save_pretrained(part)
+    assemble(work, folder).to(dtype=torch.bfloat16).save_pretrained(part)
     _name_tokenizer(part)
     _forget_paths(part)
     (part / "handscroll.json").write_text(json.dumps(ABOUT, indent=2) + "\n")

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Generic, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -62,6 +63,12 @@ def plateau(step: int, steps: int, peak: float, warmup: int, decay: float = 0.3)
     rising = (step + 1) / warmup
     falling = (steps - step) / (decay * steps)
     return peak * max(min(rising, falling, 1.0), 0.01)
+
+
+def set_gradients(parameters: Sequence[nn.Parameter], gradients: Sequence[Sequence[Tensor]]) -> None:
+    """Gives each parameter the mean of what several workers found for it."""
+    for parameter, *parts in zip(parameters, *gradients, strict=True):
+        parameter.grad = torch.stack(parts).mean(dim=0) if len(parts) > 1 else parts[0]
 
 
 def save_checkpoint(

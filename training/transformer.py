@@ -36,7 +36,15 @@ from transformers import Gemma2Config, Gemma2Model, PreTrainedTokenizerFast
 from training.captions import build_tokenizer, sample_captions
 from training.claims import ATTRIBUTES, claims
 from training.latents import PLAN, Bucket, LatentFiles, scene_of
-from training.schedule import Average, autocast, load_checkpoint, pick_device, plateau, save_checkpoint
+from training.schedule import (
+    Average,
+    autocast,
+    load_checkpoint,
+    pick_device,
+    plateau,
+    save_checkpoint,
+    set_gradients,
+)
 from training.scorer import answers, loss_of
 from training.world import PLACED, Box, Scene, places
 
@@ -458,8 +466,7 @@ class TransformerTraining:
         seeds = [int(seed) for seed in self.rng.integers(2**31, size=options.workers)]
         emphasis = [EMPHASIS * rate / options.rate] * options.workers
         made, gradients = zip(*self.pool.map(self._gradients, batches, seeds, emphasis), strict=True)
-        for parameter, *parts in zip(self.parameters, *gradients, strict=True):
-            parameter.grad = torch.stack(parts).mean(dim=0) if len(parts) > 1 else parts[0]
+        set_gradients(self.parameters, gradients)
         nn.utils.clip_grad_norm_(self.parameters, 1.0)
         self.optimiser.step()
         self.average.update(self.model)
