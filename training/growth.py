@@ -24,6 +24,7 @@ import multiprocessing
 import signal
 import time
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -37,11 +38,22 @@ from transformers import Gemma2Model, PreTrainedTokenizerFast
 from handscroll.plan.growth import GROWTH_STRENGTH
 from training.captions import training_caption
 from training.latents import PARAPHRASES, Bucket, LatentFiles, encode
-from training.schedule import Average, autocast, load_checkpoint, pick_device, plateau, save_checkpoint, set_gradients
+from training.schedule import (
+    Average,
+    add_step_options,
+    autocast,
+    load_checkpoint,
+    pick_device,
+    plateau,
+    prepare_process,
+    save_checkpoint,
+    set_gradients,
+    shifted,
+)
 from training.transformer import EMPTY_CAPTIONS, FLOW_SHIFT, sample_sigma
 from training.world import render, sample_scene
 
-START = FLOW_SHIFT * GROWTH_STRENGTH / (1 + (FLOW_SHIFT - 1) * GROWTH_STRENGTH)  # the sigma that growth begins at: 0.8
+START = shifted(GROWTH_STRENGTH, FLOW_SHIFT)  # the sigma that growth begins at: 0.8
 PLAIN = 0.25  # the share of the batches at large sizes that are plain flow matching over all sigmas
 SOFTEST = (0.7, 0.45, 0.25)  # of the amplitude of the three finest octaves of a smaller picture, what may be missing
 SOFTEST_LATENT = 0.5  # the same of what varies within a latent's token or from it to its neighbours
@@ -104,13 +116,9 @@ def paint_pair(job: tuple[Bucket, int, bool, Path]) -> tuple[NDArray[np.float16]
     return np.stack(latents), "\t".join(training_caption(scene, rng) for _ in range(PARAPHRASES))
 
 
-_opened: dict[Path, AutoencoderDC] = {}
-
-
+@cache
 def _autoencoder(folder: Path) -> AutoencoderDC:
-    if folder not in _opened:
-        _opened[folder] = AutoencoderDC.from_pretrained(folder).eval().float()
-    return _opened[folder]
+    return AutoencoderDC.from_pretrained(folder).eval().float()
 
 
 def make_pairs(options: argparse.Namespace) -> None:
@@ -137,9 +145,8 @@ def growth_sigma(count: int, generator: torch.Generator) -> Tensor:
     """
     strata = torch.randperm(count, generator=generator) + torch.rand(count, generator=generator)
     share = (strata / count).clamp(0.01, 1)
-    even = GROWTH_STRENGTH * share
-    shifted = FLOW_SHIFT * even / (1 + (FLOW_SHIFT - 1) * even)
-    return torch.where(torch.rand(count, generator=generator) < 0.25, START * share, shifted)
+    met = shifted(GROWTH_STRENGTH * share, FLOW_SHIFT)
+    return torch.where(torch.rand(count, generator=generator) < 0.25, START * share, met)
 
 
 def on_the_way(latents: Tensor, begun: Tensor, sigma: Tensor, noise: Tensor) -> Tensor:
@@ -302,23 +309,13 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path("src/handscroll/builtin/tiny-landscape"))
     parser.add_argument("--scale", type=float, default=1.0, help="multiplies the number of pictures")
     parser.add_argument("--processes", type=int, default=1, help="that paint pairs")
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--steps", type=int, default=1000)
-    parser.add_argument("--tokens", type=int, default=1024, help="of latent, in one worker's batch of small pictures")
-    parser.add_argument("--workers", type=int, default=2, help="on a CPU as many as cores, on a GPU 1")
-    parser.add_argument("--rate", type=float, default=6e-4)
-    parser.add_argument("--decay", type=float, default=0.45, help="the share of the steps over which the rate falls")
-    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
-    parser.add_argument("--minutes", type=float, default=math.inf, help="save and stop after so long")
-    parser.add_argument("--horizon", type=int, default=100, help="of the running average, in steps")
+    tokens = "of latent, in one worker's batch of small pictures"
+    add_step_options(parser, steps=1000, rate=6e-4, decay=0.45, horizon=100, tokens=tokens)
     options = parser.parse_args()
     if options.what == "pairs":
         make_pairs(options)
         return
-    torch.set_flush_denormal(True)
-    torch.backends.cuda.enable_flash_sdp(pick_device(options.device).type == "cuda")  # as in `training.transformer`
-    if options.workers > 1:
-        torch.set_num_threads(1)
+    prepare_process(options)
     GrowthTraining(options).run()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import copy
 import math
 from collections.abc import Sequence
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 Model = TypeVar("Model", bound=nn.Module)
+Shared = TypeVar("Shared", float, Tensor)
 
 
 def pick_device(name: str) -> torch.device:
@@ -63,6 +65,36 @@ def plateau(step: int, steps: int, peak: float, warmup: int, decay: float = 0.3)
     rising = (step + 1) / warmup
     falling = (steps - step) / (decay * steps)
     return peak * max(min(rising, falling, 1.0), 0.01)
+
+
+def shifted(share: Shared, shift: float) -> Shared:
+    """The sigma that a flow schedule of some shift has at a share, from 0 to 1, of its way."""
+    return shift * share / (1 + (shift - 1) * share)
+
+
+def add_step_options(
+    parser: argparse.ArgumentParser, *, steps: int, rate: float, decay: float, horizon: int, tokens: str
+) -> None:
+    """What a training of the transformer is asked; `tokens` says whose number of tokens is meant."""
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--steps", type=int, default=steps)
+    parser.add_argument("--tokens", type=int, default=1024, help=tokens)
+    parser.add_argument("--workers", type=int, default=2, help="on a CPU as many as cores, on a GPU 1")
+    parser.add_argument("--rate", type=float, default=rate)
+    parser.add_argument("--decay", type=float, default=decay, help="the share of the steps over which the rate falls")
+    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="save and stop after so long")
+    parser.add_argument("--horizon", type=int, default=horizon, help="of the running average, in steps")
+
+
+def prepare_process(options: argparse.Namespace) -> None:
+    """Sets what holds for a whole process in which the transformer is trained."""
+    torch.set_flush_denormal(True)
+    # On a CPU the fused kernel's backward is slower than plain products where keys are as few as words; the switch is
+    # named after CUDA, and every device heeds it.
+    torch.backends.cuda.enable_flash_sdp(pick_device(options.device).type == "cuda")
+    if options.workers > 1:
+        torch.set_num_threads(1)
 
 
 def set_gradients(parameters: Sequence[nn.Parameter], gradients: Sequence[Sequence[Tensor]]) -> None:

@@ -38,12 +38,15 @@ from training.claims import ATTRIBUTES, claims
 from training.latents import PLAN, Bucket, LatentFiles, scene_of
 from training.schedule import (
     Average,
+    add_step_options,
     autocast,
     load_checkpoint,
     pick_device,
     plateau,
+    prepare_process,
     save_checkpoint,
     set_gradients,
+    shifted,
 )
 from training.scorer import answers, loss_of
 from training.world import PLACED, Box, Scene, places
@@ -308,7 +311,7 @@ def sample_sigma(count: int, tokens: int, generator: torch.Generator) -> Tensor:
     shift = SMALLEST_SHIFT * (tokens / 64) ** 0.4
     strata = torch.randperm(count, generator=generator) + torch.rand(count, generator=generator)
     plain = torch.special.ndtri((strata / count).clamp(1e-4, 1 - 1e-4)).sigmoid()
-    return shift * plain / (1 + (shift - 1) * plain)
+    return shifted(plain, shift)
 
 
 class Losses(NamedTuple):
@@ -476,22 +479,9 @@ class TransformerTraining:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--work", type=Path, required=True, help="folder that holds latents; checkpoints go there")
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--steps", type=int, default=9000)
-    parser.add_argument("--tokens", type=int, default=1024, help="of latent, in one worker's batch")
-    parser.add_argument("--workers", type=int, default=2, help="on a CPU as many as cores, on a GPU 1")
-    parser.add_argument("--rate", type=float, default=2.5e-3)
-    parser.add_argument("--decay", type=float, default=0.3, help="the share of the steps over which the rate falls")
-    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
-    parser.add_argument("--minutes", type=float, default=math.inf, help="save and stop after so long")
-    parser.add_argument("--horizon", type=int, default=500, help="of the running average, in steps")
+    add_step_options(parser, steps=9000, rate=2.5e-3, decay=0.3, horizon=500, tokens="of latent, in one worker's batch")
     options = parser.parse_args()
-    torch.set_flush_denormal(True)
-    # On a CPU the fused kernel's backward is slower than plain products where keys are as few as words; the switch is
-    # named after CUDA, and every device heeds it.
-    torch.backends.cuda.enable_flash_sdp(pick_device(options.device).type == "cuda")
-    if options.workers > 1:
-        torch.set_num_threads(1)
+    prepare_process(options)
     TransformerTraining(options).run()
 
 
