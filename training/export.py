@@ -9,13 +9,12 @@ import argparse
 import json
 import shutil
 from pathlib import Path
-from typing import Any
 
 import torch
-from diffusers import AutoencoderDC, DPMSolverMultistepScheduler, SanaPipeline, SanaTransformer2DModel
-from transformers import Gemma2Model, PreTrainedTokenizerFast
+from diffusers import AutoencoderDC, DPMSolverMultistepScheduler, SanaPipeline
+from transformers import PreTrainedTokenizerFast
 
-from training.transformer import FLOW_SHIFT, Painter, load_or_build_tokenizer
+from training.transformer import FLOW_SHIFT, begin_from, load_average
 
 LIMIT = 16 * 2**20
 ABOUT = {
@@ -41,27 +40,20 @@ def scheduler() -> DPMSolverMultistepScheduler:
     )
 
 
-def _average(checkpoint: Path) -> dict[str, Any]:
-    return torch.load(checkpoint, map_location="cpu")["average"]
-
-
 def assemble(work: Path, folder: Path) -> SanaPipeline:
     """The averaged weights of what was trained in `work` as a pipeline, in float32; the rest is that of `folder`."""
-    if (work / "painter.pt").exists():
-        tokenizer = load_or_build_tokenizer(work / "tokenizer")
-        painter = Painter(tokenizer)
-        painter.load_state_dict(_average(work / "painter.pt"))
-        text_encoder, transformer = painter.text_encoder, painter.transformer
-    else:
-        tokenizer = PreTrainedTokenizerFast.from_pretrained(folder / "tokenizer")
-        text_encoder = Gemma2Model.from_pretrained(folder / "text_encoder", dtype=torch.float32)
-        transformer = SanaTransformer2DModel.from_pretrained(folder / "transformer", low_cpu_mem_usage=False).float()
-    if (work / "growth.pt").exists():
-        transformer.load_state_dict(_average(work / "growth.pt"))
+    words = work / "tokenizer" if (work / "tokenizer").exists() else folder / "tokenizer"
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(words)
+    trained = [path for path in (work / "growth.pt", work / "painter.pt") if path.exists()]
+    painter = load_average(trained[0], tokenizer) if trained else begin_from(folder, tokenizer)
     decoders = (work / "autoencoder", work / "autoencoder-fixed-encoder", folder / "vae")
     vae = AutoencoderDC.from_pretrained(next(decoder for decoder in decoders if decoder.exists()))
     return SanaPipeline(
-        tokenizer=tokenizer, text_encoder=text_encoder, vae=vae, transformer=transformer, scheduler=scheduler()
+        tokenizer=tokenizer,
+        text_encoder=painter.text_encoder,
+        vae=vae,
+        transformer=painter.transformer,
+        scheduler=scheduler(),
     )
 
 

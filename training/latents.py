@@ -59,11 +59,6 @@ def _draw(bucket: Bucket, seed: int) -> tuple[Scene, np.random.Generator]:
     return sample_scene(rng), rng
 
 
-def scene_of(bucket: Bucket, seed: int) -> Scene:
-    """What is in the picture that `paint` makes of the same."""
-    return _draw(bucket, seed)[0]
-
-
 def paint(job: tuple[Bucket, int]) -> tuple[NDArray[np.uint8], str]:
     """One picture of a bucket as [3, H, W] bytes, and its captions."""
     bucket, seed = job
@@ -80,6 +75,10 @@ class LatentFiles:
         self.latents_path = folder / f"latents-{bucket.name}.f16"
         self.captions_path = folder / f"captions-{bucket.name}.txt"
         self.shape = (32, bucket.height // DOWN, bucket.width // DOWN)
+
+    def scene(self, index: int) -> Scene:
+        """What is in a picture of these files, as `paint` drew it."""
+        return _draw(self.bucket, index)[0]
 
     def count(self) -> int:
         if not self.captions_path.exists():

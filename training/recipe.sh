@@ -21,12 +21,12 @@ if [ "$device" = cpu ]; then
     # The autoencoder takes one core, so that the painters have the other.
     windows=8000 autoencoder_steps=10000 encoder_steps=7000 autoencoder_batch=8
     pictures=1 steps=17400 tokens=2048 workers=2
-    pairs=1 growth_steps=1000 growth_tokens=1024
+    pairs=1 growth_steps=7000
     scorer_steps=2000 jobs=2
 else
     windows=24000 autoencoder_steps=12000 encoder_steps=7000 autoencoder_batch=32
     pictures=5 steps=16000 tokens=16384 workers=1
-    pairs=8 growth_steps=4000 growth_tokens=16384
+    pairs=4 growth_steps=8000
     scorer_steps=2500 jobs=8
 fi
 
@@ -49,11 +49,12 @@ python -m training.transformer --work "$work" --device "$device" --steps "$steps
 # 5. The scorer, which learns from renders alone. CPU: 1 hour. CUDA: 3 minutes.
 python -m training.scorer --work "$work" --device "$device" --steps "$scorer_steps" --jobs "$jobs" --processes "$processes"
 
-# 6. What larger sizes begin from: smaller pictures, enlarged. It goes on from the folder that ships.
-#    CPU: 20 minutes for the pairs and an hour for the steps, with both cores. CUDA: 15 minutes.
+# 6. What larger sizes begin from: smaller pictures, enlarged; and more of 512 rows, where pictures are composed. It goes
+#    on from step 4, or where WORK has nothing of that from the folder that ships.
+#    CPU: 10 minutes for the pairs and 75 for the steps, with both cores. CUDA: 15 minutes.
 python -m training.export --work "$work"
 python -m training.growth pairs --work "$work" --scale "$pairs" --processes "$processes"
-python -m training.growth train --work "$work" --device "$device" --steps "$growth_steps" --tokens "$growth_tokens" \
+python -m training.growth train --work "$work" --device "$device" --steps "$growth_steps" --tokens "$tokens" \
     --workers "$workers" --precision "$precision"
 
 # 7. The folder that ships, what it is worth, and its gallery. CPU: 1 hour, a third of it for 300 prompts at 1024x1024.

@@ -19,7 +19,7 @@ import signal
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,7 +35,7 @@ from transformers import Gemma2Config, Gemma2Model, PreTrainedTokenizerFast
 
 from training.captions import build_tokenizer, sample_captions
 from training.claims import ATTRIBUTES, claims
-from training.latents import PLAN, Bucket, LatentFiles, scene_of
+from training.latents import PLAN, LatentFiles
 from training.schedule import (
     Average,
     add_step_options,
@@ -226,7 +226,7 @@ class Painter(nn.Module):
 
 @dataclass(frozen=True)
 class Batch:
-    latents: Tensor
+    latents: Tensor  # as the files hold them: [N, 32, h, w], or with more to a picture
     tokens: Tensor
     mask: Tensor
     truths: Tensor  # the index of each attribute's answer, -1 where the picture shows none: [N, attributes]
@@ -248,9 +248,9 @@ def covered(boxes: Mapping[str, Box], height: int, width: int) -> NDArray[np.flo
 class CaptionedLatents:
     """What is on disk of one bucket, with the first pictures held out."""
 
-    def __init__(self, folder: Path, bucket: Bucket, tokenizer: PreTrainedTokenizerFast) -> None:
-        self.bucket = bucket
-        self.files = LatentFiles(folder, bucket)
+    def __init__(self, files: LatentFiles, tokenizer: PreTrainedTokenizerFast) -> None:
+        self.bucket = files.bucket
+        self.files = files
         self.tokenizer = tokenizer
         self.scenes: list[Scene] = []
         self._covers: dict[int, NDArray[np.float32]] = {}
@@ -258,7 +258,7 @@ class CaptionedLatents:
 
     def _read(self) -> None:
         self.latents, self.captions = self.files.read()
-        self.scenes += [scene_of(self.bucket, i) for i in range(len(self.scenes), len(self.captions))]
+        self.scenes += [self.files.scene(i) for i in range(len(self.scenes), len(self.captions))]
 
     def refresh(self) -> None:
         if self.files.count() > len(self.captions):
@@ -298,7 +298,7 @@ class CaptionedLatents:
         """Found when first asked for: some scenes have to be painted, if only at 64 rows."""
         if i not in self._covers:
             boxes = places(self.scenes[i], self.bucket.width, self.bucket.height)
-            self._covers[i] = covered(boxes, *self.files.shape[1:])
+            self._covers[i] = covered(boxes, *self.files.shape[-2:])
         return self._covers[i]
 
 
@@ -312,6 +312,24 @@ def sample_sigma(count: int, tokens: int, generator: torch.Generator) -> Tensor:
     strata = torch.randperm(count, generator=generator) + torch.rand(count, generator=generator)
     plain = torch.special.ndtri((strata / count).clamp(1e-4, 1 - 1e-4)).sigmoid()
     return shifted(plain, shift)
+
+
+class Noised(NamedTuple):
+    """Where latents are on their way from noise to a picture, and the slope of that way."""
+
+    latents: Tensor  # [N, 32, h, w]
+    sigma: Tensor  # [N]
+    slope: Tensor  # [N, 32, h, w]
+
+
+Way = Callable[[Tensor, torch.Generator], Noised]
+
+
+def from_noise(latents: Tensor, generator: torch.Generator) -> Noised:
+    """The straight way from noise alone: flow matching as Sana's. Latents [N, 32, h, w]."""
+    sigma = sample_sigma(len(latents), latents[0, 0].numel(), generator)
+    noise = torch.randn(latents.shape, generator=generator)
+    return Noised(torch.lerp(latents, noise, sigma.view(-1, 1, 1, 1)), sigma, noise - latents)
 
 
 class Losses(NamedTuple):
@@ -347,26 +365,37 @@ def placing_loss(where: Tensor, cover: Tensor) -> Tensor:
     return F.kl_div(where[shown].flatten(1).log_softmax(dim=1), target, reduction="batchmean")
 
 
-def losses(
-    model: Painter, batch: Batch, generator: torch.Generator, device: torch.device, emphasis: float = 0.0
-) -> Losses:
-    """Flow matching's mean square error, what each reader gets wrong, and the activity of the blocks.
+def losses(model: Painter, batch: Batch, noised: Noised, emphasis: float = 0.0) -> Losses:
+    """The slope's mean square error, what each reader gets wrong, and the activity of the blocks.
 
     An error at a subject or an island counts `emphasis` times more than one elsewhere.
     """
-    sigma = sample_sigma(len(batch.latents), batch.latents[0, 0].numel(), generator).to(device)
-    noise = torch.randn(batch.latents.shape, generator=generator).to(device)
-    latents = batch.latents.to(device)
-    share = sigma.view(-1, 1, 1, 1)
-    noisy = latents + share * (noise - latents)
+    device = model.transformer.device
+    noisy, sigma, slope = (tensor.to(device) for tensor in noised)
     painted = model(noisy, sigma, batch.tokens.to(device), batch.mask.to(device))
     cover = batch.cover.to(device)
     weight = 1 + emphasis * cover[:, SMALL].amax(dim=1, keepdim=True)
-    flow = (weight * (painted.velocity.float() - (noise - latents)).square()).mean()
+    flow = (weight * (painted.velocity.float() - slope).square()).mean()
     reading = loss_of(painted.scene.float(), batch.truths.to(device))
     hearing = loss_of(painted.caption.float(), batch.said.to(device), extra=1)
     placing = placing_loss(painted.where.float(), cover)
     return Losses(flow, reading, placing, hearing, painted.activity)
+
+
+def begin_from(folder: Path, tokenizer: PreTrainedTokenizerFast) -> Painter:
+    """The text encoder and the transformer of a checkpoint folder, in float32, with new readers."""
+    painter = Painter(tokenizer)
+    painter.text_encoder.load_state_dict(Gemma2Model.from_pretrained(folder / "text_encoder").state_dict())
+    transformer = SanaTransformer2DModel.from_pretrained(folder / "transformer", low_cpu_mem_usage=False)
+    painter.transformer.load_state_dict(transformer.state_dict())
+    return painter
+
+
+def load_average(checkpoint: Path, tokenizer: PreTrainedTokenizerFast) -> Painter:
+    """The averaged weights of a training's checkpoint, readers and all."""
+    painter = Painter(tokenizer)
+    painter.load_state_dict(torch.load(checkpoint, map_location="cpu")["average"])
+    return painter
 
 
 def load_or_build_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
@@ -378,15 +407,19 @@ def load_or_build_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
 class TransformerTraining:
     """Models, average, optimiser and step, saved and resumed together."""
 
+    checkpoint_name = "painter.pt"
+    seed = 6
+    report_steps = 200
+
     def __init__(self, options: argparse.Namespace) -> None:
         self.options = options
         self.device = pick_device(options.device)
-        self.tokenizer = load_or_build_tokenizer(options.work / "tokenizer")
-        self.sets = [CaptionedLatents(options.work, bucket, self.tokenizer) for bucket, _ in PLAN]
-        self.checkpoint = options.work / "painter.pt"
+        self.tokenizer = self.load_tokenizer()
+        self.sets = self.load_sets()
+        self.checkpoint = options.work / self.checkpoint_name
         self.step = 0
         torch.manual_seed(1)
-        self.model = Painter(self.tokenizer).to(self.device)
+        self.model = self.begin().to(self.device)
         self.average = Average(self.model, horizon=options.horizon)
         decayed = [p for p in self.model.parameters() if p.ndim > 1]
         plain = [p for p in self.model.parameters() if p.ndim <= 1]
@@ -398,10 +431,30 @@ class TransformerTraining:
         )
         if self.checkpoint.exists():
             self.step = load_checkpoint(self.checkpoint, self.device, self.model, self.average, self.optimiser)
-        self.rng = np.random.default_rng((6, self.step))
+        self.rng = np.random.default_rng((self.seed, self.step))
         self.parameters = list(self.model.parameters())
         self.pool = ThreadPoolExecutor(options.workers)
         self.stopping = False
+
+    def load_tokenizer(self) -> PreTrainedTokenizerFast:
+        return load_or_build_tokenizer(self.options.work / "tokenizer")
+
+    def load_sets(self) -> list[CaptionedLatents]:
+        return [CaptionedLatents(LatentFiles(self.options.work, bucket), self.tokenizer) for bucket, _ in PLAN]
+
+    def begin(self) -> Painter:
+        """What the first step starts from."""
+        return Painter(self.tokenizer)
+
+    def share(self, files: CaptionedLatents) -> float:
+        """Of the steps, what goes to a bucket now."""
+        done = min(2 * self.step / self.options.steps, 1.0)
+        first, last = SHARES[files.bucket.name]
+        return (1 - done) * first + done * last
+
+    def ways(self, files: CaptionedLatents) -> dict[str, tuple[float, Way]]:
+        """What there is to learn of a bucket: names, each with its share of the bucket's batches."""
+        return {"": (1.0, from_noise)}
 
     def save(self) -> None:
         save_checkpoint(self.checkpoint, self.step, self.model, self.average, self.optimiser)
@@ -410,19 +463,26 @@ class TransformerTraining:
         self.stopping = True
 
     def _choose(self) -> CaptionedLatents:
-        done = min(2 * self.step / self.options.steps, 1.0)
         ready = [files for files in self.sets if files.ready]
-        shares = np.array([(1 - done) * SHARES[f.bucket.name][0] + done * SHARES[f.bucket.name][1] for f in ready])
+        if not ready:
+            raise SystemExit(
+                f"{self.options.work} holds too few pictures to train on; README and recipe.sh say how to make them"
+            )
+        shares = np.array([self.share(files) for files in ready])
         return ready[int(self.rng.choice(len(ready), p=shares / shares.sum()))]
+
+    def _choose_way(self, files: CaptionedLatents) -> Way:
+        shares, ways = zip(*self.ways(files).values(), strict=True)
+        return ways[int(self.rng.choice(len(ways), p=shares))]
 
     @torch.no_grad()
     def report(self) -> None:
         for files in self.sets:
-            if files.ready and files.bucket.width == files.bucket.height and files.bucket.width <= 1024:
-                batch = files.held_out(max(8, 64 * 64 // files.bucket.tokens))
-                generator = torch.Generator().manual_seed(8)
-                made = losses(self.average.model, batch, generator, self.device)
-                print(f"step {self.step:6d}  held-out loss {files.bucket.name}: {made}", flush=True)
+            if files.ready and files.bucket.width == files.bucket.height:
+                batch = files.held_out(max(2, min(8 * 1024, 64 * 64) // files.bucket.tokens))
+                for name, (_, way) in self.ways(files).items():
+                    made = losses(self.average.model, batch, way(batch.latents, torch.Generator().manual_seed(8)))
+                    print(f"step {self.step:6d}  held-out loss {files.bucket.name}{name}: {made}", flush=True)
 
     def run(self) -> None:
         options = self.options
@@ -443,14 +503,15 @@ class TransformerTraining:
                 print(f"step {self.step:6d}  {mean}  {spent:.0f} s of processor", flush=True)
                 made = []
             if self.step % 200 == 0:
-                self.report()
                 self.save()
+            if self.step % self.report_steps == 0:
+                self.report()
         self.report()
         self.save()
 
-    def _gradients(self, batch: Batch, seed: int, emphasis: float) -> tuple[Losses, tuple[Tensor, ...]]:
+    def _gradients(self, batch: Batch, noised: Noised, emphasis: float) -> tuple[Losses, tuple[Tensor, ...]]:
         with autocast(self.device, self.options.precision):
-            made = losses(self.model, batch, torch.Generator().manual_seed(seed), self.device, emphasis)
+            made = losses(self.model, batch, noised, emphasis)
         gradients = torch.autograd.grad(made.total, self.parameters, materialize_grads=True)
         return Losses(*(loss.detach() for loss in made)), gradients
 
@@ -466,9 +527,10 @@ class TransformerTraining:
             group["lr"] = rate
         size = max(1, options.tokens // files.bucket.tokens)
         batches = [files.draw(size, self.rng) for _ in range(options.workers)]
-        seeds = [int(seed) for seed in self.rng.integers(2**31, size=options.workers)]
+        way = self._choose_way(files)
+        noised = [way(batch.latents, torch.Generator().manual_seed(int(self.rng.integers(2**31)))) for batch in batches]
         emphasis = [EMPHASIS * rate / options.rate] * options.workers
-        made, gradients = zip(*self.pool.map(self._gradients, batches, seeds, emphasis), strict=True)
+        made, gradients = zip(*self.pool.map(self._gradients, batches, noised, emphasis), strict=True)
         set_gradients(self.parameters, gradients)
         nn.utils.clip_grad_norm_(self.parameters, 1.0)
         self.optimiser.step()

@@ -8,11 +8,26 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from diffusers import SanaTransformer2DModel
+from training.claims import ATTRIBUTES, claims
 from training.evaluate import octaves
 from training.export import assemble, scheduler
-from training.growth import START, GrowthTraining, PairFiles, enlarged, growth_sigma, make_pairs, on_the_way, softened
+from training.growth import (
+    START,
+    GrowthTraining,
+    PairFiles,
+    enlarged,
+    growth_sigma,
+    make_pairs,
+    on_the_way,
+    paint_pair,
+    softened,
+)
 from training.latents import Bucket
+from training.scorer import answers
+from training.transformer import Painter, from_noise
 from training.world import render, sample_scene
+from transformers import Gemma2Model, PreTrainedTokenizerFast
 
 from handscroll.plan.growth import first_step
 from handscroll.registry import BUILTIN_FOLDER
@@ -97,16 +112,66 @@ def test_pairs_go_on_where_they_were_cut_off(tmp_path: Path, monkeypatch: pytest
     assert likeness > 0.8
 
 
-def test_a_training_that_was_cut_off_goes_on_and_ships(work: Path) -> None:
+def test_captions_of_pairs_are_of_their_scenes(tmp_path: Path) -> None:
+    files = PairFiles(tmp_path, Bucket(64, 64), grown=False)
+    for seed in range(8):
+        truths = answers(files.scene(seed))
+        labels = {a.name: a.labels[t] for a, t in zip(ATTRIBUTES, truths, strict=True) if t >= 0}
+        _, captions = paint_pair((files.bucket, seed, False, BUILT_IN / "vae"))
+        for line in captions.split("\t"):
+            for name, allowed in claims(line).items():
+                assert labels[name] in allowed
+
+
+@torch.no_grad()
+def test_it_begins_as_the_folder_that_ships(work: Path) -> None:
+    training = GrowthTraining(options(work))
+    shipped = SanaTransformer2DModel.from_pretrained(BUILT_IN / "transformer", low_cpu_mem_usage=False).float()
+    text_encoder = Gemma2Model.from_pretrained(BUILT_IN / "text_encoder", dtype=torch.float32)
+    batch = training.sets[0].held_out(1)
+    noised = from_noise(batch.latents[:, 0], torch.Generator().manual_seed(0))
+    painted = training.model.eval()(noised.latents, noised.sigma, batch.tokens, batch.mask)
+    theirs = shipped(
+        noised.latents,
+        encoder_hidden_states=text_encoder(batch.tokens, attention_mask=batch.mask).last_hidden_state,
+        encoder_attention_mask=batch.mask,
+        timestep=noised.sigma * 1000,
+    ).sample
+    assert torch.allclose(painted.velocity, theirs, atol=1e-5)
+
+
+def test_it_goes_on_from_what_was_trained_before_with_its_readers(work: Path) -> None:
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(BUILT_IN / "tokenizer")
+    torch.manual_seed(7)
+    before = Painter(tokenizer)
+    torch.save({"average": before.state_dict()}, work / "painter.pt")
+    begun = GrowthTraining(options(work)).model.state_dict()
+    assert all(torch.equal(begun[name], weight) for name, weight in before.state_dict().items())
+
+
+def test_a_training_that_was_cut_off_goes_on_and_ships(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
     first = GrowthTraining(options(work, steps=2))
-    words = {n: p.clone() for n, p in first.model.named_parameters() if n.startswith("caption_")}
-    before = first.model.proj_out.weight.clone()
+    before = first.model.transformer.proj_out.weight.clone()
     first.run()
     second = GrowthTraining(options(work))
     assert second.step == 2
     second.run()
     assert second.step == 4
-    assert not torch.equal(second.model.proj_out.weight, before)
-    assert all(torch.equal(dict(second.model.named_parameters())[n], p) for n, p in words.items())
-    made = assemble(work, BUILT_IN)
-    assert torch.equal(made.transformer.proj_out.weight, second.average.model.proj_out.weight)
+    told = capsys.readouterr().out
+    assert f"step      4  held-out loss {SMALL.name}: flow" in told
+    assert f"held-out loss {SMALL.name} grown" not in told
+    assert not torch.equal(second.model.transformer.proj_out.weight, before)
+    made, average = assemble(work, BUILT_IN), second.average.model
+    assert torch.equal(made.transformer.proj_out.weight, average.transformer.proj_out.weight)
+    assert torch.equal(made.text_encoder.embed_tokens.weight, average.text_encoder.embed_tokens.weight)
+
+
+def test_large_sizes_learn_both_ways(work: Path) -> None:
+    training = GrowthTraining(options(work))
+    assert list(training.ways(training.sets[0])) == [""]
+    ways = training.ways(training.sets[1])
+    assert sum(share for share, _ in ways.values()) == pytest.approx(1)
+    batch = training.sets[1].held_out(1)
+    for name, (_, way) in ways.items():
+        sigmas = torch.cat([way(batch.latents, torch.Generator().manual_seed(seed)).sigma for seed in range(60)])
+        assert (sigmas.max() > START + 0.01) == (name == "")

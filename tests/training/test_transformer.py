@@ -12,14 +12,23 @@ import pytest
 import torch
 from training.captions import build_tokenizer, sample_captions
 from training.claims import ATTRIBUTES, claims
-from training.latents import Bucket, LatentFiles, paint, scene_of
+from training.latents import Bucket, LatentFiles, paint
 from training.scorer import answers
-from training.transformer import Batch, CaptionedLatents, Painter, TransformerTraining, covered, losses, placing_loss
+from training.transformer import (
+    Batch,
+    CaptionedLatents,
+    Losses,
+    Painter,
+    TransformerTraining,
+    covered,
+    from_noise,
+    losses,
+    placing_loss,
+)
 from training.world import PLACED, Box, places, render, sample_scene
 from transformers import PreTrainedTokenizerFast
 
 SQUARE, WIDE = Bucket(128, 128), Bucket(192, 128)
-CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
@@ -56,12 +65,16 @@ def options(work: Path, **changes: object) -> argparse.Namespace:
 
 
 def drawn(work: Path, tokenizer: PreTrainedTokenizerFast, bucket: Bucket, count: int, seed: int) -> Batch:
-    return CaptionedLatents(work, bucket, tokenizer).draw(count, np.random.default_rng(seed))
+    return CaptionedLatents(LatentFiles(work, bucket), tokenizer).draw(count, np.random.default_rng(seed))
 
 
-def test_truths_are_those_of_the_pictures() -> None:
+def lost(painter: Painter, batch: Batch, emphasis: float = 0.0) -> Losses:
+    return losses(painter, batch, from_noise(batch.latents, torch.Generator().manual_seed(0)), emphasis)
+
+
+def test_truths_are_those_of_the_pictures(tmp_path: Path) -> None:
     for seed in range(20):
-        truths = answers(scene_of(SQUARE, seed))
+        truths = answers(LatentFiles(tmp_path, SQUARE).scene(seed))
         labels = {a.name: a.labels[t] for a, t in zip(ATTRIBUTES, truths, strict=True) if t >= 0}
         for line in paint((SQUARE, seed))[1].split("\t"):
             for name, allowed in claims(line).items():
@@ -69,7 +82,7 @@ def test_truths_are_those_of_the_pictures() -> None:
 
 
 def test_what_a_caption_leaves_out_is_unsaid(work: Path, tokenizer: PreTrainedTokenizerFast) -> None:
-    files = CaptionedLatents(work, SQUARE, tokenizer)
+    files = CaptionedLatents(LatentFiles(work, SQUARE), tokenizer)
     batch = files.held_out(2)
     for i in range(2):
         claimed = claims(files.captions[i][0])
@@ -80,7 +93,7 @@ def test_what_a_caption_leaves_out_is_unsaid(work: Path, tokenizer: PreTrainedTo
 
 def test_the_readers_teach_the_text_encoder(work: Path, tokenizer: PreTrainedTokenizerFast) -> None:
     painter = Painter(tokenizer)
-    made = losses(painter, drawn(work, tokenizer, WIDE, 4, seed=1), torch.Generator().manual_seed(0), CPU)
+    made = lost(painter, drawn(work, tokenizer, WIDE, 4, seed=1))
     words = painter.text_encoder.embed_tokens.weight
     from_flow, from_reading, from_placing, from_hearing = (
         torch.autograd.grad(loss, words, retain_graph=True)[0]
@@ -94,11 +107,11 @@ def test_the_readers_teach_the_text_encoder(work: Path, tokenizer: PreTrainedTok
 
 def test_what_the_blocks_give_is_kept_small(work: Path, tokenizer: PreTrainedTokenizerFast) -> None:
     painter, batch = Painter(tokenizer), drawn(work, tokenizer, WIDE, 4, seed=1)
-    before = losses(painter, batch, torch.Generator().manual_seed(0), CPU)
+    before = lost(painter, batch)
     first = painter.transformer.patch_embed.proj.weight
     with torch.no_grad():
         first.mul_(20)
-    after = losses(painter, batch, torch.Generator().manual_seed(0), CPU)
+    after = lost(painter, batch)
     assert after.activity > 2 * before.activity
     (slope,) = torch.autograd.grad(after.activity, first)
     assert (slope * first).sum() > 0, "a smaller weight is a smaller loss"
@@ -139,7 +152,7 @@ def test_a_place_that_is_known_costs_nothing() -> None:
 def test_errors_at_small_things_weigh_more(work: Path, tokenizer: PreTrainedTokenizerFast) -> None:
     painter, batch = Painter(tokenizer), drawn(work, tokenizer, SQUARE, 8, seed=1)
     plain, stressed = (
-        losses(painter, dataclasses.replace(batch, cover=cover), torch.Generator().manual_seed(0), CPU, 4.0).flow
+        lost(painter, dataclasses.replace(batch, cover=cover), 4.0).flow
         for cover in (torch.zeros(8, len(PLACED), 4, 4), torch.ones(8, len(PLACED), 4, 4))
     )
     assert float(stressed) == pytest.approx(5 * float(plain), rel=1e-5)
@@ -151,7 +164,7 @@ def test_workers_do_not_read_from_each_other(work: Path, tokenizer: PreTrainedTo
 
     @torch.no_grad()
     def reading(batch: Batch) -> float:
-        return float(losses(painter, batch, torch.Generator().manual_seed(0), CPU).reading)
+        return float(lost(painter, batch).reading)
 
     alone = [reading(batch) for batch in batches]
     with ThreadPoolExecutor(4) as pool:
@@ -169,3 +182,8 @@ def test_a_training_that_was_cut_off_goes_on(work: Path, capsys: pytest.CaptureF
         assert torch.equal(weight, first.model.state_dict()[name])
     second.run()
     assert second.step == 5
+
+
+def test_a_folder_without_pictures_says_what_to_do(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match="recipe"):
+        TransformerTraining(options(tmp_path)).run()
