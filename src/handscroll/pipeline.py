@@ -338,8 +338,8 @@ def denoise_picture(
     precision = final.precision.transformer
     state = run.state(index, precision) if run else None
 
-    def on_step(done: int) -> None:
-        on_event(Progress("denoise", done, final.total_steps, index))
+    def on_step(done: int, detail: str = "") -> None:
+        on_event(Progress("denoise", done, final.total_steps, index, detail))
 
     on_step(0 if state is None else state.total_done)
     for number, plan in enumerate(final.sizes):
@@ -348,7 +348,10 @@ def denoise_picture(
         if state is not None and plan is not final and state.steps_done == plan.steps:
             latent, state = state.latent, None  # this one was finished
             continue
-        source = None if latent is None else grown(stage, latent, plan)
+        source = None
+        if latent is not None:
+            on_step(plan.steps_before + plan.first_step, f"enlarging to {plan.width}x{plan.height}")
+            source = grown(stage, latent, plan)
         noise, generator = starting_noise(
             stage.spec.transformer.in_channels, plan.latent_height, plan.latent_width, final.seeds[index], number
         )
