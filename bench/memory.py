@@ -6,7 +6,7 @@
 
 generate  the same picture under each budget, and how the files differ from the first
 decode    a random latent without a budget, with the least, and by diffusers' tiles of 512 px every 448 px
-draws     random models, sizes, budgets and precisions: planned over measured peak
+draws     random models, sizes, budgets, precisions and sizes to compose at: planned over measured peak
 
 `least` is the budget that a refusal of 1 MiB names, `none` is no budget. FOLDER is a checkpoint, such as
 make_checkpoint.py writes. Every run is `python -m handscroll` in a process of its own, with an empty cache of prompts;
@@ -56,6 +56,8 @@ ROWS_COMPARED = 64
 
 DRAWN_WIDTHS_PX, DRAWN_HEIGHTS_PX = (256, 512, 512, 1024, 1024, 2048), (256, 512, 1024, 1024, 2048)
 DRAWN_PRECISIONS = ("fp32", "bf16")
+# A picture composed small grows in the last steps of each size, of which one step has none.
+DRAWN_WAYS = ((1, None), (1, None), (4, 0), (4, 128), (4, 256))
 BUILT_IN = "tiny-landscape"
 
 
@@ -315,10 +317,11 @@ def plan_jobs(jobs: list[dict[str, Any]], folder: Path) -> list[dict[str, Any]]:
             model=job["model"],
             width=job["width"],
             height=job["height"],
-            steps=1,
+            steps=job.get("steps", 1),
             seed=1,
             precision=job["precision"],
             device="cpu",
+            compose_px=job.get("compose_px"),
         )
         situation = survey(spec, request, folder / "planned.png", prompts="decode" not in job)
         free = make_plan(spec, request, situation, 1)
@@ -361,11 +364,15 @@ def draws(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
 def draw(rng: random.Random, rows: list[str], largest_px: int) -> dict[str, Any]:
     """A job. Its budget is given in bytes, or as a multiple of the least that would do."""
     kind = rng.choice(("least", "more", "ample"))
+    model = rng.choice([rng.choice(rows), rng.choice(rows), BUILT_IN])
+    steps, compose_px = (1, None) if model.startswith("sprint") else rng.choice(DRAWN_WAYS)
     return {
-        "model": rng.choice([rng.choice(rows), rng.choice(rows), BUILT_IN]),
+        "model": model,
         "width": min(largest_px, rng.choice(DRAWN_WIDTHS_PX)),
         "height": min(largest_px, rng.choice(DRAWN_HEIGHTS_PX)),
         "precision": rng.choice(DRAWN_PRECISIONS),
+        "steps": steps,
+        "compose_px": compose_px,
         "over_minimum": {"least": 1.0, "more": rng.uniform(1, 1.6), "ample": 1.0}[kind],
         "budget_bytes": 2**31 if kind == "ample" else None,
         "prompt": f"{PROMPT} {rng.random()}",
@@ -377,7 +384,8 @@ def run_draw(job: dict[str, Any], model: str, budget_bytes: int, folder: Path) -
     picture = folder / "draw.png"
     size_px = f"{job['width']}x{job['height']}"
     command: list[str | Path] = ["generate", job["prompt"], "-o", picture, "--model", model, "--size", size_px]
-    command += ["--steps", "1", "--seed", "1", "--device", "cpu", "--precision", job["precision"]]
+    command += ["--steps", str(job["steps"]), "--seed", "1", "--device", "cpu", "--precision", job["precision"]]
+    command += ["--compose", {None: "auto", 0: "off"}.get(job["compose_px"], str(job["compose_px"]))]
     try:
         done = child.handscroll([*command, "--memory", str(budget_bytes)], fresh_cache(folder))
         if done.exit_code == child.BUDGET_TOO_SMALL:

@@ -33,6 +33,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from handscroll.plan.growth import GROWTH_STRENGTH
+from handscroll.runtime import growth
 from training.captions import training_caption
 from training.latents import PARAPHRASES, Bucket, LatentFiles, encode
 from training.schedule import add_step_options, prepare_process, shifted
@@ -100,9 +101,10 @@ def _twice(pictures: Tensor) -> Tensor:
 
 
 def enlarged(picture: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """[H, W, 3] bytes at twice the size, as the sampler enlarges: cubic convolution with a = -0.5."""
-    floats = torch.from_numpy(picture).permute(2, 0, 1)[None].float()
-    return _twice(floats)[0].round().clamp(0, 255).byte().permute(1, 2, 0).numpy()
+    """[H, W, 3] bytes at twice the size, as the sampler enlarges."""
+    height, width = 2 * picture.shape[0], 2 * picture.shape[1]
+    (strip,) = growth.enlarged(picture, height, width, height, torch.float32)
+    return ((strip[0] + 1) * 127.5).round().byte().numpy()
 
 
 def paint_pair(job: tuple[Bucket, int, bool, Path]) -> tuple[NDArray[np.float16], str]:

@@ -187,6 +187,7 @@ def test_draws_repeat_and_are_summed_up(bench: Any) -> None:
     assert first == second
     assert {job["model"] for job in first} == {"1.6b", "0.6b", "tiny-landscape"}
     assert all(job["budget_bytes"] or job["over_minimum"] >= 1 for job in first)
+    assert {(job["steps"], job["compose_px"]) for job in first} == set(bench.DRAWN_WAYS)
     runs = [{"planned_over_measured": ratio, "kept": ratio >= 1} for ratio in (1.2, 0.9, 1.1, 1.05)]
     found = bench.summary([*runs, {"failed": "killed"}])
     assert found["lowest"] == 0.9
