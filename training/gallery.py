@@ -17,8 +17,11 @@ import torch
 from numpy.typing import NDArray
 
 from handscroll import Handscroll
+from training import growth, latents
 from training.evaluate import Picture, checksum, generate, model_files
-from training.latents import Bucket, paint
+from training.growth import PairFiles
+from training.latents import Bucket, LatentFiles
+from training.world import render
 
 SENTENCES = (
     "a calm lake at noon, green hills, white clouds",
@@ -57,6 +60,11 @@ SENTENCES = (
 LARGE = (1, 2, 3, 4, 6, 10, 11, 20)  # the sentences that are also painted at 4096 rows
 THUMB = 16
 
+# What was trained on, by the number of the scene; no file of it is read.
+SMALL = Bucket(256, 256)
+LEARNT, COMPOSED = LatentFiles(Path(), SMALL), PairFiles(Path(), growth.PLAN[0][0], grown=False)
+SMALL_RENDERS, COMPOSED_RENDERS = dict(latents.PLAN)[SMALL], growth.PLAN[0][1]
+
 
 def thumbnail(picture: NDArray[np.uint8]) -> NDArray[np.float32]:
     """[H, W, 3] bytes to [16 * 16 * 3]."""
@@ -65,12 +73,14 @@ def thumbnail(picture: NDArray[np.uint8]) -> NDArray[np.float32]:
     return small.ravel()
 
 
-def _training_thumbnail(seed: int) -> NDArray[np.float32]:
-    return thumbnail(_training_render(Bucket(256, 256), seed))
+def _training_thumbnail(index: int) -> NDArray[np.float32]:
+    return thumbnail(_training_render(index))
 
 
-def _training_render(bucket: Bucket, seed: int) -> Picture:
-    return np.ascontiguousarray(paint((bucket, seed))[0].transpose(1, 2, 0))
+def _training_render(index: int) -> Picture:
+    """A scene that was trained on, at 256x256: those of the small latents first, then those composed at 512x512."""
+    scene = LEARNT.scene(index) if index < SMALL_RENDERS else COMPOSED.scene(index - SMALL_RENDERS)
+    return render(scene, SMALL.width, SMALL.height)
 
 
 def training_thumbnails(path: Path, count: int, processes: int) -> NDArray[np.float32]:
@@ -98,7 +108,9 @@ def main() -> None:
     # Everything below may be changed for a trial; what is in docs/ was made with these defaults.
     parser.add_argument("--first-seed", type=int, default=1)
     parser.add_argument("--shown", type=int, default=384, help="rows of the pictures in the page")
-    parser.add_argument("--renders", type=int, default=24_000, help="training renders that are searched")
+    parser.add_argument(
+        "--renders", type=int, default=SMALL_RENDERS + COMPOSED_RENDERS, help="training renders that are searched"
+    )
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--sizes", nargs="*", type=int, default=[1024, 4096])
@@ -133,7 +145,7 @@ def main() -> None:
             names.append(path.name)
         shown = pyvips.Image.new_from_file(str(images / names[0])).thumbnail_image(256, height=256).numpy()[..., :3]
         path = images / f"{number:02d}-nearest.jpg"
-        _save(_training_render(Bucket(256, 256), nearest(shown, thumbnails)), path, options.shown)
+        _save(_training_render(nearest(shown, thumbnails)), path, options.shown)
         cells = " | ".join(f"![](images/gallery/{name})" for name in (*names, path.name))
         lines.append(f"| {cells} | {sentence} (seeds {seeds[0]}, {seeds[1]}) |")
         print(sentence, flush=True)
