@@ -178,17 +178,18 @@ class GrowthTraining(TransformerTraining):
 
     checkpoint_name = "growth.pt"
     seed = 10
-    report_steps = 600
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        super().__init__(options)
+        spread = torch.from_numpy(self.sets[0].latents[:64, 0].astype(np.float32)).var(dim=(0, 2, 3))
+        self.fine = spread < spread.sort(descending=True).values[COARSE - 1]
 
     def load_tokenizer(self) -> PreTrainedTokenizerFast:
         return PreTrainedTokenizerFast.from_pretrained(self.options.folder / "tokenizer")
 
     def load_sets(self) -> list[CaptionedLatents]:
         files = [PairFiles(self.options.work, bucket, grown) for bucket, _, _, grown in PLAN]
-        sets = [CaptionedLatents(pairs, self.tokenizer) for pairs in files]
-        spread = torch.from_numpy(sets[0].latents[:64, 0].astype(np.float32)).var(dim=(0, 2, 3))
-        self.fine = spread < spread.sort(descending=True).values[COARSE - 1]
-        return sets
+        return [CaptionedLatents(pairs, self.tokenizer) for pairs in files]
 
     def begin(self) -> Painter:
         learnt = self.options.work / TransformerTraining.checkpoint_name

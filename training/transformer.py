@@ -58,6 +58,7 @@ HELD_OUT = 64  # of each bucket at most, and an eighth of it
 TEXT_WIDTH = 128
 HEADS, HEAD_WIDTH, BLOCKS = 6, 32, 7
 READ_AFTER = 4  # blocks
+SAVE_STEPS, REPORT_STEPS = 200, 600
 READING_WEIGHT = 0.5  # of the cross entropy of what the scene holds and the caption says, beside the flow loss
 PLACING_WEIGHT = 0.1  # of the divergence of where things are
 ACTIVITY_WEIGHT = 1e-3  # of the mean square of what the blocks give
@@ -409,13 +410,14 @@ class TransformerTraining:
 
     checkpoint_name = "painter.pt"
     seed = 6
-    report_steps = 200
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.options = options
         self.device = pick_device(options.device)
         self.tokenizer = self.load_tokenizer()
         self.sets = self.load_sets()
+        if not any(files.ready for files in self.sets):
+            raise SystemExit(f"{options.work} holds too few pictures; training/recipe.sh says how to make them")
         self.checkpoint = options.work / self.checkpoint_name
         self.step = 0
         torch.manual_seed(1)
@@ -464,10 +466,6 @@ class TransformerTraining:
 
     def _choose(self) -> CaptionedLatents:
         ready = [files for files in self.sets if files.ready]
-        if not ready:
-            raise SystemExit(
-                f"{self.options.work} holds too few pictures to train on; README and recipe.sh say how to make them"
-            )
         shares = np.array([self.share(files) for files in ready])
         return ready[int(self.rng.choice(len(ready), p=shares / shares.sum()))]
 
@@ -479,7 +477,7 @@ class TransformerTraining:
     def report(self) -> None:
         for files in self.sets:
             if files.ready and files.bucket.width == files.bucket.height:
-                batch = files.held_out(max(2, min(8 * 1024, 64 * 64) // files.bucket.tokens))
+                batch = files.held_out(max(2, 64 * 64 // files.bucket.tokens))
                 for name, (_, way) in self.ways(files).items():
                     made = losses(self.average.model, batch, way(batch.latents, torch.Generator().manual_seed(8)))
                     print(f"step {self.step:6d}  held-out loss {files.bucket.name}{name}: {made}", flush=True)
@@ -502,9 +500,9 @@ class TransformerTraining:
                 mean = Losses(*(torch.stack(parts).mean() for parts in zip(*made, strict=True)))
                 print(f"step {self.step:6d}  {mean}  {spent:.0f} s of processor", flush=True)
                 made = []
-            if self.step % 200 == 0:
+            if self.step % SAVE_STEPS == 0:
                 self.save()
-            if self.step % self.report_steps == 0:
+            if self.step % REPORT_STEPS == 0:
                 self.report()
         self.report()
         self.save()

@@ -174,3 +174,8 @@ def test_large_sizes_learn_both_ways(work: Path) -> None:
     for name, (_, way) in ways.items():
         sigmas = torch.cat([way(batch.latents, torch.Generator().manual_seed(seed)).sigma for seed in range(60)])
         assert (sigmas.max() > START + 0.01) == (name == "")
+
+
+def test_a_folder_without_pairs_says_what_to_do(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match="recipe"):
+        GrowthTraining(options(tmp_path)).run()
