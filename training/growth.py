@@ -35,7 +35,7 @@ from transformers import PreTrainedTokenizerFast
 from handscroll.plan.growth import GROWTH_STRENGTH
 from handscroll.runtime import growth
 from training.captions import training_caption
-from training.latents import PARAPHRASES, Bucket, LatentFiles, encode
+from training.latents import PARAPHRASES, Bucket, LatentFiles, draw, encode
 from training.schedule import add_step_options, prepare_process, shifted
 from training.transformer import (
     FLOW_SHIFT,
@@ -48,7 +48,7 @@ from training.transformer import (
     from_noise,
     load_average,
 )
-from training.world import Scene, render, sample_scene
+from training.world import render
 
 START = shifted(GROWTH_STRENGTH, FLOW_SHIFT)  # the sigma that growth begins at: 0.8
 PLAIN = 0.25  # the share of the batches at large sizes that are plain flow matching over all sigmas
@@ -68,20 +68,14 @@ PLAN = (
 class PairFiles(LatentFiles):
     """The files of one bucket: for each picture its latent and, where pictures grow to it, its enlarged half's."""
 
+    key = 9
+
     def __init__(self, folder: Path, bucket: Bucket, grown: bool) -> None:
         super().__init__(folder, bucket)
         self.grown = grown
         self.latents_path = folder / f"pairs-{bucket.name}.f16"
         self.captions_path = folder / f"pairs-{bucket.name}.txt"
         self.shape = (2 if grown else 1, *self.shape)
-
-    def scene(self, index: int) -> Scene:
-        return _draw(self.bucket, index)[0]
-
-
-def _draw(bucket: Bucket, seed: int) -> tuple[Scene, np.random.Generator]:
-    rng = np.random.default_rng((9, bucket.width, bucket.height, seed))
-    return sample_scene(rng), rng
 
 
 def softened(picture: NDArray[np.uint8], amount: float) -> NDArray[np.uint8]:
@@ -112,7 +106,7 @@ def paint_pair(job: tuple[Bucket, int, bool, Path]) -> tuple[NDArray[np.float16]
     bucket, seed, grown, vae = job
     torch.set_num_threads(1)
     model = _autoencoder(vae)
-    scene, rng = _draw(bucket, seed)
+    scene, rng = draw(bucket, seed, PairFiles.key)
     pictures = [render(scene, bucket.width, bucket.height)]
     if grown:
         small = render(scene, bucket.width // 2, bucket.height // 2)

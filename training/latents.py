@@ -54,21 +54,24 @@ PLAN = (
 )
 
 
-def _draw(bucket: Bucket, seed: int) -> tuple[Scene, np.random.Generator]:
-    rng = np.random.default_rng((4, bucket.width, bucket.height, seed))
+def draw(bucket: Bucket, seed: int, key: int) -> tuple[Scene, np.random.Generator]:
+    """A scene, and the generator that goes on to its captions. Trainings with another `key` see other scenes."""
+    rng = np.random.default_rng((key, bucket.width, bucket.height, seed))
     return sample_scene(rng), rng
 
 
 def paint(job: tuple[Bucket, int]) -> tuple[NDArray[np.uint8], str]:
     """One picture of a bucket as [3, H, W] bytes, and its captions."""
     bucket, seed = job
-    scene, rng = _draw(bucket, seed)
+    scene, rng = draw(bucket, seed, LatentFiles.key)
     picture = render(scene, bucket.width, bucket.height)
     return picture.transpose(2, 0, 1), "\t".join(training_caption(scene, rng) for _ in range(PARAPHRASES))
 
 
 class LatentFiles:
     """The files of one bucket. A reader sees only pictures whose latents and captions are both complete."""
+
+    key = 4
 
     def __init__(self, folder: Path, bucket: Bucket) -> None:
         self.bucket = bucket
@@ -77,8 +80,8 @@ class LatentFiles:
         self.shape = (32, bucket.height // DOWN, bucket.width // DOWN)
 
     def scene(self, index: int) -> Scene:
-        """What is in a picture of these files, as `paint` drew it."""
-        return _draw(self.bucket, index)[0]
+        """What is in a picture of these files."""
+        return draw(self.bucket, index, self.key)[0]
 
     def count(self) -> int:
         if not self.captions_path.exists():
