@@ -26,11 +26,12 @@ import torch
 import child
 import report
 from handscroll.errors import BudgetError, HandscrollError
-from handscroll.plan.hardware import Hardware, Rates, Situation
+from handscroll.models.opening import open_checkpoint
+from handscroll.plan.inputs import Hardware, Rates, Situation
 from handscroll.plan.plan import make_plan, minimum_bytes
 from handscroll.plan.table import plan_dict, plan_table
 from handscroll.request import Request, parse_bytes
-from handscroll.runtime.checkpoint import load_tokenizer, open_checkpoint
+from handscroll.runtime.modules import load_tokenizer
 from handscroll.runtime.text import count_tokens, instruction_of
 from memory import PROMPT, difference, fresh_cache, load_miniatures, mib, say, size, yes
 

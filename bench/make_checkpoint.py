@@ -26,8 +26,10 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from torch import nn
 from transformers import Gemma2Config, Gemma2Model, PreTrainedTokenizerFast
 
-from handscroll.registry import BY_NAME
-from handscroll.spec import F32C32_SANA, AutoencoderSpec, TextEncoderSpec, TransformerSpec
+from handscroll.models.autoencoder import F32C32_SANA, AutoencoderSpec
+from handscroll.models.registry import BY_NAME
+from handscroll.models.text_encoder import TextEncoderSpec
+from handscroll.models.transformer import TransformerSpec
 
 SANA_06B = TransformerSpec(
     num_layers=28,

@@ -38,12 +38,12 @@ import torch
 import child
 import report
 from handscroll.errors import HandscrollError
-from handscroll.latent_file import save_latent
+from handscroll.jobs.latent_file import save_latent
+from handscroll.models.checkpoint import CheckpointSpec
+from handscroll.models.opening import open_checkpoint
 from handscroll.plan.plan import make_plan, minimum_bytes
 from handscroll.request import PRECISIONS, Request, parse_bytes, parse_size
-from handscroll.runtime.checkpoint import open_checkpoint
-from handscroll.runtime.survey import survey
-from handscroll.spec import CheckpointSpec
+from handscroll.runtime.probe import survey
 
 PROMPT = "a quiet lake at dusk"
 MODES = ("generate", "decode", "draws")

@@ -39,7 +39,7 @@ import report
 import stages
 from handscroll.errors import HandscrollError
 from handscroll.request import parse_size
-from handscroll.runtime.devices import available_bytes
+from handscroll.system import available_bytes
 from stages import DTYPES, MODES, Settings, Size, Stage
 
 DEFAULT_MODELS = {"generate": "tiny-landscape"}

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import typer
 
-from handscroll.cli import app
+from handscroll.cli.main import app
 
 PAGE = Path(__file__).with_name("cli.md")
 WIDTH = 100

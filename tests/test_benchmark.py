@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 import torch
 
-from handscroll import benchmark, cli
+from handscroll.cli import main as cli
 from handscroll.events import ignore
-from handscroll.plan.hardware import Rates
-from handscroll.runtime import devices
+from handscroll.plan.inputs import Rates
+from handscroll.runtime import benchmark, rates
 
 Miniature = Callable[..., Path]
 
@@ -23,7 +23,7 @@ Miniature = Callable[..., Path]
 def _quick(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(benchmark, "RATE_SECONDS", 0.0)
     monkeypatch.setattr(benchmark, "ROUNDS", 2)
-    monkeypatch.setattr(devices, "_measure_rates", lambda device: Rates())
+    monkeypatch.setattr(rates, "_measure_rates", lambda device: Rates())
     for name in ("_convolution_rate", "_matrix_rate"):
         monkeypatch.setattr(benchmark, name, lambda dtype, device: 100.0)
     threads = torch.get_num_threads()

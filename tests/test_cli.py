@@ -31,16 +31,18 @@ import torch
 from huggingface_hub import constants
 from rich.console import Console
 
-from handscroll import cli, doctor, pipeline
+from handscroll import pipeline
+from handscroll.cli import main as cli
+from handscroll.cli.progress import progress_bars
 from handscroll.errors import BudgetError
 from handscroll.events import OnEvent, Progress, ignore, notice
-from handscroll.image_file import read_parameters
-from handscroll.latent_file import save_latent
+from handscroll.jobs import job as jobs
+from handscroll.jobs.latent_file import save_latent
+from handscroll.models.registry import ENTRIES
+from handscroll.pictures.metadata import read_parameters
 from handscroll.pipeline import Result
-from handscroll.progress_bars import progress_bars
-from handscroll.registry import ENTRIES
 from handscroll.request import Request, indexed
-from handscroll.runtime import run_folder
+from handscroll.runtime import health
 from handscroll.version import __version__
 
 ROOT = Path(__file__).parents[1]
@@ -116,8 +118,8 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     monkeypatch.setattr(pipeline, "decode_latent", decode_latent)
     monkeypatch.setattr(pipeline, "resume", resume)
     job = types.SimpleNamespace(request=Request("a sun"))
-    monkeypatch.setattr(run_folder, "find_run", lambda path: path)
-    monkeypatch.setattr(run_folder, "read_job", lambda folder: job)
+    monkeypatch.setattr(jobs, "find_run", lambda path: path)
+    monkeypatch.setattr(jobs, "read_job", lambda folder: job)
     return calls
 
 
@@ -159,8 +161,8 @@ def _refused(shell: Shell, *arguments: object, exit_code: int, stdin: bytes = b"
 
 def test_help_is_instant() -> None:
     heavy = {"torch", "diffusers", "transformers", "pyvips", "numpy", "rich", "huggingface_hub", "safetensors"}
-    code = f"import sys; from handscroll import cli; cli.run(['generate', '--help']); print({heavy} & set(sys.modules))"
-    ran = _python("-c", code)
+    code = f"from handscroll.cli.main import run; run(['generate', '--help']); print({heavy} & set(sys.modules))"
+    ran = _python("-c", f"import sys; {code}")
     assert ran.stdout.endswith("set()\n"), ran
 
 
@@ -178,7 +180,7 @@ def test_help_opens_with_examples_that_run(
 ) -> None:
     examples = re.findall(r"^ +handscroll (.+)$", shell(*command, "--help").stdout, re.MULTILINE)
     assert 2 <= len(examples) <= 3
-    monkeypatch.setattr(doctor, "NEEDED", {})
+    monkeypatch.setattr(health, "NEEDED", {})
     for example in examples:
         arguments, _, stdin = example.partition(" < ")
         ran = shell(*shlex.split(arguments), stdin=stdin.encode())
@@ -339,7 +341,7 @@ sys.modules["handscroll.pipeline"] = types.SimpleNamespace(
     generate=lambda request, path, **_: [types.SimpleNamespace(path=path)]
 )
 sys.stdout.reconfigure(encoding="ascii", errors="strict")
-from handscroll import cli
+from handscroll.cli import main as cli
 cli.main()
 """
     ran = _python("-c", code, "generate", "雪", "--seed", 1, "--quiet", cwd=tmp_path)
@@ -442,7 +444,7 @@ def test_an_unwritable_place_is_refused_before_the_libraries_are_loaded(
 def test_a_full_disk_leaves_the_finished_latent(tiny: tuple[object, ...], tmp_path: Path) -> None:
     """The limit on file size stands for the disk: both show as a failing write in the middle."""
     code = (
-        "import resource, sys; from handscroll import cli; "
+        "import resource, sys; from handscroll.cli import main as cli; "
         "resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000)); sys.exit(cli.run(sys.argv[1:]))"
     )
     ran = _python("-c", code, "generate", "a", *tiny, "-o", "a.png", "--json", cwd=tmp_path)
@@ -461,7 +463,7 @@ def test_a_full_disk_leaves_the_finished_latent(tiny: tuple[object, ...], tmp_pa
 
 HALF_WAY = """
 import contextlib, pathlib, sys, time
-from handscroll import cli
+from handscroll.cli import main as cli
 
 def wait(event):
     if event.stage == "decode" and event.done:
@@ -616,7 +618,9 @@ def test_control_c_under_json(shell: Shell, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_a_reader_that_leaves_early_is_no_drama(tmp_path: Path) -> None:
-    code = "import sys, time; from handscroll import cli; time.sleep(0.2); sys.exit(cli.run(['generate', '--help']))"  #
+    code = (
+        "import sys, time; from handscroll.cli.main import run; time.sleep(0.2); sys.exit(run(['generate', '--help']))"
+    )
     process = _start("-c", code, cwd=tmp_path)
     assert process.stdout is not None
     assert process.stderr is not None
@@ -689,7 +693,7 @@ def test_doctor_names_what_is_broken_and_the_command_that_mends_it(
             raise OSError("libvips.so.42: cannot open shared object file\nmore")
         return import_module(name)
 
-    monkeypatch.setattr(doctor.importlib, "import_module", broken_import)
+    monkeypatch.setattr(health.importlib, "import_module", broken_import)
     ran = shell("doctor", "--json")
     assert ran.exit_code == 1
     assert ran.json["ok"] is False
@@ -707,7 +711,7 @@ def test_doctor_names_what_is_broken_and_the_command_that_mends_it(
 
 def test_doctor_knows_what_the_package_depends_on() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    assert [requirement for requirement, _ in doctor.NEEDED.values()] == project["dependencies"]
+    assert [requirement for requirement, _ in health.NEEDED.values()] == project["dependencies"]
 
 
 # Progress bars

@@ -17,10 +17,11 @@ from typing import Any
 import pytest
 import torch
 
-from handscroll import Handscroll, Request, cli, generate
+from handscroll import Handscroll, Request, generate
 from handscroll.banded.kernels import has_onednn
+from handscroll.cli import main as cli
 from handscroll.events import Progress
-from handscroll.plan.hardware import MIB
+from handscroll.plan.inputs import MIB
 
 Miniature = Callable[..., Path]
 TOO_SMALL = "1MiB"

@@ -16,15 +16,15 @@ from torch import Tensor
 from handscroll import Handscroll, Request, decode_latent, generate, pipeline
 from handscroll.errors import BudgetError, UsageError
 from handscroll.events import Progress
-from handscroll.image_file import read_parameters
+from handscroll.models.opening import open_checkpoint
+from handscroll.pictures.metadata import read_parameters
+from handscroll.pictures.resizing import enlarged
 from handscroll.plan.growth import first_step
-from handscroll.plan.hardware import MIB, Hardware, Situation
+from handscroll.plan.inputs import MIB, Hardware, Situation
 from handscroll.plan.plan import Plan, make_plan, minimum_bytes
 from handscroll.request import parse_compose
-from handscroll.runtime.checkpoint import open_checkpoint
-from handscroll.runtime.denoise import starting_noise
-from handscroll.runtime.growth import enlarged
-from handscroll.runtime.stages import Transformer
+from handscroll.runtime.sampling.noise import starting_noise
+from handscroll.runtime.session import Transformer
 from handscroll.runtime.text import instruction_of
 
 Miniature = Callable[..., Path]
@@ -154,9 +154,9 @@ def test_the_picture_is_the_same_in_any_memory(miniature: Miniature, monkeypatch
 def test_a_run_goes_on_within_any_of_its_sizes(
     miniature: Miniature, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop_after: int
 ) -> None:
-    from handscroll.runtime import denoise
+    from handscroll.runtime.sampling import schedule
 
-    monkeypatch.setattr(denoise, "worth_saving", lambda *_: True)
+    monkeypatch.setattr(schedule, "worth_saving", lambda *_: True)
     request = Request(PROMPT, model=str(miniature("1.6b")), compose_px=64, **WIDE)
     (whole,) = generate(request, tmp_path / "whole.png")
 

@@ -1,4 +1,4 @@
-"""image_file: every refusal, every format's pixels and text, and what is left behind when writing fails."""
+"""pictures: every refusal, every format's pixels and text, and what is left behind when writing fails."""
 
 from __future__ import annotations
 
@@ -20,11 +20,13 @@ import pyvips
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from handscroll import image_file
 from handscroll.errors import FormatError, OutputError, SizeError
-from handscroll.image_file import check_target, parameters_text, read_parameters, write_image
+from handscroll.pictures import encoding, metadata, targets, writing
+from handscroll.pictures.metadata import parameters_text, read_parameters
+from handscroll.pictures.targets import check_target
+from handscroll.pictures.writing import write_image
 
-SOURCE = Path(image_file.__file__).parents[1]
+SOURCE = Path(writing.__file__).parent.parents[1]
 SUFFIXES = [".png", ".jpg", ".webp", ".tif", ".dzi"]
 TEXTS = ["plain words", "café, naïve\nNegative prompt: Straße", '山水画, "quoted" 🌄\nSteps: 20', "x" * 3000]
 
@@ -149,7 +151,7 @@ def test_a_folder_or_file_without_permission_is_refused(tmp_path: Path) -> None:
 import os, sys
 from pathlib import Path
 from handscroll.errors import OutputError
-from handscroll.image_file import check_target
+from handscroll.pictures.targets import check_target
 os.chdir(sys.argv[1])
 if os.geteuid() == 0:
     os.setuid(65534)
@@ -167,7 +169,7 @@ for name in sys.argv[2:]:
 
 def test_too_little_disk_is_refused_with_both_figures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = type("Usage", (), {"free": 3 << 19})
-    monkeypatch.setattr(image_file.shutil, "disk_usage", lambda folder: usage)
+    monkeypatch.setattr(targets.shutil, "disk_usage", lambda folder: usage)
     with pytest.raises(OutputError, match=r"needs 80\.0 MiB in .*, 1\.5 MiB is free; free some space"):
         check_target(tmp_path / "out.png", 4096, 4096)
     assert names(tmp_path) == set()
@@ -177,7 +179,7 @@ def test_the_temporary_folder_must_hold_a_large_pyramid(tmp_path: Path, monkeypa
     def disk_usage(folder: Path) -> object:
         return type("Usage", (), {"free": 1 << 40 if folder == tmp_path else 1 << 20})
 
-    monkeypatch.setattr(image_file.shutil, "disk_usage", disk_usage)
+    monkeypatch.setattr(targets.shutil, "disk_usage", disk_usage)
     check_target(tmp_path / "out.tif", 4096, 4096)
     with pytest.raises(OutputError, match=r"needs 1\.0 GiB in .*, 1\.0 MiB is free"):
         check_target(tmp_path / "out.tif", 32768, 32768)
@@ -348,9 +350,9 @@ def test_exif_from_elsewhere_is_read() -> None:
     comment = b"ASCII\0\0\0seen\0"
     entry = struct.pack("<HHHIII", 1, 0x8769, 4, 1, 26, 0) + struct.pack("<HHHIII", 1, 0x9286, 7, len(comment), 44, 0)
     block = b"Exif\0\0II*\0" + struct.pack("<I", 8) + entry + comment
-    assert image_file._read_user_comment(block) == "seen"
+    assert metadata._read_user_comment(block) == "seen"
     for length in range(len(block) - len(comment)):
-        assert image_file._read_user_comment(block[:length]) == ""
+        assert metadata._read_user_comment(block[:length]) == ""
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
@@ -454,7 +456,7 @@ def test_a_failing_disk_leaves_the_older_file(
     def failing(*arguments: object) -> int:
         raise OSError(number, os.strerror(number))
 
-    monkeypatch.setattr(image_file.os, call, failing)
+    monkeypatch.setattr(writing.os, call, failing)
     expected = os.strerror(number) if number == errno.EIO else r"disk full while writing .* needs .* free in"
     with pytest.raises(OutputError, match=expected) as refusal:
         save(older, picture(16, 16), "newer")
@@ -470,7 +472,7 @@ def test_an_encoder_that_fails_beside(tmp_path: Path, monkeypatch: pytest.Monkey
     def failing(*arguments: object) -> None:
         raise pyvips.Error(f"write error: {os.strerror(errno.ENOSPC)}")
 
-    monkeypatch.setattr(image_file, "_encode_png", failing)
+    monkeypatch.setattr(encoding, "_encode_png", failing)
     with pytest.raises(OutputError, match=r"disk full while writing .* needs .* free in"):
         save(older, picture(64, rows), beside=True)
     assert names(tmp_path) == {"out.png"}
@@ -490,7 +492,7 @@ def test_an_older_deep_zoom_pair_survives_a_failed_exchange(
             raise OSError(errno.EIO, "gone")
         rename(source, destination)
 
-    monkeypatch.setattr(image_file.os, "rename", failing)
+    monkeypatch.setattr(writing.os, "rename", failing)
     with pytest.raises(OutputError, match="gone"):
         save(path, picture(20, 20), "newer")
     assert names(tmp_path) == {"out.dzi", "out_files"}
@@ -523,7 +525,8 @@ import resource, signal, sys
 import numpy as np
 from pathlib import Path
 from handscroll.errors import OutputError
-from handscroll.image_file import Target, write_image
+from handscroll.pictures.targets import Target
+from handscroll.pictures.writing import write_image
 folder, suffix, limit_bytes = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
 if limit_bytes:
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
@@ -645,7 +648,7 @@ DYING = """
 import os, sys
 import numpy as np
 from pathlib import Path
-from handscroll import image_file
+from handscroll.pictures import encoding, metadata, targets, writing
 path, part, dies_at, calls, rename = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), [], os.rename
 
 def dying(source, destination):
@@ -656,7 +659,7 @@ def dying(source, destination):
 
 os.rename = dying
 pixels = np.zeros((20, 20, 3), np.uint8)
-image_file.write_image(image_file.check_target(path, 20, 20), [pixels], "newer", part=part)
+writing.write_image(targets.check_target(path, 20, 20), [pixels], "newer", part=part)
 """
 
 
@@ -671,12 +674,12 @@ def test_a_deep_zoom_exchange_that_was_killed_can_be_made_again(tmp_path: Path, 
     assert load(path).shape == (24, 24, 3)
     assert read_parameters(path) == "again"
     assert names(tmp_path) == {"out.dzi", "out_files"}
-    assert not (tmp_path / "out_files" / image_file.EXCHANGING).exists()
+    assert not (tmp_path / "out_files" / targets.EXCHANGING).exists()
 
 
 def test_systems_that_do_not_name_open_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     exists = os.path.exists
-    monkeypatch.setattr(image_file.os.path, "exists", lambda p: not str(p).startswith("/proc") and exists(p))
+    monkeypatch.setattr(writing.os.path, "exists", lambda p: not str(p).startswith("/proc") and exists(p))
     pixels = picture(30, 20)
     np.testing.assert_array_equal(load(save(tmp_path / "out.png", pixels)), pixels)
     assert names(tmp_path) == {"out.png"}
@@ -688,7 +691,8 @@ PEAK = """
 import resource, sys
 import numpy as np
 from pathlib import Path
-from handscroll.image_file import check_target, write_image
+from handscroll.pictures.targets import check_target
+from handscroll.pictures.writing import write_image
 path, width, height = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
 block = np.random.default_rng(0).integers(0, 256, (64, width, 3), dtype=np.uint8)
 strips = (np.roll(block, y, axis=1)[: height - y] for y in range(0, height, 64))
@@ -710,5 +714,8 @@ def test_memory_follows_the_width_not_the_height(tmp_path: Path, suffix: str) ->
 
 
 def test_importing_stays_light() -> None:
-    result = run_python("import sys, handscroll.image_file; print({'pyvips', 'torch'} & set(sys.modules))")
+    result = run_python(
+        "import sys, handscroll.pictures.writing, handscroll.pictures.metadata as _;"
+        "print({'pyvips', 'torch'} & set(sys.modules))"
+    )
     assert result.stdout == "set()\n", result

@@ -10,8 +10,8 @@ from types import ModuleType
 import pytest
 import torch
 
-from handscroll.runtime.checkpoint import load_module, load_tokenizer
-from handscroll.spec import CheckpointSpec
+from handscroll.models.checkpoint import CheckpointSpec
+from handscroll.runtime.modules import load_module, load_tokenizer
 
 SCRIPT = Path(__file__).parents[1] / "bench" / "make_checkpoint.py"
 

@@ -15,8 +15,8 @@ import handscroll
 from handscroll import Handscroll, Request, decode_latent, generate
 from handscroll.errors import CheckpointError, PromptError, UsageError
 from handscroll.events import Progress
-from handscroll.image_file import read_parameters
-from handscroll.runtime.checkpoint import open_checkpoint
+from handscroll.models.opening import open_checkpoint
+from handscroll.pictures.metadata import read_parameters
 from handscroll.runtime.text import instruction_of
 
 Miniature = Callable[..., Path]

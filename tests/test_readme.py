@@ -88,7 +88,7 @@ def test_the_python_example_runs(tmp_path: Path) -> None:
 
 
 def test_the_models_that_are_named_exist() -> None:
-    from handscroll.registry import BY_HUB_ID, BY_NAME
+    from handscroll.models.registry import BY_HUB_ID, BY_NAME
 
     for name in re.findall(r"--model (\S+)", README):
         assert name in BY_NAME

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from handscroll.errors import UnknownModelError
-from handscroll.registry import BY_NAME, ENTRIES, resolve
+from handscroll.models.registry import BY_NAME, ENTRIES, resolve
 
 OFFICIAL = {
     "Sana_600M_512px_diffusers": (512, "fp16"),

@@ -33,8 +33,11 @@ import gc, json, os, sys
 import torch, pyvips, diffusers, transformers
 from diffusers import AutoencoderDC, DPMSolverMultistepScheduler, SanaTransformer2DModel, SCMScheduler
 from transformers import Gemma2Model, PreTrainedTokenizerFast
-from handscroll import cli, image_file, pipeline
-from handscroll.runtime import denoise, run_folder
+from handscroll.cli import main as cli
+from handscroll import pipeline
+from handscroll.jobs import folder, store
+from handscroll.pictures import writing
+from handscroll.runtime.sampling import schedule
 
 torch.set_num_threads(1)
 gc.freeze()
@@ -57,7 +60,7 @@ for line in sys.stdin:
     print(os.waitstatus_to_exitcode(status), flush=True)
 """
 
-SAVE_EVERY_STEP = "denoise.worth_saving = lambda *_: True"
+SAVE_EVERY_STEP = "schedule.worth_saving = lambda *_: True"
 
 # Every stage takes about a quarter of a second: loading, four steps, rows, encoding, publishing, cleaning up.
 SLOW_DOWN = (
@@ -73,13 +76,13 @@ def slow(module, name, seconds):
         return result
     setattr(module, name, slowed)
 slow(pipeline, "encode_prompts", 0.1)
-slow(denoise._Journey, "step_done", 0.03)
-slow(run_folder, "write_whole", 0.02)
-slow(run_folder, "write_tensors", 0.02)
-slow(image_file.os, "write", 0.03)
-slow(image_file, "_encode", 0.1)
-slow(image_file, "_publish", 0.1)
-slow(run_folder, "_unlink", 0.02)
+slow(schedule.Journey, "step_done", 0.03)
+slow(store, "write_whole", 0.02)
+slow(store, "write_tensors", 0.02)
+slow(writing.os, "write", 0.03)
+slow(writing, "encode_picture", 0.1)
+slow(writing, "_publish", 0.1)
+slow(folder, "unlink", 0.02)
 """
 )
 

@@ -24,15 +24,13 @@ from transformers import Gemma2Config, Gemma2Model
 
 import miniatures
 from handscroll.errors import CheckpointError
-from handscroll.spec import (
-    F32C32_SANA,
-    AutoencoderSpec,
-    CheckpointSpec,
-    SchedulerSpec,
-    TextEncoderSpec,
-    TransformerSpec,
-)
-from handscroll.weight_files import find_weight_files, read_header
+from handscroll.models.autoencoder import F32C32_SANA, AutoencoderSpec
+from handscroll.models.checkpoint import CheckpointSpec
+from handscroll.models.scheduler import SchedulerSpec
+from handscroll.models.text_encoder import TextEncoderSpec
+from handscroll.models.transformer import TransformerSpec
+from handscroll.weights.folder import find_weight_files
+from handscroll.weights.header import read_header
 
 SANA_06B = TransformerSpec(
     num_layers=28,
@@ -378,7 +376,7 @@ def test_a_scheduler_gives_its_config_back() -> None:
 
 def test_reading_a_spec_loads_no_torch(miniature: Callable[..., Path]) -> None:
     code = (
-        "import sys; from handscroll import registry; from handscroll.spec import CheckpointSpec;"
+        "import sys; from handscroll.models import registry; from handscroll.models.checkpoint import CheckpointSpec;"
         f"CheckpointSpec.from_folder({str(miniature('1.6b'))!r}); assert not {{'torch', 'numpy'}} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

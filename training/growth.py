@@ -32,8 +32,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
+from handscroll.pictures import resizing
 from handscroll.plan.growth import GROWTH_STRENGTH
-from handscroll.runtime import growth
 from training.captions import training_caption
 from training.latents import PARAPHRASES, Bucket, LatentFiles, draw, encode
 from training.schedule import add_step_options, prepare_process, shifted
@@ -97,7 +97,7 @@ def _twice(pictures: Tensor) -> Tensor:
 def enlarged(picture: NDArray[np.uint8]) -> NDArray[np.uint8]:
     """[H, W, 3] bytes at twice the size, as the sampler enlarges."""
     height, width = 2 * picture.shape[0], 2 * picture.shape[1]
-    (strip,) = growth.enlarged(picture, height, width, height, torch.float32)
+    (strip,) = resizing.enlarged(picture, height, width, height, torch.float32)
     return ((strip[0] + 1) * 127.5).round().byte().numpy()
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import on_meta
-from handscroll.spec import F32C32_SANA
+from handscroll.models.autoencoder import F32C32_SANA
 from make_checkpoint import Noise, empty_module, fill
 from stages import TILES_PX, Ready, Size, Stage, in_dtype, random_tensor
 

@@ -21,10 +21,10 @@ from typing import Any
 import torch
 
 import on_meta
-from handscroll.cli import run as handscroll
-from handscroll.runtime.checkpoint import open_checkpoint
+from handscroll.cli.main import run as handscroll
+from handscroll.models.checkpoint import CheckpointSpec
+from handscroll.models.opening import open_checkpoint
 from handscroll.runtime.text import instruction_of
-from handscroll.spec import CheckpointSpec
 from make_checkpoint import empty_module
 from memory import PROMPT, difference
 from stages import MODES, TILES_PX, Ready, Size, Stage, in_dtype

@@ -18,9 +18,10 @@ import torch
 from torch import Tensor
 
 import on_meta
-from handscroll.runtime.checkpoint import load_tokenizer
+from handscroll.models.checkpoint import CheckpointSpec
+from handscroll.models.text_encoder import TextEncoderSpec
+from handscroll.runtime.modules import load_tokenizer
 from handscroll.runtime.text import encode_prompt, open_text_encoder
-from handscroll.spec import CheckpointSpec, TextEncoderSpec
 from make_checkpoint import COMPONENTS, Noise, empty_module, make_scheduler, shapes, write_checkpoint
 from stages import Ready, Size, Stage
 

@@ -26,7 +26,7 @@ from handscroll.request import Request
 from handscroll.version import __version__
 
 if TYPE_CHECKING:
-    from handscroll.drop_in import attach, detach
+    from handscroll.integrations.diffusers import attach, detach
     from handscroll.pipeline import Handscroll, Picture, Result, decode_latent, generate, resume
 
 __all__ = [
@@ -64,8 +64,8 @@ _LAZY = {
     "decode_latent": "handscroll.pipeline",
     "generate": "handscroll.pipeline",
     "resume": "handscroll.pipeline",
-    "attach": "handscroll.drop_in",
-    "detach": "handscroll.drop_in",
+    "attach": "handscroll.integrations.diffusers",
+    "detach": "handscroll.integrations.diffusers",
 }
 
 

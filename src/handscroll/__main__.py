@@ -1,6 +1,6 @@
 """`python -m handscroll`."""
 
-from handscroll.cli import main
+from handscroll.cli.main import main
 
 if __name__ == "__main__":
     main()

@@ -16,23 +16,29 @@ from torch import Tensor
 
 from handscroll.errors import CheckpointError, SizeError
 from handscroll.events import OnEvent, Progress, ignore
-from handscroll.image_file import Target, check_target, parameters_text, write_image
-from handscroll.latent_file import check_latent_target, load_latent
+from handscroll.jobs.job import Job, find_run, read_job, resolved_name
+from handscroll.jobs.latent_file import check_latent_target, load_latent
+from handscroll.jobs.recovery import Recovery
+from handscroll.jobs.store import RunFolder
+from handscroll.models.checkpoint import CheckpointSpec
+from handscroll.models.opening import open_checkpoint
+from handscroll.pictures.metadata import parameters_text
+from handscroll.pictures.targets import Target, check_target
+from handscroll.pictures.writing import write_image
 from handscroll.plan.plan import Plan, chosen_anew, make_plan, minimum_bytes
 from handscroll.request import DEFAULT_MODEL, Request, indexed, parse_bytes
-from handscroll.runtime.checkpoint import DTYPES, load_scheduler, load_tokenizer, open_checkpoint
 from handscroll.runtime.decode import decode_rows, whole_picture
-from handscroll.runtime.denoise import Sampling, denoise, starting_noise
-from handscroll.runtime.devices import scratch_folder
+from handscroll.runtime.device import scratch_folder
 from handscroll.runtime.growth import grown
 from handscroll.runtime.memory import Meter, enforce
-from handscroll.runtime.recovery import Recovery
-from handscroll.runtime.run_folder import Job, RunFolder, find_run, read_job, resolved_name
-from handscroll.runtime.stages import Opened, Stages
-from handscroll.runtime.survey import survey
+from handscroll.runtime.modules import DTYPES, load_scheduler, load_tokenizer
+from handscroll.runtime.probe import survey
+from handscroll.runtime.sampling.job import Sampling
+from handscroll.runtime.sampling.loop import denoise
+from handscroll.runtime.sampling.noise import starting_noise
+from handscroll.runtime.session import Opened, Stages
 from handscroll.runtime.text import encoded, instruction_of
 from handscroll.runtime.text_cache import Text
-from handscroll.spec import CheckpointSpec
 from handscroll.version import __version__
 
 STAGES = ("text", "denoise", "decode")

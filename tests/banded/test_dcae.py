@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from handscroll.banded import dcae
 from handscroll.banded.rows import RowMap
-from handscroll.runtime.spill import DiskMap, HostMap
+from handscroll.runtime.maps import DiskMap, HostMap
 
 EXACT = 2e-5
 STRIP_ROWS = (1, 2, 3, 7, None)

@@ -17,8 +17,8 @@ import pytest
 import pyvips
 import torch
 
-from handscroll.plan.hardware import Rates
-from handscroll.runtime import devices
+from handscroll.plan.inputs import Rates
+from handscroll.runtime import rates
 
 BENCH = Path(__file__).parents[2] / "bench"
 MIB = 2**20
@@ -45,7 +45,7 @@ def gpu_bench(bench: Any) -> Any:
 def in_this_process(bench: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[list[str]]]:
     """What would be children runs here, which is quicker; gives their commands. Peaks are the stages'."""
     commands: list[list[str]] = []
-    monkeypatch.setattr(devices, "_measure_rates", lambda device: Rates())
+    monkeypatch.setattr(rates, "_measure_rates", lambda device: Rates())
 
     def run(command: Sequence[str | Path], environment: dict[str, str] | None = None) -> Any:
         commands.append(list(map(str, command)))
@@ -62,7 +62,7 @@ def in_this_process(bench: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[lis
 
     def run_here(patch: pytest.MonkeyPatch, first: str, second: str, command: list[str]) -> int:
         if (first, second) == ("-m", "handscroll"):
-            from handscroll import cli
+            from handscroll.cli import main as cli
 
             return cli.run(command[3:])
         patch.setattr(sys, "argv", command[1:])

@@ -11,11 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from handscroll.errors import SizeError, UsageError
-from handscroll.plan.hardware import Hardware, Situation
+from handscroll.models.checkpoint import CheckpointSpec
+from handscroll.plan.inputs import Hardware, Situation
 from handscroll.plan.plan import make_plan
 from handscroll.plan.precision import Precision, resolve_precision
 from handscroll.request import MAX_SEED, Request, parse_bytes, parse_size
-from handscroll.spec import CheckpointSpec
 
 Miniature = Callable[..., Path]
 CPU = Situation(Hardware("cpu"), tokens=20)

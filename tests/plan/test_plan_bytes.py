@@ -20,12 +20,15 @@ import miniatures
 from handscroll.banded import dcae, dit
 from handscroll.banded.kernels import has_onednn
 from handscroll.banded.rows import RowMap, cut
+from handscroll.models.autoencoder import F32C32_SANA, AutoencoderSpec
+from handscroll.models.checkpoint import CheckpointSpec
+from handscroll.models.text_encoder import TextEncoderSpec
+from handscroll.models.transformer import TransformerSpec
 from handscroll.plan.decoder_shape import DecoderShape, decoder_units
 from handscroll.plan.denoise import band_bytes
 from handscroll.plan.encoder_shape import EncoderShape, encoder_units
 from handscroll.plan.store import stored_bytes
 from handscroll.plan.text import activation_bytes
-from handscroll.spec import F32C32_SANA, AutoencoderSpec, CheckpointSpec, TextEncoderSpec, TransformerSpec
 from live_bytes import LiveBytes
 
 NewMap = Callable[[int, int], RowMap]

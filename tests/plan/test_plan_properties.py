@@ -12,14 +12,17 @@ from pathlib import Path
 import pytest
 
 from handscroll.errors import BudgetError
+from handscroll.models.autoencoder import F32C32_SANA
+from handscroll.models.checkpoint import CheckpointSpec
+from handscroll.models.text_encoder import TextEncoderSpec
+from handscroll.models.transformer import TransformerSpec
 from handscroll.plan.decode import DecodeStage
 from handscroll.plan.decoder_shape import DecoderShape
 from handscroll.plan.encoder_shape import EncoderShape
-from handscroll.plan.hardware import MIB, Hardware, Rates, Situation
+from handscroll.plan.inputs import MIB, Hardware, Rates, Situation
 from handscroll.plan.plan import MINIMUM_STEP_BYTES, Plan, make_plan, minimum_bytes, shrunk
 from handscroll.plan.precision import BYTES
 from handscroll.request import Request
-from handscroll.spec import F32C32_SANA, CheckpointSpec, TextEncoderSpec, TransformerSpec
 
 Miniature = Callable[..., Path]
 BUILTIN = Path(__file__).parents[2] / "src" / "handscroll" / "builtin" / "tiny-landscape"

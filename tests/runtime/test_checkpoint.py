@@ -16,16 +16,10 @@ from transformers import Gemma2Config, Gemma2ForCausalLM, Gemma2Model
 
 import miniatures
 from handscroll.errors import CheckpointError, UnknownModelError
-from handscroll.runtime import weights
-from handscroll.runtime.checkpoint import (
-    load_module,
-    load_rows,
-    load_scheduler,
-    load_tokenizer,
-    open_checkpoint,
-    open_module,
-)
-from handscroll.spec import CheckpointSpec
+from handscroll.models.checkpoint import CheckpointSpec
+from handscroll.models.opening import open_checkpoint
+from handscroll.runtime.modules import load_module, load_rows, load_scheduler, load_tokenizer, open_module
+from handscroll.weights import files
 
 WEIGHTS = {
     "transformer": "diffusion_pytorch_model.safetensors",
@@ -196,7 +190,7 @@ def test_equal_dtypes_map_the_file_and_writing_does_not_reach_it(folder: Path) -
 def test_conversion_in_several_pieces(miniature: Miniature, monkeypatch: pytest.MonkeyPatch) -> None:
     spec = spec_of(miniature("1.6b"))
     at_once = load_module(spec, "transformer", dtype=torch.bfloat16, device="cpu")
-    monkeypatch.setattr(weights, "STAGING_BYTES", 200)
+    monkeypatch.setattr(files, "STAGING_BYTES", 200)
     assert same_tensors(load_module(spec, "transformer", dtype=torch.bfloat16, device="cpu"), at_once)
 
 

@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from handscroll.errors import UsageError
-from handscroll.runtime.devices import find_hardware, remembered
+from handscroll.runtime.device import find_hardware
 from handscroll.runtime.memory import Meter, peak_resident_bytes, release
+from handscroll.runtime.rates import remembered
 
 
 def test_a_measurement_is_taken_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

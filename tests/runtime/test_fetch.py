@@ -15,12 +15,12 @@ import pytest
 from huggingface_hub import constants
 
 from handscroll.errors import CheckpointError, FetchError, UnknownModelError
+from handscroll.models import hub as fetch_module
+from handscroll.models.checkpoint import CheckpointSpec
+from handscroll.models.hub import FetchProgress, choose_files, fetch, find_local
+from handscroll.models.opening import open_checkpoint
 from handscroll.pipeline import plan_of
 from handscroll.request import Request
-from handscroll.runtime import fetch as fetch_module
-from handscroll.runtime.checkpoint import open_checkpoint
-from handscroll.runtime.fetch import FetchProgress, choose_files, fetch, find_local
-from handscroll.spec import CheckpointSpec
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 HUB_ID = "someone/tiny-sana_diffusers"

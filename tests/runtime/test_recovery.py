@@ -16,18 +16,19 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from handscroll import Request, cli, decode_latent, generate, pipeline
+from handscroll import Request, decode_latent, generate, pipeline
+from handscroll.cli import main as cli
 from handscroll.errors import NumericsError, OutOfMemoryError, is_out_of_memory
 from handscroll.events import Progress, ignore
-from handscroll.image_file import read_parameters
-from handscroll.latent_file import load_latent
-from handscroll.plan.hardware import MIB, Hardware, Situation
+from handscroll.jobs import recovery
+from handscroll.jobs.latent_file import load_latent
+from handscroll.jobs.recovery import Recovery
+from handscroll.models.checkpoint import CheckpointSpec
+from handscroll.pictures.metadata import read_parameters
+from handscroll.plan.inputs import MIB, Hardware, Situation
 from handscroll.plan.plan import make_plan
-from handscroll.runtime import recovery
-from handscroll.runtime.recovery import Recovery
-from handscroll.runtime.stages import Stages
-from handscroll.runtime.survey import survey
-from handscroll.spec import CheckpointSpec
+from handscroll.runtime.probe import survey
+from handscroll.runtime.session import Stages
 from live_bytes import LiveBytes
 
 Miniature = Callable[..., Path]

@@ -17,12 +17,19 @@ from torch import Tensor
 
 from handscroll.errors import BusyError, CheckpointError, RunFolderError
 from handscroll.events import Progress
-from handscroll.latent_file import load_latent, read_tensors, save_latent, write_tensors, write_whole
+from handscroll.files import write_whole
+from handscroll.jobs.job import Job, find_run, read_job, run_folder_of
+from handscroll.jobs.latent_file import load_latent, save_latent
+from handscroll.jobs.store import RunFolder
 from handscroll.request import Request
-from handscroll.runtime import denoise as denoising
-from handscroll.runtime.denoise import SamplerState, Sampling, denoise, starting_noise, worth_saving
-from handscroll.runtime.run_folder import Job, RunFolder, find_run, read_job, run_folder_of
+from handscroll.runtime.sampling import schedule
+from handscroll.runtime.sampling.job import Sampling
+from handscroll.runtime.sampling.loop import denoise
+from handscroll.runtime.sampling.noise import starting_noise
+from handscroll.runtime.sampling.schedule import worth_saving
+from handscroll.runtime.sampling.state import SamplerState
 from handscroll.runtime.text import Text
+from handscroll.weights.tensor_file import read_tensors, write_tensors
 
 SHAPE = (1, 4, 3, 5)
 
@@ -76,7 +83,7 @@ def sampling(scheduler: Any, steps: int, **options: Any) -> Sampling:
 def test_a_resumed_sampler_gives_the_same_bits(
     name: str, steps: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(denoising, "worth_saving", lambda *_: True)
+    monkeypatch.setattr(schedule, "worth_saving", lambda *_: True)
     run = RunFolder.open(job(tmp_path))
     expected = denoise(sampling(SCHEDULERS[name](), steps))
     states: list[SamplerState] = []

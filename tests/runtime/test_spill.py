@@ -16,8 +16,8 @@ from torch import Tensor
 
 from handscroll.banded.rows import RowMap, cut
 from handscroll.errors import OutputError
-from handscroll.runtime import spill
-from handscroll.runtime.spill import DiskMap, HostMap
+from handscroll.runtime import maps
+from handscroll.runtime.maps import DiskMap, HostMap
 
 KINDS: dict[str, Callable[[int], RowMap]] = {
     "host": lambda height: HostMap(height, chunk_bytes=100),
@@ -57,7 +57,7 @@ def test_bit_for_bit_in_every_type(kind: str, dtype: torch.dtype, strip_rows: in
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("copy_bytes", [1, 200, 2**20])
 def test_strips_that_are_views(kind: str, copy_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(spill, "COPY_BYTES", copy_bytes)
+    monkeypatch.setattr(maps, "COPY_BYTES", copy_bytes)
     map_ = random(6, width=10)[:, :, ::2]
     kept = KINDS[kind](6)
     for strip in map_.split([1, 3, 2], dim=1):
@@ -99,7 +99,7 @@ def test_the_file_has_no_name(tmp_path: Path) -> None:
 @pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
 def test_nothing_is_left_by_a_killed_process(tmp_path: Path) -> None:
     code = (
-        "import os, signal, sys, torch; from handscroll.runtime.spill import DiskMap\n"
+        "import os, signal, sys, torch; from handscroll.runtime.maps import DiskMap\n"
         f"kept = DiskMap(64, {str(tmp_path)!r}); kept.write(torch.ones(1, 64, 64, 64))\n"
         "os.kill(os.getpid(), signal.SIGKILL)"
     )
@@ -132,7 +132,7 @@ def test_a_full_disk_is_told_in_one_line(number: int, tmp_path: Path, monkeypatc
     def fail(*_: object) -> None:
         raise OSError(number, os.strerror(number))
 
-    monkeypatch.setattr(spill, "_write_all", fail)
+    monkeypatch.setattr(maps, "_write_all", fail)
     with pytest.raises(OutputError, match=f"{tmp_path} is full: a map needs {random(6).nbytes} bytes") as caught:
         kept.write(random(6)[:, :1])
     assert "\n" not in str(caught.value)

@@ -12,11 +12,11 @@ import pytest
 import torch
 
 from handscroll import Handscroll, Request, generate
+from handscroll.models.checkpoint import CheckpointSpec
 from handscroll.runtime import text_cache
-from handscroll.runtime.checkpoint import load_module, load_tokenizer
+from handscroll.runtime.modules import load_module, load_tokenizer
 from handscroll.runtime.text import encoded
 from handscroll.runtime.text_cache import Text, load_text, save_text, text_key
-from handscroll.spec import CheckpointSpec
 
 Miniature = Callable[..., Path]
 KEY = "0" * 64

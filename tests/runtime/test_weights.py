@@ -16,13 +16,15 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from handscroll.errors import CheckpointError
-from handscroll.runtime import text, weights
-from handscroll.runtime.checkpoint import load_module, load_tokenizer, open_module
+from handscroll.models.checkpoint import CheckpointSpec
+from handscroll.runtime import text
 from handscroll.runtime.memory import resident_bytes, trim
+from handscroll.runtime.modules import load_module, load_tokenizer, open_module
 from handscroll.runtime.text import encode_prompt, open_text_encoder
-from handscroll.runtime.weights import SLOTS, WeightStream
-from handscroll.spec import CheckpointSpec
-from handscroll.weight_files import read_header
+from handscroll.weights import files
+from handscroll.weights.buffers import SLOTS
+from handscroll.weights.header import read_header
+from handscroll.weights.stream import WeightStream
 from live_bytes import LiveBytes
 
 Miniature = Callable[..., Path]
@@ -30,7 +32,7 @@ COMPONENTS = ("transformer", "vae", "text_encoder")
 MIB = 2**20
 
 
-class HostLane:
+class HostTransfer:
     """The double buffering of a device with its own memory, on the host, where it can be watched."""
 
     def __init__(self) -> None:
@@ -87,10 +89,10 @@ def make_stack(
     save_file(module.state_dict(), file)
     entries = {entry.name: entry for entry in read_header(file)}
 
-    def opened(dtype: torch.dtype = stored, lane: Any = None) -> tuple[Stack, WeightStream]:
+    def opened(dtype: torch.dtype = stored, transfer: Any = None) -> tuple[Stack, WeightStream]:
         with torch.device("meta"):
             empty = Stack(layers, width).requires_grad_(False).eval()
-        return empty, WeightStream(empty, entries, dtype, "cpu", lane=lane)
+        return empty, WeightStream(empty, entries, dtype, "cpu", transfer=transfer)
 
     return module, opened
 
@@ -109,24 +111,24 @@ def is_empty(module: nn.Module) -> bool:
 
 
 @pytest.fixture(params=["in place", "read ahead"])
-def lane(request: pytest.FixtureRequest) -> HostLane | None:
+def transfer(request: pytest.FixtureRequest) -> HostTransfer | None:
     """Both ways to fill a buffer."""
-    return HostLane() if request.param == "read ahead" else None
+    return HostTransfer() if request.param == "read ahead" else None
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("row", ["1.6b", "1.6b-4k", "sprint-0.6b"])
 def test_what_is_lent_and_what_is_kept_is_what_is_loaded(
-    miniature: Miniature, row: str, stored: torch.dtype, dtype: torch.dtype, lane: HostLane | None
+    miniature: Miniature, row: str, stored: torch.dtype, dtype: torch.dtype, transfer: HostTransfer | None
 ) -> None:
     spec = CheckpointSpec.from_folder(miniature(row, dtype=stored))
     for component in COMPONENTS:
         loaded = load_module(spec, component, dtype=dtype, device="cpu")
         module, stream = open_module(spec, component, dtype=dtype, device="cpu")
-        if lane is not None:
+        if transfer is not None:
             entries = {site.entry.name: site.entry for sites in stream._sites.values() for site in sites}
-            stream = WeightStream(module, entries, dtype, "cpu", lane=lane)
+            stream = WeightStream(module, entries, dtype, "cpu", transfer=transfer)
         names = [name for name, parameter in module.named_parameters() if parameter.is_meta]
         with stream.lend(module):
             assert same_tensors(module, loaded)
@@ -183,17 +185,19 @@ def test_lent_weights_are_aligned_as_mapped_ones(tmp_path: Path) -> None:
         assert not any(parameter.data_ptr() % 64 for parameter in converted.parameters())
 
 
-def test_conversion_in_several_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lane: HostLane | None) -> None:
+def test_conversion_in_several_pieces(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, transfer: HostTransfer | None
+) -> None:
     loaded, opened = make_stack(tmp_path, width=33)
-    monkeypatch.setattr(weights, "STAGING_BYTES", 200)
-    module, stream = opened(torch.bfloat16, lane)
+    monkeypatch.setattr(files, "STAGING_BYTES", 200)
+    module, stream = opened(torch.bfloat16, transfer)
     with stream.lend(module):
         assert same_tensors(module, loaded.bfloat16())
 
 
-def test_the_same_tensors_may_be_lent_several_times_over(tmp_path: Path, lane: HostLane | None) -> None:
+def test_the_same_tensors_may_be_lent_several_times_over(tmp_path: Path, transfer: HostTransfer | None) -> None:
     loaded, opened = make_stack(tmp_path)
-    module, stream = opened(lane=lane)
+    module, stream = opened(transfer=transfer)
     first, second = stream.lend(module.layers[0]), stream.lend(module.layers, module.layers[1])
     with first:
         held = module.layers[0].weight
@@ -217,9 +221,9 @@ def test_the_same_tensors_may_be_lent_several_times_over(tmp_path: Path, lane: H
         pass
 
 
-def test_what_is_raised_inside_leaves_nothing_lent(tmp_path: Path, lane: HostLane | None) -> None:
+def test_what_is_raised_inside_leaves_nothing_lent(tmp_path: Path, transfer: HostTransfer | None) -> None:
     loaded, opened = make_stack(tmp_path)
-    module, stream = opened(lane=lane)
+    module, stream = opened(transfer=transfer)
     with pytest.raises(KeyError), stream.lend(module):
         raise KeyError
     assert is_empty(module)
@@ -289,9 +293,9 @@ def test_resident_memory_is_one_layer(tmp_path: Path, dtype: torch.dtype) -> Non
     assert resident_bytes() - before < 6 * MIB
 
 
-def test_reading_ahead_changes_nothing(tmp_path: Path, lane: HostLane | None) -> None:
+def test_reading_ahead_changes_nothing(tmp_path: Path, transfer: HostTransfer | None) -> None:
     loaded, opened = make_stack(tmp_path, layers=7)
-    module, stream = opened(torch.bfloat16, lane)
+    module, stream = opened(torch.bfloat16, transfer)
     loaded = loaded.bfloat16()
     stream.keep(module.layers[6])
     for order in (range(7), [4, 0, 1, 6, 2, 5, 3]):  # the second: mostly what was not read ahead
@@ -304,8 +308,8 @@ def test_reading_ahead_changes_nothing(tmp_path: Path, lane: HostLane | None) ->
                 with stream.lend(module):
                     assert same_tensors(module, loaded)
             assert module.scale.is_meta
-    if lane is not None:
-        assert lane.threads == {"handscroll-weights_0"}
+    if transfer is not None:
+        assert transfer.threads == {"handscroll-weights_0"}
     stream.prefetch(module)
     stream.close()
     with stream.lend(module):
@@ -314,31 +318,31 @@ def test_reading_ahead_changes_nothing(tmp_path: Path, lane: HostLane | None) ->
 
 def test_two_slots_serve_layer_after_layer(tmp_path: Path) -> None:
     loaded, opened = make_stack(tmp_path, layers=9)
-    lane = HostLane()
-    module, stream = opened(lane=lane)
+    transfer = HostTransfer()
+    module, stream = opened(transfer=transfer)
     for _ in range(2):
         for index, layer in enumerate(module.layers):
             with stream.lend(layer):
                 stream.prefetch(*module.layers[index + 1 : index + 2])
                 assert same_tensors(layer, loaded.layers[index])
-    assert lane.allocated == SLOTS
+    assert transfer.allocated == SLOTS
     stream.close()
 
 
 def test_what_is_remembered_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     loaded, opened = make_stack(tmp_path, layers=5)
-    lane = HostLane()
-    module, stream = opened(lane=lane)
+    transfer = HostTransfer()
+    module, stream = opened(transfer=transfer)
     layer_bytes = stream.bytes_of(module.layers[0])
     stream.remember(3 * layer_bytes + layer_bytes // 2)
     read: list[str] = []
-    fill = weights._Files.fill
+    fill = files.OpenFiles.fill
 
     def watched(self: Any, layout: Any, flat: Tensor) -> None:
         read.extend(site.entry.name for site, _ in layout.places if site.leaf == "weight")
         fill(self, layout, flat)
 
-    monkeypatch.setattr(weights._Files, "fill", watched)
+    monkeypatch.setattr(files.OpenFiles, "fill", watched)
     for _ in range(3):
         for index, layer in enumerate(module.layers):
             with stream.lend(layer):
@@ -347,7 +351,7 @@ def test_what_is_remembered_is_read_once(tmp_path: Path, monkeypatch: pytest.Mon
     first = [f"layers.{index}.weight" for index in range(3)]
     assert all(read.count(name) == 1 for name in first)
     assert read.count("layers.4.weight") == 3
-    assert lane.allocated == SLOTS
+    assert transfer.allocated == SLOTS
     stream.close()
 
 
@@ -359,7 +363,7 @@ def test_pages_are_asked_for_once_where_they_lie_together(tmp_path: Path, monkey
     stream.prefetch(module)
     ((start, count),) = asked
     assert start + count == (tmp_path / "model.safetensors").stat().st_size
-    monkeypatch.setattr(weights, "ADVICE_GAP_BYTES", 0)
+    monkeypatch.setattr(files, "ADVICE_GAP_BYTES", 0)
     stream.prefetch(module.layers[0])
     assert asked[1][1] == 4 * (16 * 16 + 16)
     monkeypatch.setattr(os, "posix_fadvise", _fail)
@@ -372,21 +376,25 @@ def _fail(*_: object) -> None:
     raise OSError(5, "Input/output error")
 
 
-def test_short_reads_are_gone_on_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lane: HostLane | None) -> None:
+def test_short_reads_are_gone_on_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, transfer: HostTransfer | None
+) -> None:
     loaded, opened = make_stack(tmp_path)
     read = os.preadv
     monkeypatch.setattr(os, "preadv", lambda file, views, position: read(file, [views[0][:100]], position))
     for dtype in (torch.float32, torch.bfloat16):
-        module, stream = opened(dtype, lane)
+        module, stream = opened(dtype, transfer)
         with stream.lend(module):
             assert same_tensors(module, loaded.to(dtype))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("begun", [False, True])
-def test_a_file_that_changes_is_named(tmp_path: Path, lane: HostLane | None, dtype: torch.dtype, begun: bool) -> None:
+def test_a_file_that_changes_is_named(
+    tmp_path: Path, transfer: HostTransfer | None, dtype: torch.dtype, begun: bool
+) -> None:
     loaded, opened = make_stack(tmp_path, layers=3)
-    module, stream = opened(dtype, lane)
+    module, stream = opened(dtype, transfer)
     file = tmp_path / "model.safetensors"
     whole = file.read_bytes()
     if begun:
@@ -406,7 +414,7 @@ def test_a_file_that_changes_is_named(tmp_path: Path, lane: HostLane | None, dty
         os.utime(file, ns=(1, 1))
         says("the file has changed", module.layers[1])
         stream.close()
-    elif lane is None:  # the header is what it was
+    elif transfer is None:  # the header is what it was
         with stream.lend(module.layers[0]):
             assert same_tensors(module.layers[0], loaded.to(dtype).layers[0])
         stream.close()
@@ -419,10 +427,10 @@ def test_a_file_that_changes_is_named(tmp_path: Path, lane: HostLane | None, dty
 
 
 def test_an_error_of_the_system_is_named(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lane: HostLane | None
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, transfer: HostTransfer | None
 ) -> None:
     loaded, opened = make_stack(tmp_path)
-    module, stream = opened(lane=lane)
+    module, stream = opened(transfer=transfer)
     with monkeypatch.context() as patch:
         patch.setattr(os, "preadv", _fail)
         with pytest.raises(CheckpointError, match="cannot be read: Input/output error"), stream.lend(module):
@@ -434,10 +442,10 @@ def test_an_error_of_the_system_is_named(
         assert same_tensors(module, loaded)
 
 
-def test_streams_work_across_inference_mode(tmp_path: Path, lane: HostLane | None) -> None:
+def test_streams_work_across_inference_mode(tmp_path: Path, transfer: HostTransfer | None) -> None:
     loaded, opened = make_stack(tmp_path)
     x = torch.randn(2, 16)
-    module, stream = opened(lane=lane)
+    module, stream = opened(transfer=transfer)
     with torch.inference_mode(), stream.lend(module):
         assert module(x).equal(loaded(x))
     with stream.lend(module):

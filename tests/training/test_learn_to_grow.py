@@ -30,8 +30,8 @@ from training.transformer import Painter, from_noise
 from training.world import render, sample_scene
 from transformers import Gemma2Model, PreTrainedTokenizerFast
 
+from handscroll.models.registry import BUILTIN_FOLDER
 from handscroll.plan.growth import first_step
-from handscroll.registry import BUILTIN_FOLDER
 
 BUILT_IN = BUILTIN_FOLDER / "tiny-landscape"
 SMALL, LARGE = Bucket(128, 128), Bucket(256, 128)

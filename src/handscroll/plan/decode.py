@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import cache, lru_cache
 
 from handscroll.plan.decoder_shape import DecoderShape, PassShape
-from handscroll.plan.hardware import MIB, Hardware, heights_up_to
+from handscroll.plan.inputs import MIB, Hardware, heights_up_to
 from handscroll.plan.store import CHUNK_BYTES, Store
 
 # A strip whose largest activation is this big: beyond it nothing gets faster.

@@ -26,8 +26,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 
-from handscroll.plan.hardware import MIB
-from handscroll.spec import AutoencoderSpec
+from handscroll.models.autoencoder import AutoencoderSpec
+from handscroll.plan.inputs import MIB
 
 # Norms and gates of half precision are made in fp32, a piece of this size at a time.
 FP32_PIECES_BYTES = 4 * MIB

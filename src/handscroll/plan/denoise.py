@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from functools import lru_cache
 from itertools import product
 
-from handscroll.plan.hardware import MIB, Hardware, heights_up_to
+from handscroll.models.transformer import TransformerSpec
+from handscroll.plan.inputs import MIB, Hardware, heights_up_to
 from handscroll.plan.precision import BYTES
 from handscroll.plan.store import Store, stored_bytes
-from handscroll.spec import TransformerSpec
 
 # A band whose widest activation is this big: beyond it nothing gets faster (on a CPU 4 rows of 128 tokens in bf16 are
 # enough; a GPU wants more to do at a time).

@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from handscroll.models.autoencoder import AutoencoderSpec
 from handscroll.plan.decoder_shape import DecoderShape, UnitShape, conv, efficient_vit, res_block
-from handscroll.spec import AutoencoderSpec
 
 
 def encoder_units(spec: AutoencoderSpec) -> Iterator[UnitShape]:

@@ -8,17 +8,17 @@ from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
 from handscroll.errors import BudgetError, SizeError, UsageError
+from handscroll.models.checkpoint import CheckpointSpec
 from handscroll.plan.decode import DecodeStage, decode_stages
 from handscroll.plan.decoder_shape import DecoderShape
 from handscroll.plan.denoise import DenoiseStage, Sampling, denoise_stages
 from handscroll.plan.encoder_shape import EncoderShape
 from handscroll.plan.growth import first_step, smaller_sizes
-from handscroll.plan.hardware import MIB, Hardware, Situation
+from handscroll.plan.inputs import MIB, Hardware, Situation
 from handscroll.plan.precision import BYTES, Precision, resolve_precision
 from handscroll.plan.text import TextStage, text_stage
 from handscroll.plan.writer import writer_bytes
 from handscroll.request import MAX_SIDE_PX, Request
-from handscroll.spec import CheckpointSpec
 
 # On a CPU a stage takes more of the process's memory than its tensors: code that is touched for the first time, heaps
 # of threads, oneDNN's scratch and compiled kernels, the file writer; and a share of small blocks between others.

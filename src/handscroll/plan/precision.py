@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from handscroll.spec import CheckpointSpec
+from handscroll.models.checkpoint import CheckpointSpec
 
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from handscroll.plan.hardware import MIB
+from handscroll.plan.inputs import MIB
 
 # On the device itself; in the host's memory beside a CUDA device; in a file of the scratch folder.
 Store = Literal["memory", "host", "disk"]

@@ -5,11 +5,11 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+from handscroll.models.checkpoint import CheckpointSpec
 from handscroll.plan.decode import DecodeStage
 from handscroll.plan.denoise import DenoiseStage
 from handscroll.plan.plan import Part, Plan
 from handscroll.plan.text import TextStage
-from handscroll.spec import CheckpointSpec
 
 PLACES = {"memory": "in memory", "host": "in the host's memory", "disk": "on disk"}
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from handscroll.plan.hardware import Situation
+from handscroll.models.text_encoder import TextEncoderSpec
+from handscroll.plan.inputs import Situation
 from handscroll.plan.precision import BYTES
-from handscroll.spec import TextEncoderSpec
 
 
 @dataclass(frozen=True, slots=True)

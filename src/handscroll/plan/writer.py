@@ -6,7 +6,7 @@ the width; WebP alone holds the whole picture and its encoder's planes.
 
 from __future__ import annotations
 
-from handscroll.plan.hardware import MIB
+from handscroll.plan.inputs import MIB
 
 WRITER_BYTES = 4 * MIB
 BYTES_A_COLUMN = {".tif": 3300, ".tiff": 3300, ".dzi": 4700}

@@ -11,11 +11,10 @@ from torch import Tensor
 
 from handscroll.banded import dcae
 from handscroll.errors import NumericsError
+from handscroll.limits import PIXEL_PIECE_BYTES
 from handscroll.runtime.memory import trim
-from handscroll.runtime.stages import Stages
-from handscroll.runtime.weights import DTYPES
-
-PIECE_BYTES = 2**20  # of fp32, converted to 8 bits at a time
+from handscroll.runtime.session import Stages
+from handscroll.weights.dtypes import DTYPES
 
 
 def decode_rows(stage: Stages, latent: Tensor) -> Iterator[np.ndarray]:
@@ -121,7 +120,7 @@ def _to_uint8(strip: Tensor) -> tuple[Tensor, Tensor]:
     finite = torch.ones((), dtype=torch.bool, device=strip.device)
     row_bytes = 4 * strip[0, :, 0].numel()
     # Strips are tall where channels are few: on a CPU one would take several times its own memory in fp32.
-    step = max(1, PIECE_BYTES // row_bytes) if strip.device.type == "cpu" else strip.shape[2]
+    step = max(1, PIXEL_PIECE_BYTES // row_bytes) if strip.device.type == "cpu" else strip.shape[2]
     for piece, target in zip(strip[0].permute(1, 2, 0).split(step), pixels.split(step), strict=True):
         values = piece.float()
         finite &= torch.isfinite(values.sum())

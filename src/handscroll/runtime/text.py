@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from handscroll.errors import NumericsError
-from handscroll.runtime.checkpoint import load_rows, open_module
+from handscroll.models.checkpoint import CheckpointSpec
+from handscroll.runtime.modules import load_rows, open_module
 from handscroll.runtime.text_cache import Text, load_text, save_text, text_key
-from handscroll.runtime.weights import WeightStream
-from handscroll.spec import CheckpointSpec
+from handscroll.weights.stream import WeightStream
 
 EMBEDDING_TABLE = "embed_tokens.weight"
 

@@ -18,8 +18,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from handscroll.runtime.devices import cache_folder
-from handscroll.spec import CheckpointSpec
+from handscroll.models.checkpoint import CheckpointSpec
+from handscroll.runtime.rates import cache_folder
 
 FORMAT = 1
 LIMIT_BYTES = 256 * 2**20

@@ -1,0 +1,1 @@
+"""handscroll inside other libraries' objects."""

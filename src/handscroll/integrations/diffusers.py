@@ -1,0 +1,141 @@
+"""The drop-in: diffusers' own pipelines and autoencoders, decoding and encoding by rows.
+
+`attach` sets two instance attributes on an `AutoencoderDC`, `_decode` and `_encode`, behind its public methods:
+slicing, `return_dict`, offloading hooks and callbacks work as before. `detach` deletes them.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from handscroll.banded import dcae
+from handscroll.errors import BudgetError, UsageError
+from handscroll.models.autoencoder import AutoencoderSpec
+from handscroll.plan.decode import decode_stages
+from handscroll.plan.decoder_shape import DecoderShape
+from handscroll.plan.inputs import Hardware
+from handscroll.request import check_range, parse_bytes
+from handscroll.runtime.memory import trim
+
+_METHODS = ("_decode", "_encode")
+
+
+# In somebody else's process the heap is left as it is, with holes between what is in use.
+_HEAP_SHARE = 0.7
+
+
+# Encoding, in rows of a sweep's largest activation: so many whatever the strip height, for line buffers, and so many
+# for each row of a strip. Fitted from above to the peaks of f32c32-sana, holes in the heap included.
+_ROWS_ALWAYS, _ROWS_A_ROW = 22, 15
+
+
+def attach(target: Any, strip_rows: int | None = None, memory: str | int | None = None) -> Any:
+    """Makes a diffusers pipeline's autoencoder, or an `AutoencoderDC`, run row by row. Returns `target`.
+
+    The results are those of the whole network up to the order of summation, in the autoencoder's dtype and on its
+    device; tiling is not used while attached. strip_rows: rows of the map at the last attention to take at a time.
+    memory: bytes, or text such as '1GiB', that decoding may take above weights, latent and result; the strip height
+    follows from it. Attaching again changes the settings. Raises UsageError if there is no AutoencoderDC; decoding and
+    encoding raise BudgetError where the memory is too little for the size.
+    """
+    autoencoder = _autoencoder(target)
+    check_range("strip_rows", strip_rows, 1, 1_000_000)
+    if strip_rows is not None and memory is not None:
+        raise UsageError("strip_rows and memory exclude each other; give one of them")
+    memory_bytes = parse_bytes(memory) if isinstance(memory, str) else memory
+    for name, function in zip(_METHODS, (_decode, _encode), strict=True):
+        autoencoder.__dict__[name] = partial(function, autoencoder, strip_rows=strip_rows, memory_bytes=memory_bytes)
+    return target
+
+
+def detach(target: Any) -> Any:
+    """Undoes `attach`; does nothing where it was not attached. Returns `target`. Raises UsageError as `attach`."""
+    autoencoder = _autoencoder(target)
+    for name in _METHODS:
+        autoencoder.__dict__.pop(name, None)
+    return target
+
+
+def _autoencoder(target: Any) -> Any:
+    from diffusers.models.autoencoders.autoencoder_dc import AutoencoderDC
+
+    autoencoder = getattr(target, "vae", target)
+    if not isinstance(autoencoder, AutoencoderDC):
+        raise UsageError(f"attach takes a pipeline with an AutoencoderDC, or one itself, not {type(target).__name__}")
+    return autoencoder
+
+
+def _decode(autoencoder: Any, z: Tensor, *, strip_rows: int | None, memory_bytes: int | None) -> Tensor:
+    """[B, C, h, w] -> [B, 3, H, W], in place of `AutoencoderDC._decode`."""
+    decoder = autoencoder.decoder
+    z = _moved(decoder, z)
+    route = {} if memory_bytes is None else _route_within(autoencoder, z, memory_bytes)
+    factor = autoencoder.spatial_compression_ratio
+    batch, _, height, width = z.shape
+    out = z.new_empty(batch, autoencoder.config.in_channels, height * factor, width * factor)
+    row = 0
+    for strip in dcae.decode_rows(decoder, z, strip_rows, on_sweep=lambda done, of: trim(), **route):
+        out[:, :, row : row + strip.shape[2]] = strip
+        row += strip.shape[2]
+    return out
+
+
+def _encode(autoencoder: Any, x: Tensor, *, strip_rows: int | None, memory_bytes: int | None) -> Tensor:
+    """[B, 3, H, W] -> [B, C, h, w], in place of `AutoencoderDC._encode`."""
+    encoder = autoencoder.encoder
+    x = _moved(encoder, x)
+    if memory_bytes is not None:
+        strip_rows = _rows_within(dcae.encoder_units(encoder), x, memory_bytes)
+    return dcae.encode(encoder, x, strip_rows, on_sweep=lambda done, of: trim())
+
+
+def _moved(module: torch.nn.Module, x: Tensor) -> Tensor:
+    """The input in the module's dtype and on its device, as a pipeline whose parts sit apart hands it over."""
+    parameter = next(module.parameters())
+    if parameter.is_meta:
+        raise UsageError(
+            "the autoencoder's weights are offloaded layer by layer; use enable_model_cpu_offload() instead of "
+            "enable_sequential_cpu_offload()"
+        )
+    return x.to(parameter.device, parameter.dtype)
+
+
+def _route_within(autoencoder: Any, z: Tensor, memory_bytes: int) -> dict[str, Any]:
+    """Strip heights and starts whose planned peak stays within `memory_bytes`. Raises BudgetError with the least."""
+    batch, _, height, width = z.shape
+    spec = AutoencoderSpec.from_config(dict(autoencoder.config))
+    shape = DecoderShape(spec, height, width * batch, z.element_size(), batch)
+    precision = {2: "bf16", 4: "fp32"}.get(z.element_size(), "fp32")
+    limit_bytes = int(memory_bytes * _HEAP_SHARE)
+    ways = list(decode_stages(shape, precision, Hardware(str(z.device), scratch_bytes=0), limit_bytes))
+    fitting = [way for way in ways if way.peak_bytes <= limit_bytes]
+    if not fitting:
+        least_bytes = min(way.peak_bytes for way in ways)
+        raise _too_little(height, width, memory_bytes, int(least_bytes / _HEAP_SHARE) + 1)
+    best = min(fitting, key=lambda way: way.seconds)
+    return {"heights": best.strip_rows, "starts": best.starts}
+
+
+def _rows_within(units: list[dcae.Unit], x: Tensor, memory_bytes: int) -> int:
+    """The strip height whose estimated peak stays within `memory_bytes`. Raises BudgetError with the least."""
+    batch, _, height, width = x.shape
+    sweeps = dcae.cut_at_barriers(units, height, width)
+    element_bytes = batch * x.element_size()
+    resident_bytes = max(sweep.map_bytes(height, width, element_bytes) + sweep.weight_bytes for sweep in sweeps)
+    row_bytes = [sweep.row_bytes(width, element_bytes) for sweep in sweeps]
+    minimum = resident_bytes + (_ROWS_ALWAYS + _ROWS_A_ROW) * max(row_bytes)
+    if memory_bytes < minimum:
+        raise _too_little(height, width, memory_bytes, minimum)
+    return max(1, ((memory_bytes - resident_bytes) // max(row_bytes) - _ROWS_ALWAYS) // _ROWS_A_ROW)
+
+
+def _too_little(height: int, width: int, memory_bytes: int, minimum_bytes: int) -> BudgetError:
+    return BudgetError(
+        f"streaming {height}x{width} needs at least {minimum_bytes / 2**20:.0f} MiB above weights, input and result; "
+        f"{memory_bytes / 2**20:.0f} MiB were allowed",
+        minimum_bytes,
+    )

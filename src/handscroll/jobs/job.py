@@ -1,0 +1,196 @@
+"""What a run makes, and what tells one job's latents from another's."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import importlib.metadata
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+from handscroll.errors import HandscrollError, RunFolderError
+from handscroll.models.checkpoint import CheckpointSpec
+from handscroll.models.registry import resolve
+from handscroll.plan.plan import Plan
+from handscroll.request import Request
+from handscroll.version import __version__
+
+if TYPE_CHECKING:
+    pass
+
+
+FORMAT, FORMAT_VERSION = "handscroll run", 1
+
+
+MAX_NAME_BYTES = 255  # what common file systems hold
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a run makes. Two jobs whose `latents` are equal, and their seeds, may share latents and states.
+
+    `request` is as given, but for `model`, which is found again from any folder; `seed` None in it stands for a drawn
+    one. `steps` are those of all sizes that a picture grows through. `latents` holds everything else that latents
+    depend on, `pictures` what pictures depend on beyond their latents; both are JSON values under names that a user
+    understands.
+    """
+
+    request: Request
+    first_seed: int
+    steps: int
+    latents: Mapping[str, Any]
+    pictures: Mapping[str, Any]
+    output: Path
+    save_latent: Path | None = None
+    quality: int | None = None
+
+    @classmethod
+    def of(
+        cls,
+        request: Request,
+        spec: CheckpointSpec,
+        plan: Plan,
+        output: Path,
+        save_latent: Path | None,
+        quality: int | None,
+    ) -> Self:
+        """The job of a request as it was planned."""
+        import torch
+
+        latents = {
+            "model": str(spec.folder.resolve()),
+            "model files": _fingerprint(spec.folder),
+            "prompt": request.prompt,
+            "negative prompt": request.negative,
+            "size": f"{plan.width}x{plan.height}",
+            "steps": plan.steps,
+            "composition": " ".join(f"{size.width}x{size.height}" for size in plan.sizes),
+            "guidance": plan.guidance,
+            "count": request.count,
+            "text encoder's precision": plan.precision.text_encoder,
+            "transformer's precision": plan.precision.transformer,
+            "device": plan.device.partition(":")[0],
+            "handscroll version": __version__,
+            "torch version": str(torch.__version__),
+            "diffusers version": importlib.metadata.version("diffusers"),
+        }
+        if plan.smaller is not None:  # smaller pictures are decoded and encoded on the way to the latent
+            latents["growth's precision"] = plan.precision.autoencoder
+        return cls(
+            dataclasses.replace(request, model=resolved_name(request.model)),
+            plan.seeds[0],
+            plan.total_steps,
+            latents,
+            {"decode": plan.decode, "autoencoder's precision": plan.precision.autoencoder, "quality": quality},
+            output,
+            save_latent,
+            quality,
+        )
+
+    def difference(self, older: Job) -> str:
+        """What tells this job's latents from an older one's, in words; empty where nothing does."""
+        for name in dict.fromkeys([*self.latents, *older.latents]):
+            ours, theirs = self.latents.get(name), older.latents.get(name)
+            if ours != theirs:
+                told = len(f"{ours}{theirs}") < 80 and name != "model files"
+                return f"its {name} was {theirs!r}, now it is {ours!r}" if told else f"it was begun with another {name}"
+        if self.request.seed == older.first_seed or self.request.seed is older.request.seed is None:
+            return ""
+        now = "to be drawn" if self.request.seed is None else self.request.seed
+        return f"its seed was {older.first_seed}, now it is {now}"
+
+    def resumed(self, device: str | None, memory_bytes: int | None = None) -> Request:
+        """The request that goes on with this job: with the seed that was drawn, and in what it computed in."""
+        precisions = {value for name, value in {**self.latents, **self.pictures}.items() if name.endswith("precision")}
+        kind = self.latents.get("device", "auto")
+        return dataclasses.replace(
+            self.request,
+            seed=self.first_seed,
+            device=device or (kind if self.request.device == "auto" else self.request.device),
+            precision=precisions.pop() if len(precisions) == 1 else self.request.precision,
+            memory_bytes=memory_bytes or self.request.memory_bytes,
+        )
+
+
+def run_folder_of(output: Path) -> Path:
+    """Where the run of an output file keeps its work: `dusk.png` -> `dusk.png.run`, beside the file itself."""
+    place = place_of(output)
+    name = place.name
+    if len(os.fsencode(f"{name}.run")) > MAX_NAME_BYTES:
+        name = f"{name[:40]}-{hashlib.sha256(os.fsencode(name)).hexdigest()[:12]}"
+    return place.with_name(f"{name}.run")
+
+
+def resolved_name(model: str) -> str:
+    """A model's name as it is found again from any folder: a checkpoint folder becomes absolute."""
+    found = resolve(model)
+    return str(found.resolve()) if isinstance(found, Path) else model
+
+
+def place_of(output: Path) -> Path:
+    """Behind a symbolic link, the file it points to."""
+    return Path(os.path.realpath(output)) if output.is_symlink() else output
+
+
+def find_run(path: Path) -> Path:
+    """The run folder that a user means by it or by its output file. Raises RunFolderError."""
+    folders = [path, run_folder_of(path)] if path.name else [path]
+    for folder in folders:
+        if (folder / "job.json").is_file():
+            return folder
+    if path.is_dir():
+        raise RunFolderError(f"{path}: not a run folder: it holds no job.json")
+    raise RunFolderError(f"{path}: no unfinished run is there; name the folder, such as dusk.png.run, or its picture")
+
+
+def read_job(folder: Path) -> Job:
+    """The job of a run folder. Raises RunFolderError where it is broken, foreign or of another version."""
+    job = job_of(folder, read_facts(folder))
+    expected = run_folder_of(job.output)
+    if folder.name != expected.name:
+        raise RunFolderError(f"{folder}: was renamed; call it {expected.name} again")
+    return job
+
+
+def read_facts(folder: Path) -> dict[str, Any]:
+    try:
+        facts = json.loads((folder / "job.json").read_bytes())
+    except (OSError, ValueError) as error:
+        raise RunFolderError(f"{folder}: its job.json is broken") from error
+    if not isinstance(facts, dict) or facts.get("format") != FORMAT:
+        raise RunFolderError(f"{folder}: not a run folder of handscroll")
+    if facts.get("format_version") != FORMAT_VERSION:
+        raise RunFolderError(f"{folder}: written by handscroll {facts.get('handscroll')}, this is {__version__}")
+    return facts
+
+
+def job_of(folder: Path, facts: dict[str, Any]) -> Job:
+    try:
+        output = folder.with_name(Path(facts["output"]).name)
+        return Job(
+            request=Request(**facts["request"]),
+            first_seed=int(facts["first_seed"]),
+            steps=int(facts["steps"]),
+            latents=dict(facts["latents"]),
+            pictures=dict(facts["pictures"]),
+            output=output,
+            save_latent=None if facts["save_latent"] is None else Path(facts["save_latent"]),
+            quality=facts["quality"],
+        )
+    except (KeyError, TypeError, ValueError, HandscrollError) as error:
+        raise RunFolderError(f"{folder}: its job.json is broken") from error
+
+
+def _fingerprint(folder: Path) -> str:
+    """Of a checkpoint's files: names, sizes and times, not contents."""
+    files = [
+        (str(path.relative_to(folder)), path.stat().st_size, path.stat().st_mtime_ns)
+        for part in ("model_index.json", "tokenizer/*", "text_encoder/*", "transformer/*", "vae/*", "scheduler/*")
+        for path in sorted(folder.glob(part))
+        if path.is_file()
+    ]
+    return hashlib.sha256(json.dumps(files).encode()).hexdigest()[:32]

@@ -1,0 +1,325 @@
+"""A run's folder beside its picture: what is finished so far, so that no crash, Ctrl-C or power cut loses it.
+
+    dusk.png.run/
+        job.json                       what is being made, its seed, and which pictures are done
+        state-1.safetensors            picture 1 between two steps; state-1.previous.safetensors is the one before
+        latent-1.safetensors           picture 1 denoised; `handscroll decode` takes it as it is
+        lock                           held by the process that works here
+        *.part, *.rows                 unfinished files
+
+Every file appears whole or not at all, and names the run that wrote it, so that states of two jobs never mix. The
+folder goes when all pictures are written, or when there is nothing in it worth keeping.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import secrets
+import shlex
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Self
+
+from handscroll.errors import CheckpointError, OutputError, RunFolderError
+from handscroll.events import OnEvent, ignore, notice
+from handscroll.files import write_whole
+from handscroll.jobs.latent_file import load_latent, save_latent
+from handscroll.request import indexed
+from handscroll.version import __version__
+from handscroll.weights.tensor_file import read_tensors, write_tensors
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from handscroll.runtime.sampling.state import SamplerState
+from handscroll.jobs.folder import clear_folder, leave_folder, take_folder, tidy_folder, unlink, unlock_folder
+from handscroll.jobs.job import FORMAT, FORMAT_VERSION, Job, job_of, place_of, read_facts, run_folder_of
+
+
+class RunFolder:
+    """The work of one job, on disk. A context manager, which holds the folder against other processes.
+
+    Pictures are counted from 0 here, from 1 in file names. Where saving fails, for want of disk or permission, the
+    user is told once and the run goes on: latents are then kept in memory.
+    """
+
+    def __init__(
+        self, folder: Path, job: Job, run_id: str, done: set[int], lock: int | None, on_event: OnEvent
+    ) -> None:
+        self.folder, self.job = folder, job
+        self.count = job.request.count
+        self._id, self._done, self._lock, self._on_event = run_id, done, lock, on_event
+        self._held: dict[int, tuple[Tensor, dict[str, str]]] = {}
+        self._latents = {index for index in range(self.count) if self._holds_latent(index)}
+        self._resumed = dict.fromkeys(done | self._latents, job.steps)
+        self._ours: set[int] = set()  # pictures of which this session has saved a state
+        self._cannot_save = False
+
+    @classmethod
+    def open(cls, job: Job, on_event: OnEvent = ignore, *, must_go_on: bool = False) -> Self:
+        """The folder of `job.output`, made if need be. The same job goes on; another starts over, and says so.
+
+        `must_go_on` refuses to start over. Raises BusyError where another process works on it, RunFolderError for
+        what is not a run folder, OutputError where there can be none.
+        """
+        folder = run_folder_of(job.output)
+        lock = take_folder(folder)
+        try:
+            tidy_folder(folder)
+            older, reason = _older_run(folder, job)
+            if older is not None:
+                older_job, run_id, done = older
+                request = dataclasses.replace(job.request, seed=older_job.request.seed)
+                job = dataclasses.replace(job, request=request, first_seed=older_job.first_seed)
+                if older_job.pictures != job.pictures:
+                    done = set()
+                run = cls(folder, job, run_id, done & _written(job), lock, on_event)
+                if run._is_worth_keeping():
+                    on_event(notice(f"{folder} goes on {run._where()}"))
+            elif reason and must_go_on:
+                raise RunFolderError(f"{folder}: cannot go on: {reason}; `handscroll generate` starts over")
+            else:
+                if reason:
+                    on_event(notice(f"starting over in {folder}: {reason}"))
+                clear_folder(folder)
+                run = cls(folder, job, secrets.token_hex(8), set(), lock, on_event)
+            run._write_job()
+        except BaseException as error:
+            leave_folder(folder, lock)
+            if isinstance(error, OSError):
+                raise OutputError(f"cannot write the run folder {folder}: {error.strerror}") from error
+            raise
+        return run
+
+    @property
+    def seeds(self) -> tuple[int, ...]:
+        """The pictures' seeds: the job's, or those that the same job drew when it began."""
+        return tuple(self.job.first_seed + index for index in range(self.count))
+
+    # What is there
+
+    def to_denoise(self) -> list[int]:
+        """The pictures that have no latent yet and need one."""
+        return [index for index in range(self.count) if index not in self._done | self._latents]
+
+    def to_decode(self) -> list[int]:
+        """The pictures that are not written yet."""
+        return [index for index in range(self.count) if index not in self._done]
+
+    def state(self, index: int, precision: str | None = None) -> SamplerState | None:
+        """Where denoising of a picture goes on in a precision of the transformer, the job's own if None.
+
+        None for its beginning. A torn state, or one that was made in another precision, is as good as none.
+        """
+        for path in self._state_paths(index):
+            state = self._read_state(path, precision)
+            if state is not None:
+                if index not in self._ours:
+                    self._resumed[index] = state.total_done
+                return state
+        return None
+
+    def latent(self, index: int) -> Tensor:
+        """The finished latent [1, C, h, w] fp32 of a picture. Raises CheckpointError."""
+        return self.latent_and_facts(index)[0]
+
+    def latent_and_facts(self, index: int) -> tuple[Tensor, dict[str, str]]:
+        """The finished latent of a picture, and the facts it was kept with. Raises CheckpointError."""
+        return self._held.get(index) or load_latent(self._latent_path(index))
+
+    def resumed_from(self, index: int) -> int | None:
+        """How many steps of a picture were done in an earlier session; None if none were."""
+        return self._resumed.get(index)
+
+    # What is new
+
+    def keep_state(self, index: int, state: SamplerState, precision: str | None = None) -> None:
+        """Saves a picture between two steps; the state before stays until this one is whole.
+
+        precision: of the transformer that made it, the job's own if None.
+        """
+        newest, previous = self._state_paths(index)
+        tensors = {"latent": state.latent, "timesteps": state.timesteps, "generator": state.generator}
+        tensors |= {f"model_output.{number}": output for number, output in enumerate(state.model_outputs)}
+        facts = {"run": self._id, "steps_done": state.steps_done, "lower_order_nums": state.lower_order_nums}
+        facts["steps_before"] = state.steps_before
+        facts["precision"] = precision or self._precision
+
+        def save() -> None:
+            if newest.exists():
+                os.replace(newest, previous)
+            write_tensors(newest, tensors, {key: str(value) for key, value in facts.items()}, part=self._part("state"))
+
+        if self._try(save):
+            self._ours.add(index)
+
+    def keep_latent(self, index: int, latent: Tensor, facts: Mapping[str, str]) -> None:
+        """Saves a finished latent, with the facts that `handscroll decode` needs; its states have done their work."""
+        path = self._latent_path(index)
+        self._latents.add(index)
+        if self._try(lambda: save_latent(path, latent, {**facts, "run": self._id}, part=self._part("latent"))):
+            for state in self._state_paths(index):
+                unlink(state)
+        else:
+            self._held[index] = latent, dict(facts)
+
+    def mark_done(self, index: int) -> None:
+        """The picture is written."""
+        self._held.pop(index, None)
+        self._done.add(index)
+        self._try(self._write_job)
+
+    def part_for(self, final: Path) -> Path:
+        """The name of a file until it is whole: in this folder, or hidden beside it if that is on another disk."""
+        with contextlib.suppress(OSError):
+            if final.parent.stat().st_dev == self.folder.stat().st_dev:
+                return self._part("picture")
+        return final.with_name(f".{final.name[:40]}.{self._id}.part")
+
+    def keep_copy(self, index: int, path: Path) -> None:
+        """Copies a latent to where the user wants one too. Raises OutputError."""
+        if index not in self._latents:
+            return  # a run that was killed while it cleaned up: latents are copied before pictures are made
+        latent, facts = self._held.get(index) or load_latent(self._latent_path(index))
+        save_latent(path, latent, {k: v for k, v in facts.items() if k != "run"}, part=self.part_for(path.absolute()))
+
+    # The end
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if error is not None and self._is_worth_keeping():
+            with contextlib.suppress(MemoryError):  # it may be what has just happened
+                error.add_note(f"`handscroll resume {shlex.quote(str(self.folder))}` goes on {self._where()}")
+            unlock_folder(self._lock)
+            return
+        clear_folder(self.folder)
+        unlink(self.folder / "job.json")
+        leave_folder(self.folder, self._lock)
+
+    def _is_worth_keeping(self) -> bool:
+        return any(
+            index in self._done or self._latent_path(index).exists() or any(map(Path.exists, self._state_paths(index)))
+            for index in range(self.count)
+        )
+
+    def _where(self) -> str:
+        """`from step 12 of 20`, and for which picture where there are several."""
+        left = self.to_decode()
+        if not left:
+            return "and finds all done"
+        without_latent = self.to_denoise()
+        index = without_latent[0] if without_latent else left[0]
+        which = f"with picture {index + 1} of {self.count}, " if self.count > 1 else ""
+        if not without_latent:
+            return f"{which}from the finished latent"
+        states = (self._read_state(path) for path in self._state_paths(index))
+        steps_done = next((state.total_done for state in states if state is not None), 0)
+        return f"{which}from step {steps_done} of {self.job.steps}"
+
+    # Files
+
+    def _part(self, name: str) -> Path:
+        return self.folder / f"{name}.part"
+
+    def _latent_path(self, index: int) -> Path:
+        return self.folder / f"latent-{index + 1}.safetensors"
+
+    def _state_paths(self, index: int) -> tuple[Path, Path]:
+        """The newest state, and the one before."""
+        return (
+            self.folder / f"state-{index + 1}.safetensors",
+            self.folder / f"state-{index + 1}.previous.safetensors",
+        )
+
+    def _holds_latent(self, index: int) -> bool:
+        path = self._latent_path(index)
+        if not path.exists():
+            return False
+        try:
+            return load_latent(path)[1].get("run") == self._id
+        except CheckpointError:
+            return False
+
+    @property
+    def _precision(self) -> str:
+        return str(self.job.latents.get("transformer's precision"))
+
+    def _read_state(self, path: Path, precision: str | None = None) -> SamplerState | None:
+        from handscroll.runtime.sampling.state import SamplerState
+
+        try:
+            tensors, facts = read_tensors(path)
+            outputs = [tensors[f"model_output.{number}"] for number in range(len(tensors) - 3)]
+            state = SamplerState(
+                steps_done=int(facts["steps_done"]),
+                latent=tensors["latent"],
+                timesteps=tensors["timesteps"],
+                generator=tensors["generator"],
+                model_outputs=tuple(outputs),
+                lower_order_nums=int(facts["lower_order_nums"]),
+                steps_before=int(facts["steps_before"]),
+            )
+        except (CheckpointError, KeyError, ValueError):
+            return None
+        is_ours = facts.get("run") == self._id and facts.get("precision") == (precision or self._precision)
+        return state if is_ours else None
+
+    def _write_job(self) -> None:
+        facts = {
+            "format": FORMAT,
+            "format_version": FORMAT_VERSION,
+            "handscroll": __version__,
+            "id": self._id,
+            "output": str(place_of(self.job.output).absolute()),
+            "save_latent": None if self.job.save_latent is None else str(self.job.save_latent.absolute()),
+            "quality": self.job.quality,
+            "first_seed": self.job.first_seed,
+            "steps": self.job.steps,
+            "request": dataclasses.asdict(self.job.request),
+            "latents": dict(self.job.latents),
+            "pictures": dict(self.job.pictures),
+            "done": sorted(index + 1 for index in self._done),
+        }
+        write_whole(self.folder / "job.json", [json.dumps(facts, indent=1).encode()], part=self._part("job"))
+
+    def _try(self, save: Callable[[], None]) -> bool:
+        """Saves; says so once where that fails, since a run that cannot be resumed is better than none."""
+        try:
+            save()
+        except (OSError, OutputError) as error:
+            if not self._cannot_save:
+                self._on_event(notice(f"cannot save progress in {self.folder}, the run goes on without: {error}"))
+            self._cannot_save = True
+            return False
+        return True
+
+
+# Reading what an earlier run left
+def _older_run(folder: Path, job: Job) -> tuple[tuple[Job, str, set[int]] | None, str]:
+    """The run that was here, its id and what it has done, if `job` may go on with it; else the reason why not."""
+    if not (folder / "job.json").exists():
+        return None, ""
+    try:
+        facts = read_facts(folder)
+        older = job_of(folder, facts)
+        run_id, done = str(facts["id"]), {int(number) - 1 for number in facts["done"]}
+    except (KeyError, TypeError, ValueError):
+        return None, "its job.json is broken"
+    except RunFolderError as error:
+        return None, str(error).partition(": ")[2]
+    difference = job.difference(older)
+    return (None, difference) if difference else ((older, run_id, done), "")
+
+
+def _written(job: Job) -> set[int]:
+    """The pictures whose files are still there."""
+    count = job.request.count
+    return {index for index in range(count) if indexed(job.output, index, count).exists()}

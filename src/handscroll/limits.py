@@ -1,0 +1,6 @@
+"""Constants that several rooms share, each once. Imports nothing."""
+
+from __future__ import annotations
+
+# Of fp32 pixels, converted to or from 8 bits at a time.
+PIXEL_PIECE_BYTES = 2**20

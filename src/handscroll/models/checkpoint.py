@@ -1,0 +1,131 @@
+"""What a checkpoint is, read from its own JSON: shapes, sizes and defaults. No torch, no weight is read.
+
+A checkpoint is a folder in diffusers' layout: `model_index.json` and the folders `tokenizer`, `text_encoder`,
+`transformer`, `vae` and `scheduler`. Field names follow diffusers' and transformers' configs, and so do the defaults
+for fields that an older file lacks. A folder may also hold `handscroll.json`, which overrides what cannot be known
+from the components alone: `name`, `native_px`, `complex_human_instruction` (null, or a list of lines), `licence`,
+`default_steps`, `default_guidance`, `max_prompt_tokens`, `compose_px`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
+
+from handscroll.models.autoencoder import AutoencoderSpec
+from handscroll.models.config import build_spec
+from handscroll.models.folder import (
+    COMPONENTS,
+    check_agreement,
+    check_layout,
+    read_component,
+    read_own_settings,
+    read_scheduler,
+)
+from handscroll.models.scheduler import SchedulerSpec
+from handscroll.models.text_encoder import TextEncoderSpec
+from handscroll.models.transformer import TransformerSpec
+from handscroll.weights.folder import NO_WEIGHTS, WeightFiles
+
+
+@dataclass(frozen=True, slots=True)
+class CheckpointSpec:
+    """Everything that planning and running need to know about a checkpoint before its weights are read.
+
+    `folder` is where it lies. `instruction` says whether the complex human instruction goes before a prompt;
+    `instruction_lines` is the checkpoint's own text for it, and None means diffusers' text. A prompt longer than
+    `max_prompt_tokens` is cut. Much larger pictures are composed at about `compose_px` squared and grow from
+    there, None for never. The weight files are empty in a spec that describes a checkpoint which is not on this
+    machine; `published` is then what is known of its precision.
+    """
+
+    folder: Path
+    name: str
+    transformer: TransformerSpec
+    autoencoder: AutoencoderSpec
+    text_encoder: TextEncoderSpec
+    scheduler: SchedulerSpec
+    native_px: int
+    default_steps: int
+    default_guidance: float
+    instruction: bool = True
+    instruction_lines: tuple[str, ...] | None = None
+    licence: str | None = None
+    published: str = "fp32"
+    max_prompt_tokens: int = 300
+    compose_px: int | None = None
+    transformer_weights: WeightFiles = NO_WEIGHTS
+    autoencoder_weights: WeightFiles = NO_WEIGHTS
+    text_encoder_weights: WeightFiles = NO_WEIGHTS
+
+    @classmethod
+    def from_folder(cls, folder: str | Path) -> Self:
+        """Read a checkpoint folder: its JSON and the headers of its safetensors files, nothing else.
+
+        Raises CheckpointError, one line naming the file, for whatever is missing, broken, truncated or not Sana's.
+        """
+        folder = Path(folder)
+        return dataclasses.replace(
+            cls.from_configs(folder),
+            transformer_weights=WeightFiles.from_folder(folder / "transformer"),
+            autoencoder_weights=WeightFiles.from_folder(folder / "vae"),
+            text_encoder_weights=WeightFiles.from_folder(folder / "text_encoder"),
+        )
+
+    @classmethod
+    def from_configs(cls, folder: str | Path) -> Self:
+        """Read only the JSON of a checkpoint folder, whose weights may not be there yet. Raises CheckpointError."""
+        folder = Path(folder)
+        check_layout(folder)
+        configs = {component: read_component(folder, component) for component in COMPONENTS}
+        transformer = build_spec(TransformerSpec, folder / "transformer/config.json", configs["transformer"])
+        autoencoder = build_spec(AutoencoderSpec, folder / "vae/config.json", configs["vae"])
+        text_encoder = build_spec(TextEncoderSpec, folder / "text_encoder/config.json", configs["text_encoder"])
+        scheduler = read_scheduler(folder)
+        check_agreement(folder, transformer, autoencoder, text_encoder)
+
+        own = read_own_settings(folder)
+        sprint = scheduler.class_name == "SCMScheduler" or transformer.guidance_embeds
+        return cls(
+            folder=folder,
+            name=own.name or folder.resolve().name,
+            transformer=transformer,
+            autoencoder=autoencoder,
+            text_encoder=text_encoder,
+            scheduler=scheduler,
+            native_px=own.native_px or transformer.sample_size * autoencoder.spatial_compression_ratio,
+            default_steps=own.default_steps or (2 if sprint else 20),
+            default_guidance=4.5 if own.default_guidance is None else own.default_guidance,
+            instruction=own.instruction,
+            instruction_lines=own.complex_human_instruction,
+            licence=own.licence,
+            max_prompt_tokens=own.max_prompt_tokens,
+            compose_px=own.compose_px,
+        )
+
+    @property
+    def is_sprint(self) -> bool:
+        """Whether this is a few-step model, which takes its guidance as an input instead of a second forward."""
+        return self.scheduler.class_name == "SCMScheduler" or self.transformer.guidance_embeds
+
+    @property
+    def n_bytes(self) -> int:
+        """Bytes of all weights as published."""
+        return sum(self.weights_of(component).n_bytes for component in COMPONENTS)
+
+    def weights_of(self, component: str) -> WeightFiles:
+        """The weight files of `text_encoder`, `transformer` or `vae`; `.dtype` is the dtype they were published in."""
+        match component:
+            case "transformer":
+                return self.transformer_weights
+            case "vae":
+                return self.autoencoder_weights
+            case "text_encoder":
+                return self.text_encoder_weights
+        raise ValueError(f"no component {component!r}; the components with weights are {', '.join(COMPONENTS)}")
+
+    def dtype_of(self, component: str) -> str:
+        """The dtype that a component's weights were published in: `fp32`, `bf16` or `fp16`."""
+        return self.weights_of(component).dtype or self.published

@@ -1,0 +1,1 @@
+"""Rows of pixels and picture files."""

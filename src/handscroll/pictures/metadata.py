@@ -1,0 +1,153 @@
+"""How a picture was made: the text that is stored in its file, and reading it back."""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+import zlib
+from pathlib import Path
+from typing import Any
+
+from handscroll.errors import FormatError
+from handscroll.pictures.formats import DZI, FORMATS, PNG, TIFF
+from handscroll.pictures.vips import load_vips
+
+EXIF_TEXT_UNITS = 32_000  # UTF-16 code units of a JPEG or WebP comment: one JPEG segment is at most 65533 bytes
+KEYWORD = "parameters"  # the PNG text chunk that image tools look for
+
+
+def parameters_text(
+    prompt: str,
+    negative: str,
+    *,
+    steps: int,
+    sampler: str,
+    guidance: float,
+    seed: int,
+    width: int,
+    height: int,
+    model: str,
+    version: str,
+    memory_mode: str,
+    exact: bool,
+    precision: str = "",
+    composed: str = "",
+) -> str:
+    """How a picture was made, in the lines that image tools read. `version` is handscroll's own, such as 0.1.0.
+
+    composed: the size, as 512x512, at which a picture began that grew; image tools know it as the first pass.
+    """
+    fields = {
+        "Steps": steps,
+        "Sampler": sampler,
+        "CFG scale": f"{guidance:g}",
+        "Seed": seed,
+        "Size": f"{width}x{height}",
+        **({"First pass size": composed} if composed else {}),
+        "Model": model,
+        **({"Precision": precision} if precision else {}),
+        "Version": f"handscroll {version}",
+        "Memory mode": memory_mode,
+        "Exact": "true" if exact else "false",
+    }
+    lines = [prompt.strip()]
+    if negative.strip():
+        lines.append(f"Negative prompt: {negative.strip()}")
+    lines.append(", ".join(f"{name}: {_quoted(str(value))}" for name, value in fields.items()))
+    return "\n".join(lines)
+
+
+def _quoted(value: str) -> str:
+    return json.dumps(value, ensure_ascii=False) if any(mark in value for mark in ',:"\r\n') else value
+
+
+def read_parameters(path: Path) -> str:
+    """What `write_image` stored as `parameters`, or "" where the file holds none.
+
+    Raises FormatError for a file that is not a picture of a known suffix, OSError where it cannot be opened.
+    """
+    path = Path(path)
+    known = FORMATS.get(path.suffix.lower())
+    if known is None:
+        raise FormatError(f"cannot read {path}: use one of {' '.join(FORMATS)}")
+    with open(path, "rb") as file:
+        if known is PNG:
+            return _read_png_text(path, file)
+    if known is DZI:
+        text = path.with_name(f"{path.stem}_files") / f"{KEYWORD}.txt"
+        return text.read_bytes().decode("utf-8", "replace") if text.exists() else ""
+    vips = load_vips()
+    try:
+        image = vips.Image.new_from_file(str(path), access="sequential", revalidate=True)
+    except vips.Error as error:
+        raise FormatError(f"cannot read {path}: not a {known.title} picture, or a damaged one") from error
+    if known is TIFF:
+        return image.get("image-description") if image.get_typeof("image-description") else ""
+    return _read_user_comment(image.get("exif-data")) if image.get_typeof("exif-data") else ""
+
+
+def _read_png_text(path: Path, file: Any) -> str:
+    if file.read(8) != b"\x89PNG\r\n\x1a\n":
+        raise FormatError(f"cannot read {path}: not a PNG picture")
+    while len(head := file.read(8)) == 8:
+        size, kind = struct.unpack(">I4s", head)
+        if kind not in (b"tEXt", b"zTXt", b"iTXt"):
+            file.seek(size + 4, os.SEEK_CUR)
+            continue
+        keyword, _, body = file.read(size + 4)[:-4].partition(b"\0")
+        if keyword != KEYWORD.encode():
+            continue
+        packed, charset = kind == b"zTXt", "latin-1"
+        if kind == b"iTXt":
+            packed, charset = body[:1] == b"\1", "utf-8"
+            body = body[2:].split(b"\0", 2)[-1]
+        elif packed:
+            body = body[1:]
+        # A few kilobytes can unpack to gigabytes.
+        return (zlib.decompressobj().decompress(body, 1 << 24) if packed else body).decode(charset, "replace")
+    return ""
+
+
+def _read_user_comment(exif: bytes) -> str:
+    tiff = exif.removeprefix(b"Exif\0\0")
+    order = {b"II": "<", b"MM": ">"}.get(tiff[:2], "<")
+
+    def entry(ifd: int, wanted: int) -> tuple[int, int]:
+        """Size in bytes and position of an entry's value; 0, 0 where there is none."""
+        for at in range(ifd + 2, ifd + 2 + 12 * struct.unpack_from(order + "H", tiff, ifd)[0], 12):
+            tag, _, count, value = struct.unpack_from(order + "HHII", tiff, at)
+            if tag == wanted:
+                return count, value
+        return 0, 0
+
+    try:
+        _, exif_ifd = entry(struct.unpack_from(order + "I", tiff, 4)[0], 0x8769)
+        size, start = entry(exif_ifd, 0x9286) if exif_ifd else (0, 0)
+    except struct.error:
+        return ""
+    charset, text = tiff[start : start + min(size, 8)], tiff[start + 8 : start + size]
+    if charset.startswith(b"UNICODE"):
+        return text.decode("utf-16-be" if order == ">" else "utf-16-le", "replace")
+    return text.decode("utf-8", "replace").rstrip("\0")
+
+
+def png_text_chunk(text: str) -> bytes:
+    try:
+        kind, body = b"tEXt", KEYWORD.encode() + b"\0" + text.encode("latin-1")
+    except UnicodeEncodeError:
+        kind, body = b"iTXt", KEYWORD.encode() + b"\0\0\0\0\0" + text.encode()
+    return png_chunk(kind, body)
+
+
+def png_chunk(kind: bytes, body: bytes) -> bytes:
+    return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(body, zlib.crc32(kind)))
+
+
+def exif_block(text: str) -> bytes:
+    """An EXIF block with nothing but the user comment: IFD0 at 8 points to the Exif IFD at 26, the comment is at 44."""
+    units = text.encode("utf-16-be")[: 2 * EXIF_TEXT_UNITS]
+    comment = b"UNICODE\0" + units.decode("utf-16-be", "ignore").encode("utf-16-be")
+    ifd0 = struct.pack(">HHHIII", 1, 0x8769, 4, 1, 26, 0)
+    exif_ifd = struct.pack(">HHHIII", 1, 0x9286, 7, len(comment), 44, 0)
+    return b"Exif\0\0" + b"MM\0*" + struct.pack(">I", 8) + ifd0 + exif_ifd + comment

@@ -1,0 +1,247 @@
+"""Look at this machine: does everything that handscroll needs work here, and what would mend what does not?
+
+Every part is really imported, since a package that is installed may still be broken.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import platform
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from handscroll.models.registry import BY_NAME
+from handscroll.request import DEFAULT_MODEL
+from handscroll.version import __version__
+
+# The package to import -> what pip installs for it (as in pyproject.toml), and what is used of it.
+NEEDED: dict[str, tuple[str, tuple[str, ...]]] = {
+    "torch": ("torch>=2.9,<2.14", ("nn",)),
+    "diffusers": ("diffusers>=0.36", ("AutoencoderDC", "SanaTransformer2DModel", "DPMSolverMultistepScheduler")),
+    "transformers": ("transformers>=5.4", ("Gemma2Model", "AutoTokenizer")),
+    "tokenizers": ("tokenizers>=0.21", ("Tokenizer",)),
+    "safetensors": ("safetensors>=0.5", ("safe_open",)),
+    "huggingface_hub": ("huggingface_hub>=1.0", ("snapshot_download",)),
+    "numpy": ("numpy>=2.0", ("ndarray",)),
+    "pyvips": ("pyvips[binary]>=3.0", ("Image",)),
+    "typer": ("typer>=0.15", ("Typer",)),
+    "rich": ("rich>=13.9", ("print",)),
+}
+
+
+LITTLE_DISK_BYTES = 2**30
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What is broken or missing, and the one command that mends it. Nothing runs without a `needed` part."""
+
+    part: str
+    needed: bool
+    message: str
+    mend: str
+
+
+@dataclass(frozen=True)
+class Health:
+    """What was found. Sizes are bytes; None stands for what is missing or what the system does not tell."""
+
+    versions: dict[str, str | None]
+    platform: str
+    devices: list[dict[str, Any]]
+    memory: dict[str, int | None]
+    disk: dict[str, dict[str, Any]]
+    hub: dict[str, Any]
+    problems: list[Problem]
+
+    @property
+    def ok(self) -> bool:
+        return not any(problem.needed for problem in self.problems)
+
+    def as_dict(self) -> dict[str, Any]:
+        """The object of `handscroll doctor --json`."""
+        problems = [vars(problem) for problem in self.problems]
+        return {"ok": self.ok, **vars(self), "problems": problems}
+
+    def as_text(self) -> str:
+        """The same for people to read."""
+        return "\n".join(self._lines())
+
+    def _lines(self) -> Iterator[str]:
+        yield from (f"{name:<16} {version or 'missing'}" for name, version in self.versions.items())
+        yield f"{'platform':<16} {self.platform}"
+        yield ""
+        for device in self.devices:
+            bf16 = "with bf16" if device["bf16"] else "no bf16"
+            if device["device"] == "cpu":
+                yield f"{'cpu':<16} {device['name']}, {device['cores']} cores, {device['threads']} threads, {bf16}"
+            else:
+                room = f"{_gib(device['free_bytes'])} of {_gib(device['total_bytes'])} free"
+                yield f"{device['device']:<16} {device['name']}, {room}, {bf16}"
+        yield f"{'memory':<16} {_gib(self.memory['available_bytes'])} of {_gib(self.memory['total_bytes'])} available"
+        for name, place in self.disk.items():
+            yield f"{'disk, ' + name:<16} {_gib(place['free_bytes'])} free at {place['path']}"
+        yield f"{'hub cache':<16} {self.hub['cache']}{', offline: nothing is fetched' if self.hub['offline'] else ''}"
+        yield ""
+        for problem in self.problems:
+            yield f"{'BROKEN' if problem.needed else 'missing'}: {problem.part}: {problem.message}"
+            yield f"    {problem.mend}"
+        if not self.problems:
+            yield "nothing is missing"
+
+
+def examine() -> Health:
+    """Look at everything once. Takes a few seconds, most of them to import torch and diffusers."""
+    problems = [problem for package in NEEDED if (problem := _try(package))]
+    broken = {problem.part for problem in problems}
+    cache, offline = _hub() if "huggingface_hub" not in broken else (None, None)
+    disk = {"cache": _disk(cache), "here": _disk(Path.cwd())} if cache else {"here": _disk(Path.cwd())}
+    return Health(
+        versions=_versions(broken),
+        platform=f"{platform.system()} {platform.release()} {platform.machine()}",
+        devices=_devices() if "torch" not in broken else [],
+        memory=_memory(),
+        disk=disk,
+        hub={"cache": str(cache) if cache else None, "offline": offline},
+        problems=problems + list(_optional(broken, disk)),
+    )
+
+
+def _try(package: str) -> Problem | None:
+    requirement, names = NEEDED[package]
+    try:
+        module = importlib.import_module(package)
+        for name in names:
+            getattr(module, name)
+    except Exception as error:  # a broken package may raise anything
+        first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
+        return Problem(package, True, first_line, f'pip install --force-reinstall "{requirement}"')
+    return None
+
+
+def _optional(broken: set[str], disk: dict[str, dict[str, Any]]) -> Iterator[Problem]:
+    folder = BY_NAME[DEFAULT_MODEL].builtin_folder
+    if folder is None or not (folder / "model_index.json").is_file():
+        message = "the built-in model is not in this installation; --model takes any other"
+        yield Problem(DEFAULT_MODEL, False, message, "pip install --force-reinstall --no-deps handscroll")
+    if _installed("hf_xet") is None:
+        yield Problem("hf_xet", False, "large checkpoints are fetched more slowly without it", "pip install hf_xet")
+    if "torch" not in broken and Path("/proc/driver/nvidia/version").exists() and not _cuda_is_built():
+        message = "there is an NVIDIA driver here, but this torch cannot use it"
+        yield Problem("torch with CUDA", False, message, f'pip install --force-reinstall "{NEEDED["torch"][0]}"')
+    for place in disk.values():
+        if place["free_bytes"] < LITTLE_DISK_BYTES:
+            message = f"only {_gib(place['free_bytes'])} free at {place['path']}"
+            yield Problem("disk", False, message, f"du -xh --max-depth=1 {place['path']} | sort -h")
+
+
+def _cuda_is_built() -> bool:
+    import torch
+
+    return torch.backends.cuda.is_built()
+
+
+# Versions
+def _versions(broken: set[str]) -> dict[str, str | None]:
+    found: dict[str, str | None] = {"handscroll": __version__, "python": platform.python_version()}
+    found |= {package: _installed(package) for package in NEEDED}
+    found["libvips"] = None if "pyvips" in broken else _libvips_version()
+    return found
+
+
+def _installed(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _libvips_version() -> str:
+    import pyvips
+
+    return ".".join(str(pyvips.version(part)) for part in range(3))
+
+
+# Devices
+def _devices() -> list[dict[str, Any]]:
+    import torch
+
+    cpu = {
+        "device": "cpu",
+        "name": _cpu_name(),
+        "cores": _cores(),
+        "threads": torch.get_num_threads(),
+        "bf16": torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported(),
+    }
+    return [cpu, *(_cuda_device(index) for index in range(torch.cuda.device_count()))]
+
+
+def _cuda_device(index: int) -> dict[str, Any]:
+    import torch
+
+    free_bytes, total_bytes = torch.cuda.mem_get_info(index)
+    major, minor = torch.cuda.get_device_capability(index)
+    return {
+        "device": f"cuda:{index}",
+        "name": torch.cuda.get_device_name(index),
+        "capability": f"{major}.{minor}",
+        "total_bytes": total_bytes,
+        "free_bytes": free_bytes,
+        "bf16": major >= 8,
+    }
+
+
+def _cpu_name() -> str:
+    for line in _text("/proc/cpuinfo").splitlines():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def _cores() -> int:
+    """Those that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+# Memory and disk
+def _memory() -> dict[str, int | None]:
+    """The machine's memory, or the container's where that is less."""
+    lines = (line.partition(":") for line in _text("/proc/meminfo").splitlines())
+    table = {name: int(value.split()[0]) * 1024 for name, _, value in lines if value.strip()}
+    total_bytes, available_bytes = table.get("MemTotal"), table.get("MemAvailable")
+    if total_bytes is None and "SC_PHYS_PAGES" in getattr(os, "sysconf_names", {}):
+        total_bytes = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    limit = _text("/sys/fs/cgroup/memory.max").strip()
+    if limit.isdecimal() and total_bytes is not None and int(limit) < total_bytes:
+        total_bytes = int(limit)
+        used = _text("/sys/fs/cgroup/memory.current").strip()
+        free_bytes = max(total_bytes - int(used), 0) if used.isdecimal() else total_bytes
+        available_bytes = free_bytes if available_bytes is None else min(available_bytes, free_bytes)
+    return {"total_bytes": total_bytes, "available_bytes": available_bytes}
+
+
+def _disk(place: Path) -> dict[str, Any]:
+    existing = next(folder for folder in (place, *place.parents) if folder.exists())
+    return {"path": str(place), "free_bytes": shutil.disk_usage(existing).free}
+
+
+def _hub() -> tuple[Path, bool]:
+    from huggingface_hub import constants
+
+    return Path(constants.HF_HUB_CACHE).absolute(), bool(constants.HF_HUB_OFFLINE)
+
+
+def _text(path: str) -> str:
+    try:
+        return Path(path).read_text()
+    except OSError:
+        return ""
+
+
+def _gib(n_bytes: int | None) -> str:
+    return "unknown" if n_bytes is None else f"{n_bytes / 2**30:.1f} GiB"

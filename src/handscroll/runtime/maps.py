@@ -1,0 +1,161 @@
+"""Maps between two sweeps that are not kept on the device: in host memory, or in a scratch file.
+
+Both are `RowMap`s, to be made by the `new_map` of `dcae.decode_rows`. Rows come back bit for bit as they were written,
+in any dtype and on the device that they came from.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+import torch
+from torch import Tensor
+
+from handscroll.banded.rows import MAP_CHUNK_BYTES, RowMap, Strip
+from handscroll.errors import OutputError
+
+# A strip that is not contiguous is written in pieces of about this size, and never copied as a whole.
+COPY_BYTES = 2**20
+
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+class HostMap(RowMap):
+    """A device's map in host memory, pinned where the device is CUDA; on a CPU no different from a `RowMap`.
+
+    Strips are copied one by one, to the host when they are written and back when they are read.
+    """
+
+    def __init__(self, height: int, chunk_bytes: int = MAP_CHUNK_BYTES) -> None:
+        super().__init__(height, chunk_bytes)
+        self.device = torch.device("cpu")
+
+    def new_chunk(self, strip: Tensor, rows: int) -> Tensor:
+        self.device = strip.device
+        batch, _, width, channels = strip.shape
+        return torch.empty(
+            batch, rows, width, channels, dtype=strip.dtype, device="cpu", pin_memory=strip.device.type == "cuda"
+        )
+
+    def strips(self, strip_rows: int, keep: bool = False) -> Iterator[Tensor]:
+        for strip in super().strips(strip_rows, keep):
+            # From pinned memory the copy does not wait; PyTorch keeps the memory until it has ended.
+            held = [strip.to(self.device, non_blocking=strip.is_pinned())]
+            del strip
+            yield held.pop()
+
+
+class DiskMap(RowMap):
+    """A map in a scratch file, which has no name: nothing is left behind however the process ends.
+
+    folder: where the file is, the system's temporary folder if None (which some systems keep in memory). The file is
+    read and written, not mapped, so that no part of it counts as the process's memory. Its room, `map_bytes`, is given
+    back by `close`, and read rows are not given back before. Writing raises OutputError where the folder is full or
+    cannot be written to.
+    """
+
+    def __init__(self, height: int, folder: str | os.PathLike[str] | None = None) -> None:
+        super().__init__(height)
+        self.folder = Path(tempfile.gettempdir() if folder is None else folder)
+        self.like: Tensor | None = None  # no rows, of the map's batch, width, channels, dtype and device
+        try:
+            self.file: BinaryIO = tempfile.TemporaryFile(dir=self.folder, buffering=0)  # noqa: SIM115
+        except OSError as error:
+            raise OutputError(f"no scratch file can be made in {self.folder}: {error.strerror}") from None
+
+    @property
+    def row_bytes(self) -> int:
+        """One row of one image of the batch; 0 before the first row is written."""
+        return 0 if self.like is None else self.like.element_size() * self.like.shape[2:].numel()
+
+    @property
+    def map_bytes(self) -> int:
+        """The size of the file once all rows are written; 0 before the first row is written."""
+        return 0 if self.like is None else self.like.shape[0] * self.height * self.row_bytes
+
+    def write(self, strip: Strip) -> None:
+        if strip is None or not strip.shape[1]:
+            return
+        if self.like is None:
+            self.like = strip.new_empty(strip.shape[0], 0, *strip.shape[2:])
+            self._check_room()
+        step = max(1, COPY_BYTES // self.row_bytes)
+        try:
+            for index, image in enumerate(strip):
+                pieces = [image] if image.is_contiguous() and image.device.type == "cpu" else image.split(step)
+                self.file.seek((index * self.height + self.rows_written) * self.row_bytes)
+                for piece in pieces:
+                    _write_all(self.file, _bytes_of(piece.cpu().contiguous()))
+        except OSError as error:
+            raise self._failed(error) from None
+        self.rows_written += strip.shape[1]
+
+    def strips(self, strip_rows: int, keep: bool = False) -> Iterator[Tensor]:
+        if self.like is None:
+            return
+        batch, _, width, channels = self.like.shape
+        for top in range(0, self.rows_written, strip_rows):
+            rows = min(strip_rows, self.rows_written - top)
+            # New memory for each strip, since a residual branch may hold on to rows of the last one.
+            held = [torch.empty(batch, rows, width, channels, dtype=self.like.dtype)]
+            try:
+                for index in range(batch):
+                    offset = (index * self.height + top) * self.row_bytes
+                    self.file.seek(offset)
+                    _read_all(self.file, _bytes_of(held[0][index]))
+                    _read_ahead(self.file, offset + rows * self.row_bytes, rows * self.row_bytes)
+            except OSError as error:
+                raise self._failed(error) from None
+            yield held.pop().to(self.like.device)
+        if not keep:
+            self.close()
+
+    def close(self) -> None:
+        self.file.close()
+        self.like = None
+
+    def _check_room(self) -> None:
+        """Fails before the first row where the map cannot fit."""
+        try:
+            status = os.statvfs(self.folder)
+        except (OSError, AttributeError):
+            return  # then the first write that does not fit will tell
+        if status.f_bavail * status.f_frsize < self.map_bytes:
+            raise self._failed(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
+
+    def _failed(self, error: OSError) -> OutputError:
+        if error.errno in _FULL:
+            return OutputError(
+                f"the scratch folder {self.folder} is full: a map needs {self.map_bytes} bytes "
+                f"({self.map_bytes / 2**30:.2f} GiB) there; make room or name another folder"
+            )
+        return OutputError(f"the scratch file in {self.folder} failed: {error.strerror or error}")
+
+
+def _bytes_of(tensor: Tensor) -> memoryview:
+    """A contiguous CPU tensor's own memory, whatever its dtype."""
+    return tensor.detach().reshape(-1).view(torch.uint8).numpy().data
+
+
+def _write_all(file: BinaryIO, data: memoryview) -> None:
+    while data:
+        data = data[file.write(data) :]
+
+
+def _read_all(file: BinaryIO, data: memoryview) -> None:
+    while data:
+        count = file.readinto(data)  # type: ignore[attr-defined]
+        if not count:
+            raise OSError(errno.EIO, "it is shorter than what was written")
+        data = data[count:]
+
+
+def _read_ahead(file: BinaryIO, offset: int, count: int) -> None:
+    if hasattr(os, "posix_fadvise"):
+        os.posix_fadvise(file.fileno(), offset, count, os.POSIX_FADV_WILLNEED)

@@ -1,0 +1,121 @@
+"""How fast a device is: for the seconds of a plan and the choices between its candidates, never for the picture."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from handscroll.plan.inputs import Rates
+from handscroll.system import processor_name
+
+BF16_MUST_BE_FASTER = 1.3
+
+
+TIMINGS = 5
+
+
+CONVOLUTION_FLOP = 2 * 128 * 128 * 9 * 32 * 64
+
+
+# How fast the device is: for the seconds of a plan and the choices between its ways, never for the picture.
+def rates_of(device: str) -> Rates:
+    threads = torch.get_num_threads() if device == "cpu" else 0
+    name = f"rates of {torch.cuda.get_device_name(device) if threads == 0 else f'{threads} threads'}"
+    found = remembered(name, lambda: dataclasses.asdict(_measure_rates(device)))
+    try:
+        return Rates(**found)
+    except TypeError:  # written by another version
+        return Rates()
+
+
+def _measure_rates(device: str) -> Rates:
+    flops = {}
+    for precision, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16), ("fp16", torch.float16)):
+        if device == "cpu" and dtype == torch.float16:
+            continue  # the transformer alone may be fp16, and nobody asks for it on a CPU
+        flops[f"{precision}_flops"] = CONVOLUTION_FLOP / min(
+            _convolution_seconds(dtype, device, time.perf_counter) for _ in range(TIMINGS)
+        )
+    if device == "cpu":
+        return Rates(**flops)
+    block = torch.ones(64 * 2**20, dtype=torch.uint8, pin_memory=True)
+    start = time.perf_counter()
+    block.to(device)
+    torch.cuda.synchronize(device)
+    host_bytes = block.nbytes / (time.perf_counter() - start)
+    return Rates(**flops, host_bytes=host_bytes)
+
+
+def cpu_bf16_is_faster() -> bool:
+    if not (torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()):
+        return False
+    return bool(remembered("cpu_bf16_is_faster", _time_bf16))
+
+
+def _time_bf16() -> bool:
+    """On one thread and by its own processor time, so that a busy machine gives the same answer as an idle one."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return _bf16_wins()
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _bf16_wins() -> bool:
+    seconds = {torch.float32: float("inf"), torch.bfloat16: float("inf")}
+    for _ in range(TIMINGS):
+        for dtype in seconds:
+            seconds[dtype] = min(seconds[dtype], _convolution_seconds(dtype, "cpu", time.thread_time))
+    return seconds[torch.float32] > BF16_MUST_BE_FASTER * seconds[torch.bfloat16]
+
+
+def _convolution_seconds(dtype: torch.dtype, device: str, clock: Callable[[], float]) -> float:
+    """One run of a convolution like the decoder's, after one that does not count, by a clock in seconds."""
+    image = torch.ones(1, 128, 32, 64, dtype=dtype, device=device).contiguous(memory_format=torch.channels_last)
+    weight = torch.ones(128, 128, 3, 3, dtype=dtype, device=device).contiguous(memory_format=torch.channels_last)
+    torch.nn.functional.conv2d(image, weight, padding=1)
+    if device != "cpu":
+        torch.cuda.synchronize(device)
+    start = clock()
+    torch.nn.functional.conv2d(image, weight, padding=1)
+    if device != "cpu":
+        torch.cuda.synchronize(device)
+    return clock() - start
+
+
+# What was measured is remembered: a choice that flipped from run to run would change the picture.
+def cache_folder() -> Path:
+    """Where measurements of this machine are kept: HANDSCROLL_CACHE, or `handscroll` in the user's cache folder."""
+    if own := os.environ.get("HANDSCROLL_CACHE"):
+        return Path(own)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "handscroll"
+
+
+def remembered(name: str, measure: Callable[[], Any]) -> Any:
+    """A measurement of this machine under this torch, a JSON value: from the cache file, or taken and written there."""
+    file = cache_folder() / "devices.json"
+    key = f"{name}, {processor_name()}, torch {torch.__version__}"
+    try:
+        known = json.loads(file.read_bytes())
+    except (OSError, ValueError):
+        known = {}
+    if not isinstance(known, dict):
+        known = {}
+    if key not in known:
+        known[key] = measure()
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            part = file.with_name(f".{file.name}.{os.getpid()}.part")
+            part.write_text(json.dumps(known, indent=1))
+            part.replace(file)
+        except OSError:
+            return known[key]  # a machine without a writable cache measures again
+    return known[key]

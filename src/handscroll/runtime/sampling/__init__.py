@@ -1,0 +1,1 @@
+"""Noise becomes a latent."""
