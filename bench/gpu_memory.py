@@ -27,8 +27,8 @@ import child
 import report
 from handscroll.errors import BudgetError, HandscrollError
 from handscroll.models.opening import open_checkpoint
-from handscroll.plan.inputs import Hardware, Rates, Situation
-from handscroll.plan.plan import make_plan, minimum_bytes
+from handscroll.plan.inputs import Hardware, PlanInputs, Rates
+from handscroll.plan.search import make_plan, minimum_bytes
 from handscroll.plan.table import plan_dict, plan_table
 from handscroll.request import Request, parse_bytes
 from handscroll.runtime.modules import load_tokenizer
@@ -198,7 +198,7 @@ def plans(arguments: argparse.Namespace) -> tuple[list[dict[str, Any]], list[str
     """What would run on a device like an H100, as JSON values and as lines to read."""
     spec = open_checkpoint(arguments.folder)
     tokens = count_tokens(spec, load_tokenizer(spec), PROMPT, instruction_of(spec))
-    situation = Situation(H100, tokens)
+    inputs = PlanInputs(H100, tokens)
     sizes = [
         (arguments.size, arguments.steps, None),
         (arguments.size, arguments.steps, arguments.budget),
@@ -218,12 +218,12 @@ def plans(arguments: argparse.Namespace) -> tuple[list[dict[str, Any]], list[str
             compose_px=0,
         )
         try:
-            plan = make_plan(spec, request, situation, 1)
+            plan = make_plan(spec, request, inputs, 1)
         except BudgetError as error:
             found.append({"size_px": [width, height], "budget_bytes": budget_bytes, "failed": str(error)})
             lines += [str(error), ""]
             continue
-        least_bytes = minimum_bytes(plan, spec, situation)
+        least_bytes = minimum_bytes(plan, spec, inputs)
         found.append(plan_dict(spec, plan, least_bytes))
         lines += [plan_table(spec, plan, least_bytes), ""]
     return found, [*lines, "nothing was measured: there is no CUDA device here; these are plans for one like an H100"]

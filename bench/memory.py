@@ -41,9 +41,9 @@ from handscroll.errors import HandscrollError
 from handscroll.jobs.latent_file import save_latent
 from handscroll.models.checkpoint import CheckpointSpec
 from handscroll.models.opening import open_checkpoint
-from handscroll.plan.plan import make_plan, minimum_bytes
+from handscroll.plan.search import make_plan, minimum_bytes
 from handscroll.request import PRECISIONS, Request, parse_bytes, parse_size
-from handscroll.runtime.probe import survey
+from handscroll.runtime.probe import probe
 
 PROMPT = "a quiet lake at dusk"
 MODES = ("generate", "decode", "draws")
@@ -323,12 +323,12 @@ def plan_jobs(jobs: list[dict[str, Any]], folder: Path) -> list[dict[str, Any]]:
             device="cpu",
             compose_px=job.get("compose_px"),
         )
-        situation = survey(spec, request, folder / "planned.png", prompts="decode" not in job)
-        free = make_plan(spec, request, situation, 1)
-        least = minimum_bytes(free, spec, situation)
+        inputs = probe(spec, request, folder / "planned.png", prompts="decode" not in job)
+        free = make_plan(spec, request, inputs, 1)
+        least = minimum_bytes(free, spec, inputs)
         answer: dict[str, Any] = {"size_px": [job["width"], job["height"]], "minimum_bytes": least}
         for name, budget_bytes in (("unlimited", None), ("least", least)):
-            plan = make_plan(spec, report.with_budget(request, budget_bytes), situation, 1)
+            plan = make_plan(spec, report.with_budget(request, budget_bytes), inputs, 1)
             answer[name] = {
                 "planned_bytes": plan.planned_peak_bytes,
                 "seconds": report.seconds_of(plan),

@@ -38,9 +38,9 @@ from handscroll.errors import BudgetError
 from handscroll.events import OnEvent, Progress, ignore, notice
 from handscroll.jobs import job as jobs
 from handscroll.jobs.latent_file import save_latent
+from handscroll.jobs.result import Result
 from handscroll.models.registry import ENTRIES
 from handscroll.pictures.metadata import read_parameters
-from handscroll.pipeline import Result
 from handscroll.request import Request, indexed
 from handscroll.runtime import health
 from handscroll.version import __version__

@@ -209,6 +209,6 @@ def test_the_class_keeps_a_budget_too(shell: Shell, tiny: tuple[object, ...], mi
     minimum = minimum_of(shell, "generate", "a lake", *tiny, "-o", "b.png")
     scroll = Handscroll.from_pretrained(miniature(), memory=f"{minimum // MIB + 64}MiB")
     picture = scroll("a lake", width=96, height=64, steps=1, seed=5)
-    assert not scroll._opened, "a budget keeps no module for the next picture"
+    assert not scroll.session.opened, "a budget keeps no module for the next picture"
     picture.save("b.png")
     assert Path("a.png").read_bytes() == Path("b.png").read_bytes()

@@ -13,18 +13,20 @@ from diffusers import SanaPipeline
 from PIL import Image
 from torch import Tensor
 
-from handscroll import Handscroll, Request, decode_latent, generate, pipeline
+from handscroll import Handscroll, Request, api, decode_latent, generate, pipeline
 from handscroll.errors import BudgetError, UsageError
 from handscroll.events import Progress
 from handscroll.models.opening import open_checkpoint
 from handscroll.pictures.metadata import read_parameters
 from handscroll.pictures.resizing import enlarged
 from handscroll.plan.growth import first_step
-from handscroll.plan.inputs import MIB, Hardware, Situation
-from handscroll.plan.plan import Plan, make_plan, minimum_bytes
+from handscroll.plan.inputs import MIB, Hardware, PlanInputs
+from handscroll.plan.plan import Plan
+from handscroll.plan.search import make_plan, minimum_bytes
 from handscroll.request import parse_compose
+from handscroll.runtime import denoise
 from handscroll.runtime.sampling.noise import starting_noise
-from handscroll.runtime.session import Transformer
+from handscroll.runtime.session import Session, Transformer
 from handscroll.runtime.text import instruction_of
 
 Miniature = Callable[..., Path]
@@ -106,7 +108,7 @@ def test_a_picture_grows_as_diffusers_own_modules_make_it(
     folder = miniature("1.6b")
     scroll = Handscroll.from_pretrained(folder)
     ours = scroll(PROMPT, width=width, height=height, compose=64, seed=SEED, steps=STEPS, guidance=GUIDANCE)
-    assert [(plan.width, plan.height) for plan in ours._stage.plan.sizes] == sizes
+    assert [(plan.width, plan.height) for plan in ours.plan.sizes] == sizes
     theirs = whole_latent(folder, sizes)
     # Of the smaller picture a few samples of uint8 may be rounded to the other side.
     assert (ours.latent - theirs).abs().max() < 0.02 * theirs.std()
@@ -118,12 +120,12 @@ def test_a_small_picture_shows_what_the_large_one_will_be(
 ) -> None:
     begun: list[Tensor] = []
 
-    def grown(stage: object, latent: Tensor, plan: object) -> Tensor:
+    def enlarge_latent(session: Session, plan: Plan, latent: Tensor) -> Tensor:
         begun.append(latent)
-        return real(stage, latent, plan)  # type: ignore[arg-type]
+        return real(session, plan, latent)
 
-    real = pipeline.grown
-    monkeypatch.setattr(pipeline, "grown", grown)
+    real = denoise.enlarge_latent
+    monkeypatch.setattr(denoise, "enlarge_latent", enlarge_latent)
     scroll = Handscroll.from_pretrained(miniature("1.6b"))
     small = scroll(PROMPT, width=64, height=64, compose=64, seed=4, steps=3).latent
     assert not begun
@@ -137,14 +139,14 @@ def test_a_small_picture_shows_what_the_large_one_will_be(
 def test_the_picture_is_the_same_in_any_memory(miniature: Miniature, monkeypatch: pytest.MonkeyPatch) -> None:
     scroll = Handscroll.from_pretrained(miniature("1.6b"))
     roomy = scroll(PROMPT, compose=64, **WIDE)
-    real = pipeline.survey
+    real = api.probe
 
     def cramped(*arguments: object, **options: object) -> object:
         return dataclasses.replace(real(*arguments, **options), hardware=Hardware("cpu", free_bytes=MIB))  # type: ignore[arg-type]
 
-    monkeypatch.setattr(pipeline, "survey", cramped)
+    monkeypatch.setattr(api, "probe", cramped)
     tight = scroll(PROMPT, compose=64, **WIDE)
-    plans = [picture._stage.plan for picture in (roomy, tight)]
+    plans = [picture.plan for picture in (roomy, tight)]
     assert plans[0].encoding != plans[1].encoding
     assert plans[0].planned_bytes["denoise"] > plans[1].planned_bytes["denoise"]
     assert torch.equal(roomy.latent, tight.latent)
@@ -195,7 +197,7 @@ def test_what_a_size_begins_from_is_kept(miniature: Miniature, tmp_path: Path, m
         patch.setattr(Transformer, "predict", cut)
         with pytest.raises(KeyboardInterrupt):
             generate(request, tmp_path / "cut.png")
-    monkeypatch.setattr(pipeline, "grown", lambda *_: pytest.fail("grown again"))
+    monkeypatch.setattr(denoise, "enlarge_latent", lambda *_: pytest.fail("grown again"))
     (again,) = generate(request, tmp_path / "cut.png")
     assert whole.path.read_bytes() == again.path.read_bytes()
 
@@ -256,15 +258,15 @@ def test_the_official_models_are_left_as_they_are(miniature: Miniature) -> None:
 
 def test_what_grows_keeps_its_budget_or_is_refused() -> None:
     spec = open_checkpoint("tiny-landscape")
-    situation = Situation(Hardware("cpu", base_bytes=400 * MIB), tokens=5)
+    inputs = PlanInputs(Hardware("cpu", base_bytes=400 * MIB), tokens=5)
 
     def planned(memory_bytes: int | None, compose_px: int | None = None) -> Plan:
         request = Request(PROMPT, width=2048, height=2048, memory_bytes=memory_bytes, compose_px=compose_px)
-        return make_plan(spec, request, situation, 1)
+        return make_plan(spec, request, inputs, 1)
 
     roomy, at_once = planned(None), planned(None, compose_px=0)
-    least_bytes = minimum_bytes(roomy, spec, situation)
-    at_once_bytes = minimum_bytes(at_once, spec, situation)
+    least_bytes = minimum_bytes(roomy, spec, inputs)
+    at_once_bytes = minimum_bytes(at_once, spec, inputs)
     assert least_bytes is not None
     assert at_once_bytes is not None
     assert at_once_bytes < least_bytes - 32 * MIB

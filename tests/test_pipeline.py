@@ -155,9 +155,9 @@ def test_the_class_makes_the_same_picture_and_keeps_its_modules(miniature: Minia
     (result,) = generate(Request(PROMPT, model=str(folder), width=96, height=64, steps=2, seed=1), tmp_path / "g.png")
     assert np.array_equal(read_pixels(saved), read_pixels(result.path))
     assert np.array_equal(picture.numpy(), read_pixels(saved))
-    kept = dict(scroll._opened)
+    kept = dict(scroll.session.opened)
     scroll(PROMPT, width=128, height=160, steps=1, seed=1).numpy()
-    assert scroll._opened == kept
+    assert scroll.session.opened == kept
 
 
 def test_tiling_once_does_not_stick(miniature: Miniature) -> None:

@@ -21,7 +21,8 @@ import on_meta
 from handscroll.models.checkpoint import CheckpointSpec
 from handscroll.models.text_encoder import TextEncoderSpec
 from handscroll.runtime.modules import load_tokenizer
-from handscroll.runtime.text import encode_prompt, open_text_encoder
+from handscroll.runtime.text import encode_prompt
+from handscroll.runtime.text_encoder import open_text_encoder
 from make_checkpoint import COMPONENTS, Noise, empty_module, make_scheduler, shapes, write_checkpoint
 from stages import Ready, Size, Stage
 

@@ -26,8 +26,10 @@ from handscroll.request import Request
 from handscroll.version import __version__
 
 if TYPE_CHECKING:
+    from handscroll.api import Handscroll, Picture
     from handscroll.integrations.diffusers import attach, detach
-    from handscroll.pipeline import Handscroll, Picture, Result, decode_latent, generate, resume
+    from handscroll.jobs.result import Result
+    from handscroll.pipeline import decode_latent, generate, resume
 
 __all__ = [
     "BudgetError",
@@ -58,9 +60,9 @@ __all__ = [
 ]
 
 _LAZY = {
-    "Handscroll": "handscroll.pipeline",
-    "Picture": "handscroll.pipeline",
-    "Result": "handscroll.pipeline",
+    "Handscroll": "handscroll.api",
+    "Picture": "handscroll.api",
+    "Result": "handscroll.jobs.result",
     "decode_latent": "handscroll.pipeline",
     "generate": "handscroll.pipeline",
     "resume": "handscroll.pipeline",

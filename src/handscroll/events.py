@@ -8,20 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
-
-Stage = Literal["fetch", "text", "denoise", "decode", "write", "notice"]
 
 
 @dataclass(frozen=True)
 class Progress:
     """`done` of `total` in one stage: bytes when fetching, steps when denoising, rows of the picture when decoding.
 
+    `stage` is a name of the stage table (`plan/stages.py`), or `fetch` before the first and `write` after the last.
     `picture` counts the pictures of a request from 0. `detail` is a short remark, such as the name of a checkpoint.
     A `notice` is no stage: its `detail` is one line that the user should read.
     """
 
-    stage: Stage
+    stage: str
     done: int
     total: int
     picture: int = 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import secrets
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -155,3 +156,8 @@ def parse_bytes(text: str) -> int:
 def indexed(path: Path, index: int, count: int) -> Path:
     """Where picture `index` of `count` goes: the path itself for a single one, else `name-1.png`, `name-2.png`, ..."""
     return path if count == 1 else path.with_name(f"{path.stem}-{index + 1}{path.suffix}")
+
+
+def random_seed() -> int:
+    """A seed for those who gave none, short enough to be typed again."""
+    return secrets.randbelow(2**32)

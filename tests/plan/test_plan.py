@@ -12,13 +12,13 @@ from hypothesis import strategies as st
 
 from handscroll.errors import SizeError, UsageError
 from handscroll.models.checkpoint import CheckpointSpec
-from handscroll.plan.inputs import Hardware, Situation
-from handscroll.plan.plan import make_plan
+from handscroll.plan.inputs import Hardware, PlanInputs
 from handscroll.plan.precision import Precision, resolve_precision
+from handscroll.plan.search import make_plan
 from handscroll.request import MAX_SEED, Request, parse_bytes, parse_size
 
 Miniature = Callable[..., Path]
-CPU = Situation(Hardware("cpu"), tokens=20)
+CPU = PlanInputs(Hardware("cpu"), tokens=20)
 
 
 @pytest.fixture

@@ -19,9 +19,10 @@ from handscroll.models.transformer import TransformerSpec
 from handscroll.plan.decode import DecodeStage
 from handscroll.plan.decoder_shape import DecoderShape
 from handscroll.plan.encoder_shape import EncoderShape
-from handscroll.plan.inputs import MIB, Hardware, Rates, Situation
-from handscroll.plan.plan import MINIMUM_STEP_BYTES, Plan, make_plan, minimum_bytes, shrunk
+from handscroll.plan.inputs import MIB, Hardware, PlanInputs, Rates
+from handscroll.plan.plan import Plan
 from handscroll.plan.precision import BYTES
+from handscroll.plan.search import MINIMUM_STEP_BYTES, make_plan, minimum_bytes, shrink
 from handscroll.request import Request
 
 Miniature = Callable[..., Path]
@@ -83,11 +84,11 @@ def specs(miniature: Miniature) -> list[CheckpointSpec]:
 class Draw:
     spec: CheckpointSpec
     request: Request
-    situation: Situation
+    inputs: PlanInputs
     budget_bytes: int
 
     def plan(self, budget_bytes: int | None) -> Plan:
-        return make_plan(self.spec, replace(self.request, memory_bytes=budget_bytes), self.situation, 0)
+        return make_plan(self.spec, replace(self.request, memory_bytes=budget_bytes), self.inputs, 0)
 
 
 def draw_one(rng: random.Random, specs: list[CheckpointSpec]) -> Draw:
@@ -117,17 +118,17 @@ def draw_one(rng: random.Random, specs: list[CheckpointSpec]) -> Draw:
         compose_px=rng.choice([None, 64, 1000, 1024, 2048]) if rng.random() < 0.15 else 0,
     )
     tokens = None if rng.random() < 0.1 else rng.randint(1, 2000)
-    situation = Situation(hardware, tokens, rng.choice([0, 150 * MIB]))
+    inputs = PlanInputs(hardware, tokens, rng.choice([0, 150 * MIB]))
     spec = rng.choice(specs)
     if spec.is_sprint:
         request = replace(request, compose_px=None)
-    return Draw(spec, request, situation, log_uniform(64 * MIB, 2**39))
+    return Draw(spec, request, inputs, log_uniform(64 * MIB, 2**39))
 
 
 def check(draw: Draw) -> None:
     """All that is promised, of one draw."""
     unlimited = draw.plan(None)
-    minimum = minimum_bytes(unlimited, draw.spec, draw.situation)
+    minimum = minimum_bytes(unlimited, draw.spec, draw.inputs)
     assert minimum is not None
     assert minimum % MINIMUM_STEP_BYTES == 0
 
@@ -153,7 +154,7 @@ def check(draw: Draw) -> None:
     plans.sort(key=lambda plan: plan.budget_bytes or 0)
     seconds = [total_seconds(plan) for plan in plans]
     assert seconds == sorted(seconds, reverse=True), "more budget made a plan slower"
-    free_bytes = draw.situation.hardware.free_bytes
+    free_bytes = draw.inputs.hardware.free_bytes
     if free_bytes is None:
         assert total_seconds(unlimited) <= seconds[-1]
     check_plan(draw, unlimited)
@@ -164,9 +165,9 @@ def total_seconds(plan: Plan) -> float:
 
 
 def check_plan(draw: Draw, plan: Plan) -> None:
-    hardware = draw.situation.hardware
+    hardware = draw.inputs.hardware
     assert plan.decoding is not None
-    if draw.situation.tokens is None:
+    if draw.inputs.tokens is None:
         assert plan.text is plan.denoise is None
     else:
         assert plan.denoise is not None
@@ -183,14 +184,14 @@ def check_plan(draw: Draw, plan: Plan) -> None:
             check_sweeps(EncoderShape, size.encoding, draw, size)
 
     for name in plan.planned_bytes:
-        tries, before, smaller = 0, plan, shrunk(plan, draw.spec, draw.situation, name)
+        tries, before, smaller = 0, plan, shrink(plan, draw.spec, draw.inputs, name)
         while smaller is not None and tries < 2:
             now, used = ([part.peak_bytes for part in each.parts[name]] for each in (smaller, before))
             assert sum(now) < sum(used)
             assert all(a <= b for a, b in zip(now, used, strict=True))
             others = {other: n_bytes for other, n_bytes in plan.planned_bytes.items() if other != name}
             assert others.items() <= smaller.planned_bytes.items()
-            tries, before, smaller = tries + 1, smaller, shrunk(smaller, draw.spec, draw.situation, name)
+            tries, before, smaller = tries + 1, smaller, shrink(smaller, draw.spec, draw.inputs, name)
 
 
 def check_growth(draw: Draw, plan: Plan) -> None:
@@ -214,7 +215,7 @@ def check_growth(draw: Draw, plan: Plan) -> None:
 
 
 def check_sweeps(half: type[DecoderShape], stage: DecodeStage, draw: Draw, plan: Plan) -> None:
-    hardware, starts = draw.situation.hardware, stage.starts
+    hardware, starts = draw.inputs.hardware, stage.starts
     precision = plan.precision.autoencoder
     shape = half(draw.spec.autoencoder, plan.latent_height, plan.latent_width, BYTES[precision])
     assert len(stage.sweeps) == len(shape)
@@ -241,7 +242,7 @@ def check_draws(specs: list[CheckpointSpec], seed: int, draws: int) -> None:
         try:
             check(draw)
         except BaseException as error:
-            error.add_note(f"draw {number} of seed {seed}: {draw.spec.name} {draw.request} {draw.situation}")
+            error.add_note(f"draw {number} of seed {seed}: {draw.spec.name} {draw.request} {draw.inputs}")
             error.add_note(f"budget {draw.budget_bytes}, transformer {dataclasses.asdict(draw.spec.transformer)}")
             raise
 

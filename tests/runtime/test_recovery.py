@@ -25,10 +25,12 @@ from handscroll.jobs.latent_file import load_latent
 from handscroll.jobs.recovery import Recovery
 from handscroll.models.checkpoint import CheckpointSpec
 from handscroll.pictures.metadata import read_parameters
-from handscroll.plan.inputs import MIB, Hardware, Situation
-from handscroll.plan.plan import make_plan
-from handscroll.runtime.probe import survey
-from handscroll.runtime.session import Stages
+from handscroll.plan.inputs import MIB, Hardware, PlanInputs
+from handscroll.plan.search import make_plan
+from handscroll.plan.stages import BY_NAME, DECODE, DENOISE
+from handscroll.runtime import denoise
+from handscroll.runtime.probe import probe
+from handscroll.runtime.session import Session
 from live_bytes import LiveBytes
 
 Miniature = Callable[..., Path]
@@ -117,8 +119,8 @@ def job(miniature: Miniature, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     layers = {"decoder_layers_per_block": (1, 1, 1, 1, 1, 1)}
     model = miniature("1.6b", autoencoder=layers)
     request = Request("a lake", model=str(model), width=32, height=32, steps=1, guidance=1.0, seed=3, strip_rows=8)
-    situation = survey(CheckpointSpec.from_folder(model), request, tmp_path)
-    monkeypatch.setattr(pipeline, "survey", lambda *_, **__: situation)  # a machine that is always the same
+    inputs = probe(CheckpointSpec.from_folder(model), request, tmp_path)
+    monkeypatch.setattr(pipeline, "probe", lambda *_, **__: inputs)  # a machine that is always the same
     (tmp_path / "pictures").mkdir()
     made = Job(request, tmp_path / "pictures")
     made.make(Failing())  # keeps the prompt's embeddings
@@ -203,19 +205,20 @@ def test_memory_that_stays_out_ends_the_run_and_keeps_its_latent(
 @pytest.mark.parametrize("stage", ["denoise", "decode"])
 def test_every_try_takes_less_until_none_can(stage: str) -> None:
     spec = CheckpointSpec.from_folder(BUILTIN)
-    situation = Situation(Hardware("cpu", base_bytes=300 * MIB), tokens=50)
-    plan = make_plan(spec, Request("a lake", width=8192, height=8192, seed=0), situation, 0)
+    inputs = PlanInputs(Hardware("cpu", base_bytes=300 * MIB), tokens=50)
+    plan = make_plan(spec, Request("a lake", width=8192, height=8192, seed=0), inputs, 0)
     events: list[Progress] = []
     tries: list[int] = []
-    with Stages(spec, plan) as stages:
 
-        def work() -> None:
-            # Where the largest part cannot shrink any more, the others still can.
-            tries.append(sum(part.peak_bytes for part in stages.plan.parts[stage]))
-            raise MemoryError
+    def work(session: Session) -> None:
+        for attempt in Recovery(session, inputs, plan.precision, events.append).attempts(BY_NAME[stage], plan):
+            with attempt:
+                # Where the largest part cannot shrink any more, the others still can.
+                tries.append(sum(part.peak_bytes for part in attempt.plan.parts[stage]))
+                raise MemoryError
 
-        with pytest.raises(OutOfMemoryError, match="the least already"):
-            Recovery(stages, situation, events.append).run(stage, work)
+    with Session(spec) as session, pytest.raises(OutOfMemoryError, match="the least already"):
+        work(session)
     shrinking = tries[: len(tries) - recovery.LAST_TRIES + 1]
     assert len(shrinking) > 2
     assert shrinking == sorted(set(shrinking), reverse=True)
@@ -226,16 +229,18 @@ def test_every_try_takes_less_until_none_can(stage: str) -> None:
 
 def test_what_is_no_lack_of_memory_is_not_tried_again() -> None:
     spec = CheckpointSpec.from_folder(BUILTIN)
-    situation = Situation(Hardware("cpu"), tokens=50)
+    inputs = PlanInputs(Hardware("cpu"), tokens=50)
     tries: list[None] = []
+    plan = make_plan(spec, Request("a lake"), inputs, 0)
 
-    def work() -> None:
-        tries.append(None)
-        raise RuntimeError("shapes do not match")
+    def work(session: Session) -> None:
+        for attempt in Recovery(session, inputs, plan.precision, ignore).attempts(DECODE, plan):
+            with attempt:
+                tries.append(None)
+                raise RuntimeError("shapes do not match")
 
-    stages = Stages(spec, make_plan(spec, Request("a lake"), situation, 0))
-    with pytest.raises(RuntimeError, match="shapes"):
-        Recovery(stages, situation, ignore).run("decode", work)
+    with Session(spec) as session, pytest.raises(RuntimeError, match="shapes"):
+        work(session)
     assert len(tries) == 1
 
 
@@ -350,7 +355,7 @@ def test_a_file_says_how_its_latent_was_made_also_in_another_session(miniature: 
 def test_each_of_several_files_says_how_it_was_made(
     miniature: Miniature, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real, calls = pipeline.denoise, []
+    real, calls = denoise.denoise, []
 
     def overflow_once(job: Any) -> torch.Tensor:
         calls.append(job)
@@ -358,7 +363,7 @@ def test_each_of_several_files_says_how_it_was_made(
             raise NumericsError("the transformer gave numbers that are not finite")
         return real(job)
 
-    monkeypatch.setattr(pipeline, "denoise", overflow_once)
+    monkeypatch.setattr(denoise, "denoise", overflow_once)
     request = Request("a lake", model=str(miniature()), width=32, height=32, steps=1, seed=3, count=2, precision="bf16")
     first, second = generate(request, tmp_path / "p.png")
     assert (first.precision, second.precision) == ("bf16", mixed("denoise", "bf16"))
@@ -386,21 +391,21 @@ def test_numbers_that_fp32_cannot_hold_either_end_the_run(
 
 def test_fp32_is_for_one_picture_alone(miniature: Miniature) -> None:
     spec = CheckpointSpec.from_folder(miniature("1.6b"))
-    situation = Situation(Hardware("cpu"), tokens=9)
+    inputs = PlanInputs(Hardware("cpu"), tokens=9)
     request = Request("a lake", width=64, height=64, precision="bf16", memory_bytes=2**31)
-    stages = Stages(spec, make_plan(spec, request, situation, 0))
-    job, used = Recovery(stages, situation, ignore), list[str]()
-
-    def work() -> None:
-        used.append(stages.plan.precision.transformer)
-        if len(used) == 1:
-            raise NumericsError("the transformer gave numbers that are not finite")
-
-    before = stages.plan.denoise
-    job.run("denoise", work, 0)
-    job.run("denoise", work, 1)
+    plan = make_plan(spec, request, inputs, 0)
+    before, used = plan.denoise, list[str]()
+    with Session(spec) as session:
+        recovery = Recovery(session, inputs, plan.precision, ignore)
+        for picture in range(2):
+            for attempt in recovery.attempts(DENOISE, plan, picture):
+                with attempt:
+                    used.append(attempt.plan.precision.transformer)
+                    if len(used) == 1:
+                        raise NumericsError("the transformer gave numbers that are not finite")
+            plan = attempt.plan
     assert used == ["bf16", "fp32", "bf16"]
-    assert stages.plan.denoise == before
+    assert plan.denoise == before
 
 
 @pytest.mark.parametrize(

@@ -205,7 +205,7 @@ def test_a_second_picture_needs_no_text_encoder(folder: Path, tmp_path: Path, mo
         raise AssertionError("opened")
 
     monkeypatch.setattr("handscroll.runtime.text.encode_prompt", refuse)
-    monkeypatch.setattr("handscroll.pipeline.load_tokenizer", refuse)
+    monkeypatch.setattr("handscroll.runtime.text.load_tokenizer", refuse)
     generate(request, tmp_path / "second.png")
     assert (tmp_path / "second.png").read_bytes() == (tmp_path / "first.png").read_bytes()
     scroll = Handscroll.from_pretrained(folder)

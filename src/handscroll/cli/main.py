@@ -40,8 +40,8 @@ from handscroll.version import __version__
 
 if TYPE_CHECKING:
     from handscroll.events import OnEvent, Progress
+    from handscroll.jobs.result import Result
     from handscroll.models.inventory import Model
-    from handscroll.pipeline import Result
 
 INTERRUPTED = 130
 NAME_WORDS, NAME_CHARACTERS = 6, 48  # of a prompt, in the name of a file that was given none

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from handscroll.errors import CheckpointError, FormatError, OutputError
+from handscroll.errors import CheckpointError, FormatError, OutputError, SizeError
+from handscroll.models.checkpoint import CheckpointSpec
+from handscroll.request import Request
+from handscroll.weights.tensor_file import read_tensors, write_tensors
 
 if TYPE_CHECKING:
     from torch import Tensor
-from handscroll.weights.tensor_file import read_tensors, write_tensors
 
 TENSOR_NAME = "latent"
 
@@ -45,3 +48,45 @@ def load_latent(path: Path) -> tuple[Tensor, dict[str, str]]:
     if latent.ndim != 4 or latent.shape[0] != 1 or not latent.is_floating_point():
         raise CheckpointError(f"{path}: the latent has shape {list(latent.shape)}; expected [1, channels, h, w] floats")
     return latent.float(), facts
+
+
+def request_of_latent(file: Path, facts: Mapping[str, str], model: str | None = None, **options: Any) -> Request:
+    """The request that a saved latent came from, to be decoded as is now asked for by a request's other `options`.
+
+    Raises CheckpointError where the file does not say which model made it, or its metadata is broken; UsageError.
+    """
+    named = model or facts.get("model")
+    if named is None:
+        raise CheckpointError(f"{file}: does not say which model made it; name it with --model")
+    try:
+        made = {
+            "prompt": facts.get("prompt") or "unknown",
+            "negative": facts.get("negative", ""),
+            "width": int(facts["width"]) if "width" in facts else None,
+            "height": int(facts["height"]) if "height" in facts else None,
+            "steps": int(facts["steps"]) if "steps" in facts else None,
+            "guidance": float(facts["guidance"]) if "guidance" in facts else None,
+            "seed": int(facts.get("seed", 0)),
+        }
+    except ValueError as error:
+        raise CheckpointError(f"{file}: its metadata is broken: {error}") from error
+    return Request(**{**made, "model": named, **options})
+
+
+def with_size_of(file: Path, latent: Tensor, request: Request, spec: CheckpointSpec) -> Request:
+    """The request with the picture's size, which is at most what the latent [1, C, h, w] holds.
+
+    Raises CheckpointError for a latent that the model's autoencoder does not decode, SizeError for another size.
+    """
+    factor = spec.autoencoder.spatial_compression_ratio
+    _, channels, rows, columns = latent.shape
+    if channels != spec.autoencoder.latent_channels:
+        raise CheckpointError(
+            f"{file}: the latent has {channels} channels and {spec.name} decodes {spec.autoencoder.latent_channels}; "
+            "name the model that made it with --model"
+        )
+    width, height = request.width or columns * factor, request.height or rows * factor
+    patch = spec.transformer.patch_size
+    if -(-width // (factor * patch)) * patch != columns or -(-height // (factor * patch)) * patch != rows:
+        raise SizeError(f"{file}: the latent of {columns}x{rows} does not hold a picture of {width}x{height}")
+    return dataclasses.replace(request, width=width, height=height)

@@ -1,98 +1,127 @@
 """A stage that ran out of memory, or out of numbers, is tried again another way, and nothing that was finished is lost.
 
-Other programs take memory in the middle of a run, and half precisions overflow. The retry starts outside the `except`
-block: an exception's traceback keeps alive every tensor of the frames that it came through.
+    for attempt in recovery.attempts(DECODE, plan):
+        with attempt:
+            write_picture(session, attempt.plan, ...)
+
+Other programs take memory in the middle of a run, and half precisions overflow. The next attempt starts outside the
+`except` block: an exception's traceback keeps alive every tensor of the frames that it came through.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable
-from typing import TypeVar
+from collections.abc import Iterator
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Self
 
 from handscroll.errors import BudgetError, NumericsError, OutOfMemoryError, is_out_of_memory
 from handscroll.events import OnEvent, notice
-from handscroll.plan.inputs import MIB, Situation
-from handscroll.plan.plan import COMPONENTS, in_precision, shrunk
+from handscroll.plan.inputs import MIB, PlanInputs
+from handscroll.plan.plan import Plan
 from handscroll.plan.precision import Precision
-from handscroll.runtime.session import Stages
-
-Result = TypeVar("Result")
-
+from handscroll.plan.search import replan_in_precision, shrink
+from handscroll.plan.stages import Stage
+from handscroll.runtime.session import Session
 
 # When a stage takes the least already, only another program can make room: it is given some time to.
 LAST_TRIES, WAIT_SECONDS = 3, 1.0
 
 
-NAMES = {"text": "reading the prompt", "denoise": "denoising", "decode": "decoding"}
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """Why an attempt failed, in one line. `component`: whose numbers were not finite; None where memory ran out."""
+
+    line: str
+    component: str | None = None
+
+    @classmethod
+    def of(cls, error: BaseException | None, stage: Stage) -> Fault | None:
+        """None for what trying again does not mend."""
+        if isinstance(error, NumericsError):
+            return cls(str(error), error.component or stage.components[0])
+        if isinstance(error, Exception) and is_out_of_memory(error):
+            return cls(_one_line(error))
+        return None
+
+
+class Attempt:
+    """One try of a stage by `plan`. A context manager, which holds back what the next attempt may mend."""
+
+    def __init__(self, stage: Stage, plan: Plan) -> None:
+        self.stage, self.plan = stage, plan
+        self.fault: Fault | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> bool:
+        self.fault = Fault.of(error, self.stage)
+        return self.fault is not None
 
 
 class Recovery:
-    """Runs the stages of one job. `situation` is what it was planned in."""
+    """Plans the attempts at the stages of one job. `inputs` and `precision` are what it was planned from and in."""
 
-    def __init__(self, stages: Stages, situation: Situation, on_event: OnEvent) -> None:
-        self.stages, self.situation, self.on_event = stages, situation, on_event
-        self.precision = stages.plan.precision
+    def __init__(self, session: Session, inputs: PlanInputs, precision: Precision, on_event: OnEvent) -> None:
+        self.session, self.inputs, self.precision, self.on_event = session, inputs, precision, on_event
 
-    def run(self, stage: str, work: Callable[[], Result], picture: int = 0) -> Result:
-        """The result of `work`, which reads `stages.plan` anew at every try, and may go on from what it has saved.
+    def attempts(self, stage: Stage, plan: Plan, picture: int = 0) -> Iterator[Attempt]:
+        """Attempts at a stage until one succeeds; its plan is what goes on from there.
 
-        Out of memory: again with smaller strips or bands, and at last as it is. Not finite: again with the component
-        that it came from in fp32, where it was in less; that holds for this stage of this picture alone. Raises
-        OutOfMemoryError or NumericsError when nothing is left to try.
+        After memory ran out: with smaller strips or bands, and at last as it is. After numbers that are not finite:
+        with the component that they came from in fp32, where it was in less; that holds for this stage of this picture
+        alone. Raises OutOfMemoryError or NumericsError when nothing is left to try.
         """
+        plan = self._in_precision(plan, stage, self.precision)
         tries_left = LAST_TRIES
-        self._plan_in(stage, self.precision)
         while True:
-            try:
-                return work()
-            except NumericsError as error:
-                overflowed, line = error.component or COMPONENTS[stage][0], str(error)
-            except Exception as error:
-                if not is_out_of_memory(error):
-                    raise
-                overflowed, line = None, _one_line(error)
-            self.stages.free()
-            if overflowed is not None:
-                self._in_fp32(stage, overflowed, line, picture)
+            attempt = Attempt(stage, plan)
+            yield attempt
+            if attempt.fault is None:
+                return
+            self.session.free()
+            if attempt.fault.component is not None:
+                plan = self._in_fp32(plan, stage, attempt.fault, picture)
                 continue
-            if self._shrink(stage, line, picture):
-                continue
-            tries_left -= 1
-            if not tries_left:
-                raise OutOfMemoryError(
-                    f"out of memory while {NAMES[stage]}, which takes the least already: {line}; close other programs, "
-                    "or use a smaller --size"
-                )
-            self.on_event(notice(f"out of memory while {NAMES[stage]} ({line}); trying again", picture))
+            smaller = shrink(plan, self.session.spec, self.inputs, stage.name)
+            tries_left -= smaller is None
+            plan = smaller or plan
+            self._tell_of_memory(plan, stage, attempt.fault, picture, tries_left, shrunk=smaller is not None)
+
+    def _tell_of_memory(
+        self, plan: Plan, stage: Stage, fault: Fault, picture: int, tries_left: int, *, shrunk: bool
+    ) -> None:
+        """Says what is tried next; where nothing could be shrunk, waits for others to make room, or gives up."""
+        if not tries_left:
+            raise OutOfMemoryError(
+                f"out of memory while {stage.title}, which takes the least already: {fault.line}; close other "
+                "programs, or use a smaller --size"
+            )
+        within = f" within {plan.planned_bytes[stage.name] // MIB} MiB" if shrunk else ""
+        self.on_event(notice(f"out of memory while {stage.title} ({fault.line}); trying again{within}", picture))
+        if not shrunk:
             time.sleep(WAIT_SECONDS)
 
-    def _plan_in(self, stage: str, precision: Precision) -> None:
-        self.stages.plan = in_precision(self.stages.plan, self.stages.spec, self.situation, stage, precision)
-
-    def _shrink(self, stage: str, line: str, picture: int) -> bool:
-        """Plans a stage with less memory, and says so; False where it takes the least already."""
-        smaller = shrunk(self.stages.plan, self.stages.spec, self.situation, stage)
-        if smaller is None:
-            return False
-        self.stages.plan = smaller
-        planned = smaller.planned_bytes[stage] // MIB
-        self.on_event(
-            notice(f"out of memory while {NAMES[stage]} ({line}); trying again within {planned} MiB", picture)
-        )
-        return True
-
-    def _in_fp32(self, stage: str, component: str, line: str, picture: int) -> None:
-        """Plans a stage with one component in fp32. Raises NumericsError where it was, or where fp32 does not fit."""
-        precision = self.stages.plan.precision
-        if getattr(precision, component) == "fp32":
-            raise NumericsError(line)
+    def _in_fp32(self, plan: Plan, stage: Stage, fault: Fault, picture: int) -> Plan:
+        """The plan with one component in fp32. Raises NumericsError where it was, or where fp32 does not fit."""
+        component = fault.component
+        assert component is not None
+        if getattr(plan.precision, component) == "fp32":
+            raise NumericsError(fault.line)
         try:
-            self._plan_in(stage, dataclasses.replace(precision, **{component: "fp32"}))
+            plan = self._in_precision(plan, stage, dataclasses.replace(plan.precision, **{component: "fp32"}))
         except BudgetError as error:
-            raise NumericsError(f"{line}; fp32 does not fit: {error}") from error
-        self.on_event(notice(f"{line}: {NAMES[stage]} again in fp32", picture))
+            raise NumericsError(f"{fault.line}; fp32 does not fit: {error}") from error
+        self.on_event(notice(f"{fault.line}: {stage.title} again in fp32", picture))
+        return plan
+
+    def _in_precision(self, plan: Plan, stage: Stage, precision: Precision) -> Plan:
+        return replan_in_precision(plan, self.session.spec, self.inputs, stage.name, precision)
 
 
 def _one_line(error: BaseException) -> str:

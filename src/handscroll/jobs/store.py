@@ -20,6 +20,7 @@ import os
 import secrets
 import shlex
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
@@ -122,6 +123,10 @@ class RunFolder:
                     self._resumed[index] = state.total_done
                 return state
         return None
+
+    def states(self, index: int) -> PictureStates:
+        """Where the sampler of a picture is kept between two steps."""
+        return PictureStates(self, index)
 
     def latent(self, index: int) -> Tensor:
         """The finished latent [1, C, h, w] fp32 of a picture. Raises CheckpointError."""
@@ -300,6 +305,20 @@ class RunFolder:
             self._cannot_save = True
             return False
         return True
+
+
+@dataclass(frozen=True)
+class PictureStates:
+    """The saved states of one picture of a run, as `runtime.denoise.SavedStates`."""
+
+    run: RunFolder
+    index: int
+
+    def load(self, precision: str) -> SamplerState | None:
+        return self.run.state(self.index, precision)
+
+    def save(self, state: SamplerState, precision: str) -> None:
+        self.run.keep_state(self.index, state, precision)
 
 
 # Reading what an earlier run left

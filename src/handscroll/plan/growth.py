@@ -7,7 +7,12 @@ SDEdit (arXiv 2108.01073): what noise hides is painted anew, what it leaves is k
 
 from __future__ import annotations
 
+import dataclasses
 import math
+
+from handscroll.errors import UsageError
+from handscroll.models.checkpoint import CheckpointSpec
+from handscroll.plan.plan import Plan
 
 # Of a larger size's schedule the last part, as diffusers counts `strength`: at Sana's flow shift of 6 it begins at a
 # sigma of 0.8, where the composition shows through and everything finer than it is still to be made.
@@ -53,3 +58,39 @@ def _nearest(width: int, height: int, scale: float, multiple: int) -> tuple[int,
 def first_step(steps: int) -> int:
     """The step of a schedule of so many at which a larger size begins."""
     return steps - max(1, round(steps * GROWTH_STRENGTH))
+
+
+def with_smaller_sizes(plan: Plan, spec: CheckpointSpec, compose_px: int | None) -> Plan:
+    """The plan with the smaller ones that it grows from; where nobody asked (None), as the checkpoint does.
+
+    Raises UsageError where a few-step model is asked to.
+    """
+    if spec.is_sprint:
+        if compose_px:
+            raise UsageError(f"{spec.name} is a few-step model and composes at full size; leave --compose out")
+        return plan
+    compose_px = spec.compose_px if compose_px is None else compose_px
+    if not compose_px or not first_step(plan.steps):
+        return plan  # of a single step there is no last part to begin a larger size with
+    ratio = spec.autoencoder.spatial_compression_ratio
+    full, multiple = (plan.latent_width * ratio, plan.latent_height * ratio), ratio * spec.transformer.patch_size
+    smaller: Plan | None = None
+    for width, height in smaller_sizes(*full, compose_px, multiple):
+        smaller = dataclasses.replace(
+            plan,
+            width=width,
+            height=height,
+            latent_width=width // ratio,
+            latent_height=height // ratio,
+            seeds=(),
+            decode="rows",
+            strip_rows=None,
+            smaller=smaller,
+            first_step=0 if smaller is None else first_step(plan.steps),
+        )
+    if smaller is None:
+        return plan
+    least = smaller.sizes[0]
+    return dataclasses.replace(
+        plan, smaller=smaller, first_step=first_step(plan.steps), composed=f"{least.width}x{least.height}"
+    )

@@ -52,8 +52,8 @@ class Hardware:
 
 
 @dataclass(frozen=True, slots=True)
-class Situation:
-    """Where a request meets a machine: the hardware, and how long its prompts are.
+class PlanInputs:
+    """What a plan is made from beside spec and request: the hardware, and how long the prompts are.
 
     tokens: of the longest prompt as the text encoder will see it; None where there is none to encode or denoise by, as
     when a kept latent is decoded. tokenizer_bytes: what the tokenizer takes while prompts are encoded.

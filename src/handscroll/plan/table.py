@@ -8,7 +8,7 @@ from typing import Any
 from handscroll.models.checkpoint import CheckpointSpec
 from handscroll.plan.decode import DecodeStage
 from handscroll.plan.denoise import DenoiseStage
-from handscroll.plan.plan import Part, Plan
+from handscroll.plan.plan import PartPlan, Plan
 from handscroll.plan.text import TextStage
 
 PLACES = {"memory": "in memory", "host": "in the host's memory", "disk": "on disk"}
@@ -16,13 +16,13 @@ PLACES = {"memory": "in memory", "host": "in the host's memory", "disk": "on dis
 
 def plan_dict(spec: CheckpointSpec, plan: Plan, minimum_bytes: int | None) -> dict[str, Any]:
     """JSON values: the request's numbers, the budget, and for each stage its bytes, seconds and choices."""
-    stages = {name: dataclasses.asdict(stage) for name, stage in _stages(plan).items()}
+    stages = {name: dataclasses.asdict(stage) for name, stage in plan.own_parts.items()}
     growth = [
         {
             "width": size.width,
             "height": size.height,
             "steps": size.steps_here,
-            **{name: dataclasses.asdict(part) for name, part in _stages(size).items()},
+            **{name: dataclasses.asdict(part) for name, part in size.own_parts.items()},
         }
         for size in plan.sizes[:-1]
     ]
@@ -56,7 +56,7 @@ def plan_table(spec: CheckpointSpec, plan: Plan, minimum_bytes: int | None) -> s
         f"on {plan.device}, {budget}"
     )
     rows = [("STAGE", "PEAK", "ABOUT", "HOW")]
-    for name, stage in _stages(plan).items():
+    for name, stage in plan.own_parts.items():
         if name == "encode":
             rows += [_row_on_the_way(size) for size in plan.sizes[:-1]]
         rows.append((name, _gibibytes(stage.peak_bytes), _seconds(stage.seconds), _how(stage, spec)))
@@ -68,18 +68,13 @@ def plan_table(spec: CheckpointSpec, plan: Plan, minimum_bytes: int | None) -> s
     return "\n".join([heading, "", *lines, "", f"{peak}about {_seconds(total_seconds)} a picture{least}"])
 
 
-def _stages(plan: Plan) -> dict[str, Part]:
-    stages = {"text": plan.text, "encode": plan.encoding, "denoise": plan.denoise, "decode": plan.decoding}
-    return {name: stage for name, stage in stages.items() if stage is not None}
-
-
 def _steps(plan: Plan) -> str:
     return f"{plan.steps} steps" if plan.smaller is None else f"{plan.steps_here} of {plan.steps} steps"
 
 
 def _row_on_the_way(size: Plan) -> tuple[str, str, str, str]:
     """One line for all parts of a smaller picture."""
-    parts = _stages(size).values()
+    parts = size.own_parts.values()
     peak_bytes, seconds = max(part.peak_bytes for part in parts), sum(part.seconds for part in parts)
     name, what = ("compose", "composed") if size.smaller is None else ("grow", "grown")
     steps = f"{size.steps_here} step{'s' * (size.steps_here != 1)}"
@@ -87,7 +82,7 @@ def _row_on_the_way(size: Plan) -> tuple[str, str, str, str]:
     return name, _gibibytes(peak_bytes), _seconds(seconds), how
 
 
-def _how(stage: Part, spec: CheckpointSpec) -> str:
+def _how(stage: PartPlan, spec: CheckpointSpec) -> str:
     match stage:
         case TextStage():
             return f"{stage.tokens} tokens, layers read one at a time"

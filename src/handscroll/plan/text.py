@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from handscroll.models.text_encoder import TextEncoderSpec
-from handscroll.plan.inputs import Situation
+from handscroll.plan.inputs import PlanInputs
 from handscroll.plan.precision import BYTES
 
 
@@ -18,13 +18,13 @@ class TextStage:
     seconds: float
 
 
-def text_stage(spec: TextEncoderSpec, tokens: int, prompts: int, precision: str, situation: Situation) -> TextStage:
+def text_stage(spec: TextEncoderSpec, tokens: int, prompts: int, precision: str, inputs: PlanInputs) -> TextStage:
     """Encoding `prompts` prompts of at most `tokens` tokens in `precision`."""
-    hardware = situation.hardware
+    hardware = inputs.hardware
     slots = 2 if hardware.is_cuda else 1
     held = slots * spec.layer_parameter_count * BYTES[precision] + activation_bytes(spec, tokens, precision)
     if not hardware.is_cuda:
-        held += situation.tokenizer_bytes
+        held += inputs.tokenizer_bytes
     read_bytes = prompts * spec.num_hidden_layers * spec.layer_parameter_count * BYTES[precision]
     seconds = prompts * flops(spec, tokens) / hardware.rates.flops(precision) + read_bytes / hardware.rates.weight_bytes
     return TextStage(tokens, held, seconds)

@@ -12,19 +12,21 @@ from torch import Tensor
 from handscroll.banded import dcae
 from handscroll.errors import NumericsError
 from handscroll.limits import PIXEL_PIECE_BYTES
+from handscroll.plan.plan import Plan
+from handscroll.runtime.maps import map_maker
 from handscroll.runtime.memory import trim
-from handscroll.runtime.session import Stages
+from handscroll.runtime.session import Session
 from handscroll.weights.dtypes import DTYPES
 
 
-def decode_rows(stage: Stages, latent: Tensor) -> Iterator[np.ndarray]:
+def decode_rows(session: Session, plan: Plan, latent: Tensor) -> Iterator[np.ndarray]:
     """latent [1, C, h, w] as the sampler leaves it -> strips [rows, width, 3] uint8, the plan's height in all.
 
     Raises NumericsError for NaN or infinity, OutputError where a map finds no room on disk.
     """
-    plan, row = stage.plan, 0
+    row = 0
     waiting: _Pixels | None = None
-    with closing(_strips(stage, latent)) as strips:
+    with closing(_strips(session, plan, latent)) as strips:
         for strip in strips:
             strip = strip[..., : plan.height - row, : plan.width]
             row += strip.shape[-2]
@@ -43,21 +45,21 @@ def decode_rows(stage: Stages, latent: Tensor) -> Iterator[np.ndarray]:
         yield waiting.arrived()
 
 
-def whole_picture(stage: Stages, latent: Tensor) -> np.ndarray:
+def whole_picture(session: Session, plan: Plan, latent: Tensor) -> np.ndarray:
     """latent [1, C, h, w] as the sampler leaves it -> the picture of the plan's size, [height, width, 3] uint8.
 
     Raises as `decode_rows`.
     """
-    picture, row = np.empty((stage.plan.height, stage.plan.width, 3), np.uint8), 0
-    for strip in decode_rows(stage, latent):
+    picture, row = np.empty((plan.height, plan.width, 3), np.uint8), 0
+    for strip in decode_rows(session, plan, latent):
         picture[row : row + len(strip)] = strip
         row += len(strip)
     return picture
 
 
-def _strips(stage: Stages, latent: Tensor) -> Generator[Tensor, None, None]:
+def _strips(session: Session, plan: Plan, latent: Tensor) -> Generator[Tensor, None, None]:
     """Strips [1, 3, rows, W] in the autoencoder's dtype, by the way that the plan names."""
-    opened, plan = stage.decoder, stage.plan
+    opened = session.open_autoencoder(plan, "decoder")
     autoencoder = opened.module
     scaled = latent.to(plan.device, DTYPES[plan.precision.autoencoder]) / autoencoder.config.scaling_factor
     match plan.decode:
@@ -69,8 +71,8 @@ def _strips(stage: Stages, latent: Tensor) -> Generator[Tensor, None, None]:
                 plan.strip_rows,
                 heights=None if decoding is None else decoding.strip_rows,
                 starts=None if decoding is None else decoding.starts,
-                new_map=stage.new_map,
-                lend=None if opened.kept else lambda modules: opened.stream.lend(*modules),
+                new_map=map_maker(decoding, session.scratch),
+                lend=opened.lend,
                 on_sweep=lambda done, of: trim(),
             )
         case "patch":

@@ -9,7 +9,7 @@ from __future__ import annotations
 import errno
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
@@ -18,6 +18,8 @@ from torch import Tensor
 
 from handscroll.banded.rows import MAP_CHUNK_BYTES, RowMap, Strip
 from handscroll.errors import OutputError
+from handscroll.plan.decode import DecodeStage
+from handscroll.plan.store import Store
 
 # A strip that is not contiguous is written in pieces of about this size, and never copied as a whole.
 COPY_BYTES = 2**20
@@ -159,3 +161,18 @@ def _read_all(file: BinaryIO, data: memoryview) -> None:
 def _read_ahead(file: BinaryIO, offset: int, count: int) -> None:
     if hasattr(os, "posix_fadvise"):
         os.posix_fadvise(file.fileno(), offset, count, os.POSIX_FADV_WILLNEED)
+
+
+def new_map(store: Store | None, height: int, scratch: Path | None) -> RowMap:
+    """A map of so many rows where the plan wants it (None: nowhere else than in memory)."""
+    match store:
+        case "host":
+            return HostMap(height)
+        case "disk":
+            return DiskMap(height, scratch)
+    return RowMap(height)
+
+
+def map_maker(stage: DecodeStage | None, scratch: Path | None) -> Callable[[int, int], RowMap]:
+    """Makes the map that a sweep starts from, by the sweep's number and the map's height, where the plan wants it."""
+    return lambda index, height: new_map(stage.sweeps[index].store if stage else "memory", height, scratch)

@@ -6,7 +6,7 @@ import tempfile
 from pathlib import Path
 
 from handscroll.models.checkpoint import CheckpointSpec
-from handscroll.plan.inputs import Situation
+from handscroll.plan.inputs import PlanInputs
 from handscroll.request import Request
 from handscroll.runtime.device import find_hardware, import_libraries, scratch_folder
 from handscroll.runtime.memory import release, resident_bytes
@@ -14,11 +14,11 @@ from handscroll.runtime.modules import load_tokenizer
 from handscroll.runtime.text import count_tokens, instruction_of
 
 
-def survey(spec: CheckpointSpec, request: Request, output: Path | None = None, *, prompts: bool = True) -> Situation:
+def probe(spec: CheckpointSpec, request: Request, output: Path | None = None, *, prompts: bool = True) -> PlanInputs:
     """The device, its speed and free memory, and the length of the prompts, which the tokenizer is read for.
 
     `output` is the picture's path, beside which maps may be put on disk; without it, in the system's temporary folder.
-    Without `prompts` only decoding is surveyed.
+    Without `prompts` only decoding is looked at.
     Raises UsageError for a device that is not here, CheckpointError for a tokenizer that cannot be read.
     """
     import_libraries()
@@ -35,4 +35,4 @@ def survey(spec: CheckpointSpec, request: Request, output: Path | None = None, *
         release("cpu")
     folder = scratch_folder(None if output is None else output.absolute().parent)
     hardware = find_hardware(request.device, request.precision, folder or Path(tempfile.gettempdir()))
-    return Situation(hardware, tokens, tokenizer_bytes, ".png" if output is None else output.suffix)
+    return PlanInputs(hardware, tokens, tokenizer_bytes, ".png" if output is None else output.suffix)

@@ -1,12 +1,12 @@
-"""The stages of a run: each opens its module when it is first used, and the one before is freed first.
+"""The models of one checkpoint at work: each is opened when a stage asks for it, and the one before is freed first.
 
 What is opened has names and shapes; its weights are read layer by layer as they are needed, but for what the plan keeps
-in memory.
+resident.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,53 +17,57 @@ import torch
 from torch import Tensor, nn
 
 from handscroll.banded import dit
+from handscroll.banded.dcae import Lend
 from handscroll.banded.dit import Branch
-from handscroll.banded.rows import RowMap
 from handscroll.errors import HandscrollError
 from handscroll.models.checkpoint import CheckpointSpec
-from handscroll.plan.decode import DecodeStage
 from handscroll.plan.plan import Plan
 from handscroll.plan.store import Store
-from handscroll.runtime.maps import DiskMap, HostMap
+from handscroll.runtime.maps import new_map
 from handscroll.runtime.memory import release
-from handscroll.runtime.modules import open_module
-from handscroll.runtime.text import open_text_encoder
+from handscroll.runtime.modules import Component, open_module
+from handscroll.runtime.text_encoder import open_text_encoder
 from handscroll.weights.dtypes import DTYPES
 from handscroll.weights.stream import WeightStream
 
-Part = Literal["encoder", "decoder"]
+Half = Literal["encoder", "decoder"]
 
 
 @dataclass(frozen=True, eq=False)
 class Opened:
-    """A module and the stream that fills it. `kept`: all of it is in memory, and nothing need be lent."""
+    """A module and the stream that fills it. `resident`: all of it is in memory, and nothing need be lent."""
 
     module: Any
     stream: WeightStream
-    kept: bool = False
+    resident: bool = False
+
+    @property
+    def lend(self) -> Lend | None:
+        """Makes submodules real while its context is entered; None where all of them are."""
+        return None if self.resident else lambda modules: self.stream.lend(*modules)
 
 
 class Transformer:
-    """A checkpoint's transformer as its plan runs it: in bands, layer by layer."""
+    """A checkpoint's transformer as a plan runs it: in bands, layer by layer. `scratch`: the folder for its maps."""
 
-    def __init__(self, opened: Opened, plan: Plan, dtype: torch.dtype, scratch: Path | None) -> None:
+    def __init__(self, opened: Opened, plan: Plan, scratch: Path | None) -> None:
         self.module, self.stream, self.plan, self.scratch = opened.module, opened.stream, plan, scratch
         self.config = opened.module.config
-        self.dtype, self.device = dtype, torch.device(plan.device)
+        self.dtype, self.device = DTYPES[plan.precision.transformer], torch.device(plan.device)
 
     def predict(self, branches: Sequence[Branch]) -> list[Tensor]:
         """What the transformer gives for each branch. Takes and returns what `banded.dit.predict` does."""
-        stage = self.plan.denoise
-        if stage is not None and not stage.together and len(branches) > 1:
+        plan = self.plan.denoise
+        if plan is not None and not plan.together and len(branches) > 1:
             return [self.predict([branch])[0] for branch in branches]
-        residual: Store = "memory" if stage is None else stage.residual
+        residual: Store = "memory" if plan is None else plan.residual
         return dit.predict(
             self.module,
             branches,
             layer=self._lend,
-            band_rows=None if stage is None else stage.band_rows,
-            new_map=lambda height: make_map(residual, height, self.scratch),
-            lay_out=stage is not None and stage.lay_out,
+            band_rows=None if plan is None else plan.band_rows,
+            new_map=lambda height: new_map(residual, height, self.scratch),
+            lay_out=plan is not None and plan.lay_out,
         )
 
     @contextmanager
@@ -74,16 +78,19 @@ class Transformer:
             yield blocks[index]
 
 
-class Stages:
+class Session:
     """Text encoder, transformer and autoencoder of one checkpoint, one of them in memory at a time.
 
-    A context manager; `keep=True` holds on to every module once it is loaded, whole, for repeated use. `plan` may be
-    replaced between stages. `scratch` is the folder for maps that the plan puts on disk.
+    A context manager; `keep=True` holds on to every module once it is opened, whole, for repeated use. `scratch` is the
+    folder for maps that a plan puts on disk. What a module is opened in, and how much of it stays in memory, is the
+    plan's that it is first opened with; `free` before another plan is to be followed. `opened` says what is open, by
+    component, half of the autoencoder, precision and device.
     """
 
-    def __init__(self, spec: CheckpointSpec, plan: Plan, *, keep: bool = False, scratch: Path | None = None) -> None:
-        self.spec, self.plan, self.keep, self.scratch = spec, plan, keep, scratch
+    def __init__(self, spec: CheckpointSpec, *, keep: bool = False, scratch: Path | None = None) -> None:
+        self.spec, self.keep, self.scratch = spec, keep, scratch
         self.opened: dict[str, Opened] = {}
+        self._device = "cpu"
 
     def __enter__(self) -> Self:
         return self
@@ -100,86 +107,63 @@ class Stages:
         for opened in self.opened.values():
             opened.stream.close()
         self.opened.clear()
-        release(self.plan.device)
+        release(self._device)
 
-    @property
-    def text(self) -> Any:
+    def open_text_encoder(self, plan: Plan) -> Any:
         """The text encoder; its embedding table stays in the file, which gives the few rows that a prompt needs."""
-        return self._open("text_encoder", self.plan.precision.text_encoder).module
 
-    @property
-    def dit(self) -> Transformer:
-        """The transformer; its position embedding is never stored."""
-        precision = self.plan.precision.transformer
-        return Transformer(self._open("transformer", precision), self.plan, DTYPES[precision], self.scratch)
+        def opened() -> Opened:
+            dtype = DTYPES[plan.precision.text_encoder]
+            module, stream = open_text_encoder(self.spec, dtype=dtype, device=plan.device)
+            if self.keep:
+                stream.keep(module)
+            return Opened(module, stream, resident=self.keep)
 
-    @property
-    def decoder(self) -> Opened:
-        """The autoencoder with its decoder alone."""
-        return self._open("vae", self.plan.precision.autoencoder, "decoder")
+        return self._once("text_encoder", plan.precision.text_encoder, plan, opened).module
 
-    @property
-    def encoder(self) -> Opened:
-        """The autoencoder with its encoder alone."""
-        return self._open("vae", self.plan.precision.autoencoder, "encoder")
+    def open_transformer(self, plan: Plan) -> Transformer:
+        """The transformer, its first layers resident as the plan says; its position embedding is never stored."""
 
-    def new_map(self, index: int, height: int) -> RowMap:
-        """The map that sweep `index` of the decoder starts from."""
-        return self._new_map(self.plan.decoding, index, height)
+        def opened() -> Opened:
+            module, stream = self._open_module("transformer", plan.precision.transformer, plan)
+            blocks: Any = module.transformer_blocks
+            if self.keep or plan.denoise is None:
+                stream.keep(module)
+                return Opened(module, stream, resident=True)
+            stream.keep(module, but=blocks[plan.denoise.resident_layers :])
+            stream.remember(int(1.01 * plan.denoise.host_bytes))  # alignment pads a little
+            return Opened(module, stream)
 
-    def new_encoder_map(self, index: int, height: int) -> RowMap:
-        """The map that sweep `index` of the encoder starts from."""
-        return self._new_map(self.plan.encoding, index, height)
+        return Transformer(self._once("transformer", plan.precision.transformer, plan, opened), plan, self.scratch)
 
-    def _new_map(self, stage: DecodeStage | None, index: int, height: int) -> RowMap:
-        store = stage.sweeps[index].store if stage else "memory"
-        return make_map(store or "memory", height, self.scratch)
+    def open_autoencoder(self, plan: Plan, half: Half) -> Opened:
+        """The autoencoder with one half alone."""
 
-    @contextmanager
-    def at(self, plan: Plan) -> Iterator[None]:
-        """Runs another plan of the same job while it is entered: of a size through which the picture grows."""
-        own, self.plan = self.plan, plan
-        try:
-            yield
-        finally:
-            self.plan = own
+        def opened() -> Opened:
+            module, stream = self._open_module("vae", plan.precision.autoencoder, plan, half)
+            resident = self.keep or plan.decode != "rows"
+            if resident:
+                stream.keep(module)
+            return Opened(module, stream, resident=resident)
 
-    def _open(self, component: Any, precision: str, part: Part | None = None) -> Opened:
-        key = f"{component} {part or ''} {precision}"
+        return self._once(f"vae's {half}", plan.precision.autoencoder, plan, opened)
+
+    def _open_module(
+        self, component: Component, precision: str, plan: Plan, half: Half | None = None
+    ) -> tuple[Any, WeightStream]:
+        leave = {"patch_embed.pos_embed"} if component == "transformer" else set()
+        dtype = DTYPES[precision]
+        return open_module(self.spec, component, dtype=dtype, device=plan.device, part=half, leave=leave)
+
+    def _once(self, name: str, precision: str, plan: Plan, opened: Callable[[], Opened]) -> Opened:
+        """What is open under a name, in a precision and on the plan's device; else it takes the place of the others."""
+        key = f"{name} {precision} {plan.device}"
         if key not in self.opened:
             if not self.keep:
                 self.free()
+            self._device = plan.device
             try:
-                self.opened[key] = self._opened(component, DTYPES[precision], part)
+                self.opened[key] = opened()
             except OSError as error:
-                raise HandscrollError(f"{self.spec.folder / component}: cannot be read: {error.strerror}") from error
+                raise HandscrollError(f"{self.spec.folder}: its {name} cannot be read: {error.strerror}") from error
         return self.opened[key]
-
-    def _opened(self, component: Any, dtype: torch.dtype, part: Part | None) -> Opened:
-        if component == "text_encoder":
-            module, stream = open_text_encoder(self.spec, dtype=dtype, device=self.plan.device)
-            if self.keep:
-                stream.keep(module)
-            return Opened(module, stream, self.keep)
-        leave = {"patch_embed.pos_embed"} if component == "transformer" else set()
-        module, stream = open_module(self.spec, component, dtype=dtype, device=self.plan.device, part=part, leave=leave)
-        if self.keep or (component == "vae" and self.plan.decode != "rows"):
-            stream.keep(module)
-            return Opened(module, stream, kept=True)
-        if component == "transformer":
-            blocks: Any = module.transformer_blocks
-            resident = len(blocks) if self.plan.denoise is None else self.plan.denoise.resident_layers
-            stream.keep(module, but=blocks[resident:])
-            if self.plan.denoise is not None:
-                stream.remember(int(1.01 * self.plan.denoise.host_bytes))  # alignment pads a little
-        return Opened(module, stream)
-
-
-def make_map(store: Store, height: int, scratch: Path | None) -> RowMap:
-    """A map of so many rows where the plan wants it."""
-    match store:
-        case "host":
-            return HostMap(height)
-        case "disk":
-            return DiskMap(height, scratch)
-    return RowMap(height)

@@ -4,19 +4,53 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from handscroll.errors import NumericsError
+from handscroll.events import OnEvent, Progress
 from handscroll.models.checkpoint import CheckpointSpec
-from handscroll.runtime.modules import load_rows, open_module
+from handscroll.plan.plan import Plan
+from handscroll.plan.stages import TEXT
+from handscroll.request import Request
+from handscroll.runtime.modules import load_rows, load_tokenizer
+from handscroll.runtime.session import Session
 from handscroll.runtime.text_cache import Text, load_text, save_text, text_key
-from handscroll.weights.stream import WeightStream
+from handscroll.runtime.text_encoder import EMBEDDING_TABLE
+from handscroll.weights.dtypes import DTYPES
 
-EMBEDDING_TABLE = "embed_tokens.weight"
+
+@dataclass(frozen=True)
+class Texts:
+    """What a picture is denoised by: the prompt, and the negative prompt where guidance needs one."""
+
+    prompt: Text
+    negative: Text | None = None
+
+
+def encode_prompts(session: Session, plan: Plan, request: Request, on_event: OnEvent) -> Texts:
+    """The prompt's embeddings, and the negative prompt's where guidance needs them.
+
+    The text encoder is opened only for what the cache of embeddings does not know.
+    """
+    spec, dtype = session.spec, DTYPES[plan.precision.text_encoder]
+
+    @cache
+    def opened() -> tuple[Any, Any]:
+        return session.open_text_encoder(plan), load_tokenizer(spec)
+
+    def text_of(prompt: str, instruction: str) -> Text:
+        return encoded(spec, prompt, instruction, dtype, opened, device=plan.device)
+
+    on_event(Progress(TEXT.name, 0, 1))
+    prompt = text_of(request.prompt, instruction_of(spec))
+    negative = text_of(request.negative, "") if plan.guided and not spec.is_sprint else None
+    on_event(Progress(TEXT.name, 1, 1))
+    return Texts(prompt, negative)
 
 
 def instruction_of(spec: CheckpointSpec) -> str:
@@ -32,41 +66,6 @@ def instruction_of(spec: CheckpointSpec) -> str:
 
         lines = inspect.signature(SanaPipeline.__call__).parameters["complex_human_instruction"].default
     return "\n".join(lines)
-
-
-def open_text_encoder(
-    spec: CheckpointSpec, *, dtype: torch.dtype, device: torch.device | str
-) -> tuple[nn.Module, WeightStream]:
-    """A `Gemma2Model` that runs in the memory of one decoder layer, and the stream to close when it is done with.
-
-    Its own `forward` is what runs: each layer is lent its weights just before it is called and gives them back right
-    after, while the next layer's are read ahead. The embedding table stays in the file, so the model takes
-    `inputs_embeds`, as `encode_prompt` gives them. Values are those of the loaded model, bit for bit.
-
-    Memory: a layer's weights in `dtype` (78 M of them for gemma-2-2b; twice that on a CUDA device), and 16 MiB where
-    dtypes are converted. Raises CheckpointError as `load_module` does, and when a layer cannot be read.
-    """
-    encoder: Any
-    encoder, stream = open_module(spec, "text_encoder", dtype=dtype, device=device, leave={EMBEDDING_TABLE})
-    stream.keep(encoder, but=[encoder.layers])
-    _lend_in_turn(stream, list(encoder.layers))
-    return encoder, stream
-
-
-def _lend_in_turn(stream: WeightStream, layers: list[nn.Module]) -> None:
-    for index, layer in enumerate(layers):
-        lent = ExitStack()
-        following = layers[index + 1 : index + 2]
-
-        def before(layer: nn.Module, _: Any, lent: ExitStack = lent, following: list[nn.Module] = following) -> None:
-            lent.enter_context(stream.lend(layer))
-            stream.prefetch(*following)
-
-        def after(_: nn.Module, __: Any, ___: Any, lent: ExitStack = lent) -> None:
-            lent.close()
-
-        layer.register_forward_pre_hook(before)
-        layer.register_forward_hook(after, always_call=True)
 
 
 def encoded(

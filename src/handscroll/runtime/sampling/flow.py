@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from handscroll.runtime.sampling.branches import predictions
 from handscroll.runtime.sampling.job import Sampling
-from handscroll.runtime.sampling.predictions import predictions
-from handscroll.runtime.sampling.schedule import Journey, set_timesteps
+from handscroll.runtime.sampling.schedule import SamplerRun, set_timesteps
 
 
 def _beginning(job: Sampling) -> Tensor:
@@ -23,11 +23,11 @@ def denoise_flow(job: Sampling) -> Tensor:
     transformer, scheduler, device = job.transformer, job.scheduler, job.transformer.device
     timesteps = set_timesteps(scheduler, job.steps, device=device)
     channels = job.noise.shape[1]
-    journey = Journey(job, timesteps)
+    run = SamplerRun(job, timesteps)
     latent = (_beginning(job) if job.start is None else job.start.latent).to(device)
     if job.source is not None and job.start is None:
-        journey.begin(latent)
-    for index, t in journey.steps():
+        run.begin(latent)
+    for index, t in run.steps():
         timestep = t.expand(1) * transformer.config.timestep_scale
         texts = [job.text] if job.negative is None else [job.text, job.negative]
         prediction, *baselines = (each.float() for each in predictions(transformer, latent, texts, timestep))
@@ -36,5 +36,5 @@ def denoise_flow(job: Sampling) -> Tensor:
         if transformer.config.out_channels // 2 == channels:
             prediction = prediction.chunk(2, dim=1)[0]  # a learned variance is not used
         latent = scheduler.step(prediction, t, latent, generator=job.generator, return_dict=False)[0]
-        journey.step_done(index, latent)
+        run.step_done(index, latent)
     return latent

@@ -34,7 +34,7 @@ def worth_saving(unsaved_seconds: float, last_save_seconds: float, is_last: bool
     return is_last or unsaved_seconds >= max(SAVE_AFTER_SECONDS, last_save_seconds / SAVE_SHARE)
 
 
-class Journey:
+class SamplerRun:
     """Where a sampler is on its schedule: puts it back where it was, and hands out its states."""
 
     def __init__(self, job: Sampling, timesteps: Tensor) -> None:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from handscroll.runtime.sampling.branches import predictions
 from handscroll.runtime.sampling.job import Sampling
-from handscroll.runtime.sampling.predictions import predictions
-from handscroll.runtime.sampling.schedule import Journey, set_timesteps
+from handscroll.runtime.sampling.schedule import SamplerRun, set_timesteps
 
 # SanaSprintPipeline's defaults: the first timestep of the trigonometric flow, pi/2 rounded, and the one between two.
 SCM_MAX_TIMESTEP = 1.57080
@@ -27,13 +27,13 @@ def denoise_scm(job: Sampling) -> Tensor:
         max_timesteps=SCM_MAX_TIMESTEP,
         intermediate_timesteps=SCM_INTERMEDIATE_TIMESTEP if job.steps == 2 else None,
     )[:-1]
-    journey = Journey(job, timesteps)
+    run = SamplerRun(job, timesteps)
     latent = job.noise.to(device) * sigma_data if job.start is None else job.start.latent.to(device)
     scale = None
     if transformer.config.guidance_embeds:
         scale = torch.full([1], job.guidance, device=device).to(text.embeddings.dtype)
         scale = scale * transformer.config.guidance_embeds_scale
-    for index, t in journey.steps():
+    for index, t in run.steps():
         timestep = t.expand(1)
         s = torch.sin(timestep) / (torch.cos(timestep) + torch.sin(timestep))
         norm = torch.sqrt(s**2 + (1 - s) ** 2).view(-1, 1, 1, 1)
@@ -46,5 +46,5 @@ def denoise_scm(job: Sampling) -> Tensor:
         )
         if index + 1 == len(timesteps):
             latent = denoised
-        journey.step_done(index, latent)
+        run.step_done(index, latent)
     return latent / sigma_data

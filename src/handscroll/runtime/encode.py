@@ -1,4 +1,4 @@
-"""A finished smaller picture becomes the latent that the next size begins from: decoded, enlarged, encoded by rows."""
+"""A picture of uint8 becomes a latent, enlarged on the way, by rows."""
 
 from __future__ import annotations
 
@@ -11,32 +11,23 @@ from handscroll.errors import NumericsError
 from handscroll.pictures.resizing import enlarged
 from handscroll.plan.plan import Plan
 from handscroll.runtime.decode import whole_picture
+from handscroll.runtime.maps import map_maker
 from handscroll.runtime.memory import trim
-from handscroll.runtime.session import Stages
+from handscroll.runtime.session import Session
 from handscroll.weights.dtypes import DTYPES
 
 
-def grown(stage: Stages, latent: Tensor, plan: Plan) -> Tensor:
-    """The finished latent of a plan's smaller picture -> what that plan's size begins from, [1, C, h, w] fp32."""
-    assert plan.smaller is not None
-    with stage.at(plan.smaller):
-        picture = whole_picture(stage, latent)
-    with stage.at(plan):
-        return latent_of(stage, picture)
-
-
-def latent_of(stage: Stages, picture: np.ndarray) -> Tensor:
+def encode_picture(session: Session, plan: Plan, picture: np.ndarray) -> Tensor:
     """picture [h, w, 3] uint8, enlarged to the plan's size -> its latent [1, C, H/32, W/32] fp32, as samplers take it.
 
     The enlarged picture exists only in strips. Raises OutputError where a map finds no room on disk,
     NumericsError for NaN or infinity.
     """
-    plan, opened = stage.plan, stage.encoder
-    autoencoder, dtype = opened.module, DTYPES[plan.precision.autoencoder]
-    factor = stage.spec.autoencoder.spatial_compression_ratio
-    height, width = plan.latent_height * factor, plan.latent_width * factor
-    encoding = plan.encoding
+    opened, encoding = session.open_autoencoder(plan, "encoder"), plan.encoding
     assert encoding is not None
+    autoencoder, dtype = opened.module, DTYPES[plan.precision.autoencoder]
+    factor = session.spec.autoencoder.spatial_compression_ratio
+    height, width = plan.latent_height * factor, plan.latent_width * factor
     latent = dcae.encode_strips(
         autoencoder.encoder,
         lambda rows: enlarged(picture, height, width, rows, dtype, plan.device),
@@ -44,10 +35,19 @@ def latent_of(stage: Stages, picture: np.ndarray) -> Tensor:
         width,
         encoding.strip_rows,
         starts=encoding.starts,
-        new_map=stage.new_encoder_map,
-        lend=None if opened.kept else lambda modules: opened.stream.lend(*modules),
+        new_map=map_maker(encoding, session.scratch),
+        lend=opened.lend,
         on_sweep=lambda done, of: trim(),
     )
     if not torch.isfinite(latent).all():
         raise NumericsError("the autoencoder gave numbers that are not finite", "autoencoder")
     return latent.float() * autoencoder.config.scaling_factor
+
+
+def enlarge_latent(session: Session, plan: Plan, latent: Tensor) -> Tensor:
+    """The finished latent of a plan's smaller picture -> what that plan's size begins from, [1, C, h, w] fp32.
+
+    It is decoded, enlarged and encoded. Raises as `encode_picture`.
+    """
+    assert plan.smaller is not None
+    return encode_picture(session, plan, whole_picture(session, plan.smaller, latent))

@@ -1,0 +1,68 @@
+"""The candidates for one part of a stage: every way to run it that is worth considering, from a plan and a spec."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable
+
+from handscroll.models.checkpoint import CheckpointSpec
+from handscroll.plan.budget import PartBudget
+from handscroll.plan.decode import DecodeStage, decode_stages
+from handscroll.plan.decoder_shape import DecoderShape
+from handscroll.plan.denoise import DenoiseStage, Sampling, denoise_stages
+from handscroll.plan.encoder_shape import EncoderShape
+from handscroll.plan.inputs import PlanInputs
+from handscroll.plan.plan import PartPlan, Plan
+from handscroll.plan.precision import BYTES
+from handscroll.plan.stages import DECODE_PART, DENOISE_PART, ENCODE_PART, TEXT_PART, Part
+from handscroll.plan.text import TextStage, text_stage
+from handscroll.plan.writer import writer_bytes
+
+
+def best_candidate(part: Part, plan: Plan, spec: CheckpointSpec, inputs: PlanInputs, budget: PartBudget) -> PartPlan:
+    """The fastest candidate that fits the budget, with its bytes in total; the smallest where none does."""
+    if part is TEXT_PART:
+        return budget.choose(_text(plan, spec, inputs))
+    if part is DENOISE_PART:
+        return budget.choose(_denoise(plan, spec, inputs, budget))
+    best = budget.choose(_autoencoder(part, plan, spec, inputs, budget))
+    if part is not DECODE_PART or plan.on_the_way or inputs.hardware.is_cuda:
+        return best
+    # The file is encoded once all rows are there, and what made them is gone.
+    writing_bytes = budget.total_bytes(writer_bytes(inputs.suffix, plan.width, plan.height))
+    return dataclasses.replace(best, peak_bytes=max(best.peak_bytes, writing_bytes))
+
+
+def _prompts(plan: Plan, spec: CheckpointSpec) -> int:
+    return 2 if plan.guided and not spec.is_sprint else 1
+
+
+def _text(plan: Plan, spec: CheckpointSpec, inputs: PlanInputs) -> Iterable[TextStage]:
+    precision = plan.precision.text_encoder
+    return [text_stage(spec.text_encoder, inputs.tokens or 0, _prompts(plan, spec), precision, inputs)]
+
+
+def _denoise(plan: Plan, spec: CheckpointSpec, inputs: PlanInputs, budget: PartBudget) -> Iterable[DenoiseStage]:
+    patch = spec.transformer.patch_size
+    sampling = Sampling(
+        rows=plan.latent_height // patch,
+        columns=plan.latent_width // patch,
+        tokens=inputs.tokens or 0,
+        steps=plan.steps_here,
+        branches=_prompts(plan, spec),
+        precision=plan.precision.transformer,
+    )
+    return denoise_stages(spec.transformer, sampling, inputs.hardware, budget.tensor_bytes)
+
+
+def _autoencoder(
+    part: Part, plan: Plan, spec: CheckpointSpec, inputs: PlanInputs, budget: PartBudget
+) -> Iterable[DecodeStage]:
+    precision = plan.precision.autoencoder
+    half, small, strip_rows = DecoderShape, plan if plan.on_the_way else None, plan.strip_rows
+    if part is ENCODE_PART:
+        half, small, strip_rows = EncoderShape, plan.smaller, None
+    shape = half(spec.autoencoder, plan.latent_height, plan.latent_width, BYTES[precision])
+    # A smaller picture is held whole, in the host's memory, while it is decoded and encoded again.
+    held_bytes = 0 if small is None or inputs.hardware.is_cuda else 3 * small.width * small.height
+    return decode_stages(shape, precision, inputs.hardware, budget.tensor_bytes, strip_rows, held_bytes)

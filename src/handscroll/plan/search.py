@@ -1,0 +1,160 @@
+"""(spec, request, inputs) -> a frozen Plan: every default filled in, every choice made, before a weight is read."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable
+from typing import Any
+
+from handscroll.errors import BudgetError, SizeError, UsageError
+from handscroll.models.checkpoint import CheckpointSpec
+from handscroll.plan.budget import limit_of, part_budget
+from handscroll.plan.candidates import best_candidate
+from handscroll.plan.growth import with_smaller_sizes
+from handscroll.plan.inputs import MIB, PlanInputs
+from handscroll.plan.plan import Plan
+from handscroll.plan.precision import Precision, resolve_precision
+from handscroll.plan.stages import BY_NAME, DECODE, DENOISE, DENOISE_PART, ENCODE_PART, TEXT, Stage
+from handscroll.request import MAX_SIDE_PX, Request
+
+# A stated minimum is rounded up, so that it still does when the process itself takes a little more the next time.
+MINIMUM_STEP_BYTES = 16 * MIB
+# What a stage that ran out of memory may take of what it was planned to take, at its next try.
+SHRINKS_TO = 0.7
+
+
+def make_plan(spec: CheckpointSpec, request: Request, inputs: PlanInputs, seed: int) -> Plan:
+    """Fills in a request's defaults from the checkpoint, and chooses how each stage runs within the budget.
+
+    `seed` stands in for one that was left out. Of the candidates that fit, each stage takes the fastest; without a
+    budget, of those that this machine has the memory for.
+
+    Raises SizeError where the model has a largest size, UsageError for what this kind of model cannot do, BudgetError
+    with the least that would do.
+    """
+    factor = spec.autoencoder.spatial_compression_ratio * spec.transformer.patch_size
+    width = request.width or request.height or spec.native_px
+    height = request.height or request.width or spec.native_px
+    if max(width, height) > MAX_SIDE_PX:
+        raise SizeError(f"size {width}x{height} is out of range; use at most {MAX_SIDE_PX} pixels a side")
+    if spec.is_sprint and request.negative:
+        raise UsageError(f"{spec.name} is a few-step model and takes no negative prompt; leave --negative out")
+    first_seed = seed if request.seed is None else request.seed
+    hardware = inputs.hardware
+    plan = Plan(
+        width=width,
+        height=height,
+        latent_width=-(-width // factor) * spec.transformer.patch_size,
+        latent_height=-(-height // factor) * spec.transformer.patch_size,
+        steps=request.steps or spec.default_steps,
+        guidance=spec.default_guidance if request.guidance is None else request.guidance,
+        seeds=tuple(first_seed + index for index in range(request.count)),
+        precision=resolve_precision(spec, request.precision, hardware.device, hardware.bf16_is_faster),
+        device=hardware.device,
+        decode=request.decode,
+        patches=request.patches,
+        strip_rows=request.strip_rows,
+        budget_bytes=request.memory_bytes,
+    )
+    if inputs.tokens is not None:
+        plan = with_smaller_sizes(plan, spec, request.compose_px)
+    return plan_stages(plan, spec, inputs)
+
+
+def plan_stages(plan: Plan, spec: CheckpointSpec, inputs: PlanInputs) -> Plan:
+    """The plan with its stages chosen anew for its precision and budget. Raises BudgetError."""
+    planned = _chosen(plan, spec, inputs, _planned_stages(plan, inputs), limit_of(plan.budget_bytes, inputs.hardware))
+    if plan.budget_bytes is not None and max(planned.planned_bytes.values(), default=0) > plan.budget_bytes:
+        raise _too_small(planned, spec, inputs)
+    return planned
+
+
+def replan(plan: Plan, spec: CheckpointSpec, inputs: PlanInputs, stage: str) -> Plan:
+    """The plan with one stage chosen anew, for inputs that have changed. Raises BudgetError if it does not fit."""
+    if BY_NAME[stage] not in _planned_stages(plan, inputs):
+        return plan
+    limit_bytes = limit_of(plan.budget_bytes, inputs.hardware)
+    planned = _chosen(plan, spec, inputs, [BY_NAME[stage]], limit_bytes)
+    if plan.budget_bytes is not None and planned.planned_bytes[stage] > plan.budget_bytes:
+        raise _too_small(planned, spec, inputs)
+    return planned
+
+
+def replan_in_precision(plan: Plan, spec: CheckpointSpec, inputs: PlanInputs, stage: str, precision: Precision) -> Plan:
+    """The plan with what runs in one stage in a precision, chosen anew where that is a change. Raises BudgetError."""
+    own = {component: getattr(precision, component) for component in BY_NAME[stage].components}
+    changed = dataclasses.replace(plan, precision=dataclasses.replace(plan.precision, **own))
+    return plan if changed == plan else replan(changed, spec, inputs, stage)
+
+
+def shrink(plan: Plan, spec: CheckpointSpec, inputs: PlanInputs, stage: str) -> Plan | None:
+    """The plan with less memory for one stage, after it ran out; None where all of it takes the least already.
+
+    Of a stage of several parts nobody knows which one ran out, nor at how much: the largest are shrunk first, and
+    where they cannot be, the next.
+    """
+    parts = plan.parts[stage]
+    if not parts:
+        return None
+
+    def total_bytes(plan: Plan) -> int:
+        return sum(part.peak_bytes for part in plan.parts[stage])
+
+    base_bytes, used_bytes = inputs.hardware.base_bytes, total_bytes(plan)
+    if total_bytes(_chosen(plan, spec, inputs, [BY_NAME[stage]], limit_bytes=0)) >= used_bytes:
+        return None
+    limit_bytes, smaller = max(part.peak_bytes for part in parts), plan
+    while total_bytes(smaller) >= used_bytes:
+        limit_bytes = base_bytes + int(SHRINKS_TO * max(limit_bytes - base_bytes, 0))
+        smaller = _chosen(plan, spec, inputs, [BY_NAME[stage]], limit_bytes)
+    return smaller
+
+
+def minimum_bytes(plan: Plan, spec: CheckpointSpec, inputs: PlanInputs) -> int | None:
+    """The smallest budget that this plan's job would be accepted with; None where it keeps no budget."""
+    if plan.decode != "rows":
+        return None
+    unlimited = dataclasses.replace(plan, budget_bytes=0)
+    least = _chosen(unlimited, spec, inputs, _planned_stages(plan, inputs), limit_bytes=0)
+    least_bytes = max(least.planned_bytes.values())
+    return -(-(least_bytes + MINIMUM_STEP_BYTES // 2) // MINIMUM_STEP_BYTES) * MINIMUM_STEP_BYTES
+
+
+def _planned_stages(plan: Plan, inputs: PlanInputs) -> list[Stage]:
+    stages = [] if inputs.tokens is None else [TEXT, DENOISE]
+    return [*stages, DECODE] if plan.decode == "rows" else stages
+
+
+def _chosen(
+    plan: Plan, spec: CheckpointSpec, inputs: PlanInputs, stages: Iterable[Stage], limit_bytes: int | None
+) -> Plan:
+    """The plan with these stages chosen anew, each part of them within the limit where it can be."""
+    parts = [part for stage in stages for part in stage.parts if part is not ENCODE_PART or plan.smaller is not None]
+    if DENOISE_PART in parts and plan.smaller is not None:
+        smaller = dataclasses.replace(plan.smaller, precision=plan.precision, budget_bytes=plan.budget_bytes)
+        smaller = _chosen(smaller, spec, inputs, [DENOISE, DECODE], limit_bytes)
+        plan = dataclasses.replace(plan, smaller=smaller)
+    found: dict[str, Any] = {}
+    for part in parts:
+        budget = part_budget(part, plan, spec, inputs, limit_bytes)
+        found[part.field] = best_candidate(part, plan, spec, inputs, budget)
+    return dataclasses.replace(plan, **found)
+
+
+def _too_small(plan: Plan, spec: CheckpointSpec, inputs: PlanInputs) -> BudgetError:
+    least_bytes, allowed_bytes = minimum_bytes(plan, spec, inputs), plan.budget_bytes
+    assert least_bytes is not None
+    assert allowed_bytes is not None
+    planned_bytes = plan.planned_bytes
+    largest = BY_NAME[max(planned_bytes, key=lambda name: planned_bytes[name])]
+    line = (
+        f"{plan.width}x{plan.height} with {spec.name} in {plan.precision} needs at least "
+        f"--memory {least_bytes // MIB}MiB, for {largest.title}; {allowed_bytes // MIB} MiB were allowed"
+    )
+    if plan.smaller is not None:
+        at_once = dataclasses.replace(plan, smaller=None, encoding=None, first_step=0)
+        at_once_bytes = minimum_bytes(at_once, spec, inputs)
+        assert at_once_bytes is not None
+        if at_once_bytes <= allowed_bytes:
+            line += ", which --compose off would do with"
+    return BudgetError(line, least_bytes)
