@@ -138,6 +138,21 @@ def test_memory_sets_the_strip_height_or_is_refused(vae: Any) -> None:
     assert difference(vae.decode(z).sample, whole) <= 2e-5
 
 
+def test_memory_is_planned_for_encoding_too_or_refused(vae: Any) -> None:
+    pixels = torch.rand(2, 3, 192, 288) * 2 - 1
+    whole = vae.encode(pixels).latent
+    handscroll.attach(vae)
+    by_rows = vae.encode(pixels).latent
+    assert difference(by_rows, whole) <= 2e-5
+    handscroll.attach(vae, memory="200MiB")
+    assert torch.equal(vae.encode(pixels).latent, by_rows)
+    handscroll.attach(vae, memory=1000)
+    with pytest.raises(BudgetError, match="288x192") as refused:
+        vae.encode(pixels)
+    handscroll.attach(vae, memory=refused.value.minimum_bytes)
+    assert torch.equal(vae.encode(pixels).latent, by_rows)
+
+
 def test_what_cannot_be_attached_says_so(vae: Any) -> None:
     with pytest.raises(UsageError, match="AutoencoderDC"):
         handscroll.attach(torch.nn.Linear(1, 1))

@@ -17,7 +17,8 @@ from handscroll.errors import BudgetError, UsageError
 from handscroll.models.autoencoder import AutoencoderSpec
 from handscroll.plan.decode import decode_stages
 from handscroll.plan.decoder_shape import DecoderShape
-from handscroll.plan.inputs import Hardware
+from handscroll.plan.encoder_shape import EncoderShape
+from handscroll.plan.inputs import MIB, Hardware
 from handscroll.request import check_range, parse_bytes
 from handscroll.runtime.memory import trim
 
@@ -26,11 +27,6 @@ _METHODS = ("_decode", "_encode")
 
 # In somebody else's process the heap is left as it is, with holes between what is in use.
 _HEAP_SHARE = 0.7
-
-
-# Encoding, in rows of a sweep's largest activation: so many whatever the strip height, for line buffers, and so many
-# for each row of a strip. Fitted from above to the peaks of f32c32-sana, holes in the heap included.
-_ROWS_ALWAYS, _ROWS_A_ROW = 22, 15
 
 
 def attach(target: Any, strip_rows: int | None = None, memory: str | int | None = None) -> Any:
@@ -73,9 +69,9 @@ def _decode(autoencoder: Any, z: Tensor, *, strip_rows: int | None, memory_bytes
     """[B, C, h, w] -> [B, 3, H, W], in place of `AutoencoderDC._decode`."""
     decoder = autoencoder.decoder
     z = _moved(decoder, z)
-    route = {} if memory_bytes is None else _route_within(autoencoder, z, memory_bytes)
-    factor = autoencoder.spatial_compression_ratio
     batch, _, height, width = z.shape
+    route = {} if memory_bytes is None else _route_within(DecoderShape, autoencoder, z, height, width, memory_bytes)
+    factor = autoencoder.spatial_compression_ratio
     out = z.new_empty(batch, autoencoder.config.in_channels, height * factor, width * factor)
     row = 0
     for strip in dcae.decode_rows(decoder, z, strip_rows, on_sweep=lambda done, of: trim(), **route):
@@ -88,9 +84,11 @@ def _encode(autoencoder: Any, x: Tensor, *, strip_rows: int | None, memory_bytes
     """[B, 3, H, W] -> [B, C, h, w], in place of `AutoencoderDC._encode`."""
     encoder = autoencoder.encoder
     x = _moved(encoder, x)
+    route: dict[str, Any] = {}
     if memory_bytes is not None:
-        strip_rows = _rows_within(dcae.encoder_units(encoder), x, memory_bytes)
-    return dcae.encode(encoder, x, strip_rows, on_sweep=lambda done, of: trim())
+        height, width = (-(-side // autoencoder.spatial_compression_ratio) for side in x.shape[2:])
+        route = _route_within(EncoderShape, autoencoder, x, height, width, memory_bytes)
+    return dcae.encode(encoder, x, strip_rows, on_sweep=lambda done, of: trim(), **route)
 
 
 def _moved(module: torch.nn.Module, x: Tensor) -> Tensor:
@@ -104,38 +102,26 @@ def _moved(module: torch.nn.Module, x: Tensor) -> Tensor:
     return x.to(parameter.device, parameter.dtype)
 
 
-def _route_within(autoencoder: Any, z: Tensor, memory_bytes: int) -> dict[str, Any]:
-    """Strip heights and starts whose planned peak stays within `memory_bytes`. Raises BudgetError with the least."""
-    batch, _, height, width = z.shape
-    spec = AutoencoderSpec.from_config(dict(autoencoder.config))
-    shape = DecoderShape(spec, height, width * batch, z.element_size(), batch)
-    precision = {2: "bf16", 4: "fp32"}.get(z.element_size(), "fp32")
+def _route_within(
+    half: type[DecoderShape], autoencoder: Any, given: Tensor, rows: int, columns: int, memory_bytes: int
+) -> dict[str, Any]:
+    """Strip heights and starts of the decoder or encoder whose planned peak stays within `memory_bytes`.
+
+    given: the input, [B, ...]; the latent is `rows` x `columns`. Raises BudgetError with the least that would do.
+    """
+    batch, element_bytes = len(given), given.element_size()
+    shape = half(AutoencoderSpec.from_config(dict(autoencoder.config)), rows, columns * batch, element_bytes, batch)
+    precision = {2: "bf16", 4: "fp32"}.get(element_bytes, "fp32")
     limit_bytes = int(memory_bytes * _HEAP_SHARE)
-    ways = list(decode_stages(shape, precision, Hardware(str(z.device), scratch_bytes=0), limit_bytes))
-    fitting = [way for way in ways if way.peak_bytes <= limit_bytes]
+    candidates = list(decode_stages(shape, precision, Hardware(str(given.device), scratch_bytes=0), limit_bytes))
+    fitting = [candidate for candidate in candidates if candidate.peak_bytes <= limit_bytes]
     if not fitting:
-        least_bytes = min(way.peak_bytes for way in ways)
-        raise _too_little(height, width, memory_bytes, int(least_bytes / _HEAP_SHARE) + 1)
-    best = min(fitting, key=lambda way: way.seconds)
+        least_bytes = int(min(candidate.peak_bytes for candidate in candidates) / _HEAP_SHARE) + 1
+        factor = autoencoder.spatial_compression_ratio
+        raise BudgetError(
+            f"a picture of {columns * factor}x{rows * factor} needs at least {-(-least_bytes // MIB)} MiB above "
+            f"weights, input and result; {memory_bytes / MIB:.0f} MiB were allowed",
+            least_bytes,
+        )
+    best = min(fitting, key=lambda candidate: candidate.seconds)
     return {"heights": best.strip_rows, "starts": best.starts}
-
-
-def _rows_within(units: list[dcae.Unit], x: Tensor, memory_bytes: int) -> int:
-    """The strip height whose estimated peak stays within `memory_bytes`. Raises BudgetError with the least."""
-    batch, _, height, width = x.shape
-    sweeps = dcae.cut_at_barriers(units, height, width)
-    element_bytes = batch * x.element_size()
-    resident_bytes = max(sweep.map_bytes(height, width, element_bytes) + sweep.weight_bytes for sweep in sweeps)
-    row_bytes = [sweep.row_bytes(width, element_bytes) for sweep in sweeps]
-    minimum = resident_bytes + (_ROWS_ALWAYS + _ROWS_A_ROW) * max(row_bytes)
-    if memory_bytes < minimum:
-        raise _too_little(height, width, memory_bytes, minimum)
-    return max(1, ((memory_bytes - resident_bytes) // max(row_bytes) - _ROWS_ALWAYS) // _ROWS_A_ROW)
-
-
-def _too_little(height: int, width: int, memory_bytes: int, minimum_bytes: int) -> BudgetError:
-    return BudgetError(
-        f"streaming {height}x{width} needs at least {minimum_bytes / 2**20:.0f} MiB above weights, input and result; "
-        f"{memory_bytes / 2**20:.0f} MiB were allowed",
-        minimum_bytes,
-    )
