@@ -14,15 +14,17 @@ from urllib.parse import unquote, urlsplit
 import pytest
 from huggingface_hub import constants
 
-from handscroll.errors import CheckpointError, FetchError, UnknownModelError
+from handscroll.errors import CheckpointError, FetchError, UnknownModelError, UsageError
 from handscroll.models import hub as fetch_module
 from handscroll.models.checkpoint import CheckpointSpec
 from handscroll.models.hub import FetchProgress, choose_files, fetch, find_local
 from handscroll.models.opening import open_checkpoint
-from handscroll.pipeline import plan_of
+from handscroll.pictures.metadata import read_parameters
+from handscroll.pipeline import decode_latent, generate, plan_of
 from handscroll.request import Request
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
+OLDER = "fedcba9876543210fedcba9876543210fedcba98"
 HUB_ID = "someone/tiny-sana_diffusers"
 
 
@@ -32,6 +34,7 @@ class Hub:
     def __init__(self, files: dict[str, bytes]) -> None:
         self.files = files
         self.requests: list[tuple[str, str, str | None]] = []
+        self.revisions = {"main": COMMIT, "v1": OLDER, COMMIT: COMMIT, OLDER: OLDER}
         self.refuse: dict[str, tuple[int, dict[str, str]]] = {}  # path prefix -> status and headers
         self.break_after: dict[str, int] = {}  # file name -> bytes to send before the line goes dead
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), self._handler())
@@ -74,23 +77,32 @@ class Hub:
                 for prefix, (status, headers) in hub.refuse.items():
                     if path.startswith(prefix):
                         return self.send(status, b"{}", headers, body)
-                if path == f"/api/models/{HUB_ID}/revision/main":
+                revision = path.removeprefix(f"/api/models/{HUB_ID}/revision/")
+                if revision in hub.revisions:
                     siblings = [{"rfilename": name, "size": len(data)} for name, data in hub.files.items()]
-                    listing = {"id": HUB_ID, "modelId": HUB_ID, "sha": COMMIT, "siblings": siblings, "tags": []}
+                    listing = {
+                        "id": HUB_ID,
+                        "modelId": HUB_ID,
+                        "sha": hub.revisions[revision],
+                        "siblings": siblings,
+                        "tags": [],
+                    }
                     return self.send(200, json.dumps(listing).encode(), {}, body)
-                if path == f"/api/models/{HUB_ID}/tree/{COMMIT}":
+                if path != revision:
+                    return self.send(404, b"{}", {"X-Error-Code": "RevisionNotFound"}, body)
+                if path in (f"/api/models/{HUB_ID}/tree/{commit}" for commit in (COMMIT, OLDER)):
                     tree = [
                         {"type": "file", "path": name, "size": len(data), "oid": etag(data)}
                         for name, data in hub.files.items()
                     ]
                     return self.send(200, json.dumps(tree).encode(), {}, body)
-                name = path.partition(f"/{HUB_ID}/resolve/{COMMIT}/")[2]
-                if name in hub.files:
-                    return self.send_file(name, hub.files[name], body)
+                commit, _, name = path.removeprefix(f"/{HUB_ID}/resolve/").partition("/")
+                if commit in (COMMIT, OLDER) and name in hub.files:
+                    return self.send_file(name, hub.files[name], body, commit)
                 return self.send(404, b"{}", {"X-Error-Code": "RepoNotFound"}, body)
 
-            def send_file(self, name: str, data: bytes, body: bool) -> None:
-                headers = {"ETag": f'"{etag(data)}"', "X-Repo-Commit": COMMIT, "Accept-Ranges": "bytes"}
+            def send_file(self, name: str, data: bytes, body: bool, commit: str) -> None:
+                headers = {"ETag": f'"{etag(data)}"', "X-Repo-Commit": commit, "Accept-Ranges": "bytes"}
                 asked = self.headers.get("Range")
                 if asked and body:
                     first = int(asked.removeprefix("bytes=").split("-")[0])
@@ -163,7 +175,8 @@ def test_a_plan_needs_no_weights(hub: Hub) -> None:
     assert minimum_bytes is not None
     whole = open_checkpoint(HUB_ID)
     assert find_local(HUB_ID) == whole.folder
-    assert dataclasses.replace(whole, name="", published="") == dataclasses.replace(
+    assert whole.commit == COMMIT
+    assert dataclasses.replace(whole, name="", published="", commit=None) == dataclasses.replace(
         CheckpointSpec.from_folder(whole.folder), name="", published=""
     )
 
@@ -310,3 +323,74 @@ def test_a_repository_without_safetensors_is_refused() -> None:
         choose_files(NAMES, HUB_ID)
     with pytest.raises(CheckpointError, match="is there a someone/x_diffusers"):
         choose_files(["checkpoints/x.pth"], "someone/x")
+
+
+# Revisions
+
+
+def test_a_revision_is_resolved_once_and_found_again_by_every_name_of_it(hub: Hub) -> None:
+    spec = open_checkpoint(f"{HUB_ID}@v1")
+    assert spec.commit == spec.folder.name == OLDER
+    asked = [path for _, path, _ in hub.requests if "/revision/" in path]
+    assert asked[0].endswith("/revision/v1")
+    assert not [path for path in asked[1:] if not path.endswith(f"/revision/{OLDER}")], "a branch may move meanwhile"
+    assert not [path for _, path, _ in hub.requests if COMMIT in path]
+    hub.close()
+    for model, revision in ((HUB_ID, "v1"), (HUB_ID, OLDER), (HUB_ID, OLDER[:8]), (f"{HUB_ID}@{OLDER}", None)):
+        assert open_checkpoint(model, revision).folder == spec.folder
+
+
+def test_two_revisions_lie_beside_each_other(hub: Hub) -> None:
+    newer, older = open_checkpoint(HUB_ID), open_checkpoint(HUB_ID, "v1")
+    assert (newer.commit, older.commit) == (COMMIT, OLDER)
+    assert newer.folder != older.folder
+    hub.close()
+    assert open_checkpoint(HUB_ID).commit == COMMIT
+
+
+def test_a_commit_is_found_offline_where_nothing_says_what_main_is(hub: Hub) -> None:
+    folder = fetch(HUB_ID, OLDER)
+    assert not (folder.parents[1] / "refs").exists()
+    hub.close()
+    assert find_local(HUB_ID, OLDER) == find_local(HUB_ID) == folder
+    assert find_local(HUB_ID, "v1") is None
+    with pytest.raises(FetchError, match=rf"revision v1 of {HUB_ID} is not on this machine"):
+        fetch(HUB_ID, "v1", offline=True)
+
+
+def test_which_of_two_commits_is_main_is_not_guessed(hub: Hub) -> None:
+    fetch(HUB_ID, OLDER)
+    fetch(HUB_ID, COMMIT)
+    hub.close()
+    assert find_local(HUB_ID) is None
+
+
+def test_a_revision_that_is_not_there_is_one_line(hub: Hub) -> None:
+    with pytest.raises(UnknownModelError, match="has no such revision"):
+        fetch(HUB_ID, "v9")
+
+
+@pytest.mark.parametrize(
+    ("model", "revision", "line"),
+    [
+        ("tiny-landscape", "v1", "has no revisions"),
+        ("tiny-landscape@v1", None, "has no revisions"),
+        (f"{HUB_ID}@v1", "v2", "two revisions"),
+        (f"{HUB_ID}@", None, "names no revision"),
+    ],
+)
+def test_a_revision_that_cannot_be_meant_is_refused(model: str, revision: str | None, line: str) -> None:
+    with pytest.raises(UsageError, match=line):
+        open_checkpoint(model, revision)
+
+
+def test_a_picture_says_of_which_revision_it_is(hub: Hub, tmp_path: Path) -> None:
+    open_checkpoint(HUB_ID, "v1")
+    request = Request("a lake", model=f"{HUB_ID}@v1", width=32, height=32, steps=1, seed=1)
+    latent = tmp_path / "p.safetensors"
+    (result,) = generate(request, tmp_path / "p.png", save_latent=latent)
+    assert result.as_dict()["revision"] == OLDER
+    assert f"Model revision: {OLDER}" in read_parameters(tmp_path / "p.png")
+    again = decode_latent(latent, tmp_path / "again.png")
+    assert again.revision == OLDER
+    assert (tmp_path / "again.png").read_bytes() == (tmp_path / "p.png").read_bytes()

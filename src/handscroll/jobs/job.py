@@ -78,6 +78,8 @@ class Job:
             "torch version": str(torch.__version__),
             "diffusers version": importlib.metadata.version("diffusers"),
         }
+        if spec.commit is not None:
+            latents["model revision"] = spec.commit
         if plan.smaller is not None:  # smaller pictures are decoded and encoded on the way to the latent
             latents["growth's precision"] = plan.precision.autoencoder
         return cls(

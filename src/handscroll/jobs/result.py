@@ -35,6 +35,7 @@ class Result:
     seconds: dict[str, float]
     note: str = ""
     composed: str = ""
+    revision: str | None = None
     resumed_from_step: int | None = None
 
     @classmethod
@@ -63,6 +64,7 @@ class Result:
             steps=plan.steps,
             guidance=plan.guidance,
             model=spec.name,
+            revision=spec.commit,
             precision=str(plan.precision),
             decode=plan.decode,
             exact=plan.exact,
@@ -97,6 +99,7 @@ def picture_facts(request: Request, spec: CheckpointSpec, plan: Plan, index: int
         "width": plan.width,
         "height": plan.height,
         "model": spec.name,
+        "revision": spec.commit or "",
         "precision": str(plan.precision),
         "composed": plan.composed,
         "version": __version__,

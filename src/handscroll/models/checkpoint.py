@@ -38,7 +38,7 @@ class CheckpointSpec:
     `instruction_lines` is the checkpoint's own text for it, and None means diffusers' text. A prompt longer than
     `max_prompt_tokens` is cut. Much larger pictures are composed at about `compose_px` squared and grow from
     there, None for never. The weight files are empty in a spec that describes a checkpoint which is not on this
-    machine; `published` is then what is known of its precision.
+    machine; `published` is then what is known of its precision. `commit` is the hub's, of a model that came from there.
     """
 
     folder: Path
@@ -56,6 +56,7 @@ class CheckpointSpec:
     published: str = "fp32"
     max_prompt_tokens: int = 300
     compose_px: int | None = None
+    commit: str | None = None
     transformer_weights: WeightFiles = NO_WEIGHTS
     autoencoder_weights: WeightFiles = NO_WEIGHTS
     text_encoder_weights: WeightFiles = NO_WEIGHTS

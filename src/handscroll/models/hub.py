@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import io
+import re
 import shutil
 import threading
 from collections.abc import Callable, Iterable, Mapping
@@ -25,11 +26,13 @@ from huggingface_hub.errors import (
     LocalEntryNotFoundError,
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
+    RevisionNotFoundError,
 )
 from huggingface_hub.file_download import repo_folder_name
 from tqdm.std import tqdm
 
 from handscroll.errors import CheckpointError, FetchError, HandscrollError, UnknownModelError
+from handscroll.files import write_whole
 from handscroll.models.checkpoint import CheckpointSpec
 from handscroll.models.folder import COMPONENTS, LAYOUT
 from handscroll.weights.folder import PICKLE_SUFFIXES, candidates
@@ -37,7 +40,8 @@ from handscroll.weights.folder import PICKLE_SUFFIXES, candidates
 TIMEOUT_SECONDS = 20.0
 
 
-REVISION = "main"
+DEFAULT_REVISION = "main"
+COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,24 +57,32 @@ OnProgress = Callable[[FetchProgress], None]
 
 
 def fetch(
-    hub_id: str, *, on_progress: OnProgress | None = None, offline: bool | None = None, weights_too: bool = True
+    hub_id: str,
+    revision: str | None = None,
+    *,
+    on_progress: OnProgress | None = None,
+    offline: bool | None = None,
+    weights_too: bool = True,
 ) -> Path:
     """The folder of a hub checkpoint on this machine; downloaded first unless it is already here whole.
 
-    A checkpoint that is here is used without asking the hub. `offline=True`, or HF_HUB_OFFLINE in the environment,
-    never reaches for the network. The small files come first, so that a repository which is not Sana's is refused
-    before gigabytes are fetched. Without `weights_too` nothing else is: enough for a plan.
+    revision: a branch, tag or commit; None for `main`. It is resolved to a commit once, and all files are of that
+    commit, whose name is the folder's. A checkpoint that is here is used without asking the hub. `offline=True`, or
+    HF_HUB_OFFLINE in the environment, never reaches for the network. The small files come first, so that a repository
+    which is not Sana's is refused before gigabytes are fetched. Without `weights_too` nothing else is: enough for a
+    plan.
 
     Raises UnknownModelError if the hub knows no such model, FetchError if it cannot be reached, wants a login or the
     disk is too small, and CheckpointError if what it holds is not a Sana checkpoint in safetensors.
     """
-    folder = find_local(hub_id)
+    folder = find_local(hub_id, revision)
     if folder is not None:
         return folder
     if offline or (offline is None and constants.HF_HUB_OFFLINE):
-        raise FetchError(f"{hub_id} is not on this machine and fetching is off (offline); {_where_to_look(hub_id)}")
+        what = hub_id if revision is None else f"revision {revision} of {hub_id}"
+        raise FetchError(f"{what} is not on this machine and fetching is off (offline); {_where_to_look(hub_id)}")
     try:
-        return _download(hub_id, on_progress, weights_too=weights_too)
+        return _download(hub_id, revision or DEFAULT_REVISION, on_progress, weights_too=weights_too)
     except HandscrollError:
         raise
     except Exception as error:  # hub, HTTP, xet and disk errors share no root but this one
@@ -79,16 +91,25 @@ def fetch(
         raise
 
 
-def find_local(hub_id: str) -> Path | None:
-    """The folder of a hub checkpoint if it is on this machine whole, else None. Reaches for no network."""
-    folder = _snapshot_folder(hub_id)
-    if folder is None or not any((folder / "tokenizer" / name).is_file() for name in TOKENIZERS):
-        return None
+def find_local(hub_id: str, revision: str | None = None) -> Path | None:
+    """The folder of a hub checkpoint if it is on this machine whole, else None. Reaches for no network.
+
+    Without a revision, and without a note of what `main` is, as where a commit was fetched by its name: the only
+    checkpoint that is here whole.
+    """
+    folders = _snapshot_folders(hub_id, revision)
+    whole = [folder for folder in folders if _is_whole(folder)]
+    return whole[0] if len(whole) == 1 else None
+
+
+def _is_whole(folder: Path) -> bool:
+    if not any((folder / "tokenizer" / name).is_file() for name in TOKENIZERS):
+        return False
     try:
         CheckpointSpec.from_folder(folder)
     except CheckpointError:
-        return None
-    return folder
+        return False
+    return True
 
 
 # Choosing files.
@@ -124,27 +145,31 @@ def choose_files(names: Iterable[str], hub_id: str) -> tuple[list[str], list[str
 
 
 # Downloading.
-def _download(hub_id: str, on_progress: OnProgress | None, *, weights_too: bool = True) -> Path:
+def _download(hub_id: str, revision: str, on_progress: OnProgress | None, *, weights_too: bool = True) -> Path:
     api = HfApi(endpoint=constants.ENDPOINT)
-    info = api.model_info(hub_id, revision=REVISION, files_metadata=True, timeout=TIMEOUT_SECONDS)
+    info = api.model_info(hub_id, revision=revision, files_metadata=True, timeout=TIMEOUT_SECONDS)
+    commit = info.sha
+    if commit is None:
+        raise FetchError(f"the hub does not say which commit revision {revision} of {hub_id} is; run again")
     sizes = {sibling.rfilename: sibling.size or 0 for sibling in info.siblings or ()}
     small, weights = choose_files(sizes, hub_id)
     wanted = {name: sizes.get(name, 0) for name in (*small, *(weights if weights_too else ()))}
     _check_room(hub_id, sum(wanted.values()))
 
-    report = _Report(hub_id, on_progress, wanted, _snapshot_folder(hub_id, info.sha))
-    folder = _snapshot(hub_id, small, report)
+    report = _Report(hub_id, on_progress, wanted, _snapshots(hub_id) / commit)
+    folder = _snapshot(hub_id, commit, small, report)
     CheckpointSpec.from_configs(folder)
     if weights_too:
-        folder = _snapshot(hub_id, weights, report)
+        folder = _snapshot(hub_id, commit, weights, report)
+    _note_commit(hub_id, revision, commit)
     report.finish()
     return folder
 
 
-def _snapshot(hub_id: str, names: list[str], report: _Report) -> Path:
+def _snapshot(hub_id: str, commit: str, names: list[str], report: _Report) -> Path:
     folder = snapshot_download(
         hub_id,
-        revision=REVISION,
+        revision=commit,
         cache_dir=constants.HF_HUB_CACHE,
         endpoint=constants.ENDPOINT,
         allow_patterns=names,
@@ -216,14 +241,47 @@ def _repository_folder(hub_id: str) -> Path:
     return Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=hub_id, repo_type="model")
 
 
-def _snapshot_folder(hub_id: str, commit: str | None = None) -> Path | None:
-    repository = _repository_folder(hub_id)
+def _snapshots(hub_id: str) -> Path:
+    """The folder of the repository's snapshots, each named after its commit."""
+    return _repository_folder(hub_id) / "snapshots"
+
+
+def _snapshot_folders(hub_id: str, revision: str | None) -> list[Path]:
+    """The snapshots on this machine that a revision may be: one for a name that is noted, or what a commit begins."""
+    snapshots = _snapshots(hub_id)
+    noted = _noted_commit(hub_id, revision or DEFAULT_REVISION)
+    if noted:
+        return [snapshots / noted] if (snapshots / noted).is_dir() else []
     try:
-        commit = commit or (repository / "refs" / REVISION).read_text().strip()
+        folders = sorted(folder for folder in snapshots.iterdir() if COMMIT.fullmatch(folder.name))
     except OSError:
-        return None
-    folder = repository / "snapshots" / commit
-    return folder if commit and folder.is_dir() else None
+        return []
+    if revision is None:
+        return folders
+    is_commit = re.fullmatch(r"[0-9a-f]{7,40}", revision)
+    return [folder for folder in folders if is_commit and folder.name.startswith(revision)]
+
+
+def _ref(hub_id: str, revision: str) -> Path:
+    """Where the cache notes which commit a branch or tag was when it was last asked for."""
+    return _repository_folder(hub_id) / "refs" / revision
+
+
+def _noted_commit(hub_id: str, revision: str) -> str:
+    try:
+        noted = _ref(hub_id, revision).read_text().strip()
+    except (OSError, ValueError):
+        return ""
+    return noted if COMMIT.fullmatch(noted) else ""
+
+
+def _note_commit(hub_id: str, revision: str, commit: str) -> None:
+    """As huggingface_hub notes it where it is asked for a branch or tag; files were asked for by their commit."""
+    if revision == commit or _noted_commit(hub_id, revision) == commit:
+        return
+    file = _ref(hub_id, revision)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(file, [commit.encode()])
 
 
 def _check_room(hub_id: str, needed_bytes: int) -> None:
@@ -247,6 +305,8 @@ def _told(hub_id: str, error: BaseException) -> HandscrollError | None:
         error = error.__cause__  # why the hub's own copy could not be asked for
     if isinstance(error, GatedRepoError):
         return FetchError(f"{hub_id} is gated: accept its terms at {page}, then run `hf auth login` or set HF_TOKEN")
+    if isinstance(error, RevisionNotFoundError):
+        return UnknownModelError(f"{hub_id} has no such revision; its branches and tags are listed at {page}")
     if isinstance(error, RepositoryNotFoundError):
         return UnknownModelError(
             f"no model {hub_id} at {constants.ENDPOINT}; check the spelling, "

@@ -6,23 +6,34 @@ import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 
-from handscroll.errors import CheckpointError
+from handscroll.errors import CheckpointError, UsageError
 from handscroll.models.checkpoint import CheckpointSpec
-from handscroll.models.hub import FetchProgress, fetch, find_local
-from handscroll.models.registry import Entry, resolve
+from handscroll.models.hub import COMMIT, FetchProgress, fetch, find_local
+from handscroll.models.registry import Entry, resolve, split_revision
+
+OnProgress = Callable[[FetchProgress], None]
 
 
 def open_checkpoint(
-    model: str | Path, *, on_progress: Callable[[FetchProgress], None] | None = None, weights_too: bool = True
+    model: str | Path,
+    revision: str | None = None,
+    *,
+    on_progress: OnProgress | None = None,
+    weights_too: bool = True,
 ) -> CheckpointSpec:
     """The spec of a model given by short name, folder or hub id; fetched first where it is not on this machine.
 
-    Without `weights_too` only the small files of such a model are fetched, and its spec names no weights.
+    revision: a branch, tag or commit of a hub repository, also as `owner/name@REVISION`. Without `weights_too` only the
+    small files of such a model are fetched, and its spec names no weights.
 
-    Raises UnknownModelError for a name that means nothing, FetchError if it cannot be fetched, CheckpointError if
-    what is there is not a whole Sana checkpoint.
+    Raises UnknownModelError for a name that means nothing, UsageError for a revision of what has none, FetchError if it
+    cannot be fetched, CheckpointError if what is there is not a whole Sana checkpoint.
     """
-    match resolve(model):
+    model, revision = split_revision(model, revision)
+    found = resolve(model)
+    if revision is not None and (isinstance(found, Path) or (isinstance(found, Entry) and found.hub_id is None)):
+        raise UsageError(f"{model} is not fetched from the hub and has no revisions; leave --revision {revision} out")
+    match found:
         case Entry(hub_id=None) as entry:
             folder = entry.builtin_folder
             if folder is None or not folder.is_dir():
@@ -31,15 +42,17 @@ def open_checkpoint(
                 )
             return dataclasses.replace(CheckpointSpec.from_folder(folder), name=entry.name)
         case Entry(hub_id=str(hub_id)) as entry:
-            spec = _fetched(hub_id, on_progress, weights_too)
+            spec = _fetched(hub_id, revision, on_progress, weights_too)
             return dataclasses.replace(spec, name=entry.name, licence=entry.licence, published=entry.precision)
         case Path() as folder:
             return CheckpointSpec.from_folder(folder)
         case hub_id:
-            return dataclasses.replace(_fetched(str(hub_id), on_progress, weights_too), name=str(hub_id))
+            spec = _fetched(str(hub_id), revision, on_progress, weights_too)
+            return dataclasses.replace(spec, name=str(hub_id))
 
 
-def _fetched(hub_id: str, on_progress: Callable[[FetchProgress], None] | None, weights_too: bool) -> CheckpointSpec:
-    folder = fetch(hub_id, on_progress=on_progress, weights_too=weights_too)
-    is_whole = weights_too or find_local(hub_id) is not None
-    return CheckpointSpec.from_folder(folder) if is_whole else CheckpointSpec.from_configs(folder)
+def _fetched(hub_id: str, revision: str | None, on_progress: OnProgress | None, weights_too: bool) -> CheckpointSpec:
+    folder = fetch(hub_id, revision, on_progress=on_progress, weights_too=weights_too)
+    is_whole = weights_too or find_local(hub_id, revision) is not None
+    spec = CheckpointSpec.from_folder(folder) if is_whole else CheckpointSpec.from_configs(folder)
+    return dataclasses.replace(spec, commit=folder.name if COMMIT.fullmatch(folder.name) else None)

@@ -10,7 +10,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from handscroll.errors import UnknownModelError
+from handscroll.errors import UnknownModelError, UsageError
 
 BUILTIN_FOLDER = Path(__file__).parents[1] / "builtin"
 
@@ -83,16 +83,34 @@ _HUB_PART = r"(?!.*(?:--|\.\.))[A-Za-z0-9_](?:[\w.-]{0,94}[A-Za-z0-9_])?"
 _HUB_ID = re.compile(f"{_HUB_PART}/{_HUB_PART}", re.ASCII)
 
 
+def split_revision(model: str | Path, revision: str | None = None) -> tuple[str | Path, str | None]:
+    """`owner/name@REV` or `short-name@REV` -> the model and its revision, which may also be given apart.
+
+    A folder whose name holds an @ is a folder. Raises UsageError for two revisions, or none after the @.
+    """
+    text = str(model)
+    if isinstance(model, Path) or "@" not in text or Path(text).expanduser().is_dir():
+        return model, revision
+    name, _, named = text.partition("@")
+    if not named:
+        raise UsageError(f"{text!r} names no revision after the @; write owner/name@REVISION")
+    if revision is not None and revision != named:
+        raise UsageError(f"{text!r} and --revision {revision} name two revisions; give one of them")
+    return name, named
+
+
 def resolve(model: str | Path) -> Entry | Path | str:
     """What a user means by a model: a registry entry, a folder on this machine, or a hub id as `owner/name`.
 
     A short name comes before a folder of the same name (write `./name` for the folder), and the hub id of an official
-    checkpoint is its entry. Raises UnknownModelError, with the closest short names, for anything else.
+    checkpoint is its entry. A revision after an @ is not looked at. Raises UnknownModelError, with the closest short
+    names, for anything else.
     """
     if isinstance(model, Path):
         if model.expanduser().is_dir():
             return model.expanduser()
         raise UnknownModelError(f"no such model folder: {model}")
+    model = str(split_revision(model)[0])
     entry = BY_NAME.get(model.lower()) or BY_HUB_ID.get(model)
     if entry is not None:
         return entry

@@ -33,10 +33,12 @@ def parameters_text(
     exact: bool,
     precision: str = "",
     composed: str = "",
+    revision: str = "",
 ) -> str:
     """How a picture was made, in the lines that image tools read. `version` is handscroll's own, such as 0.1.0.
 
     composed: the size, as 512x512, at which a picture began that grew; image tools know it as the first pass.
+    revision: the commit of a model that came from the hub.
     """
     fields = {
         "Steps": steps,
@@ -46,6 +48,7 @@ def parameters_text(
         "Size": f"{width}x{height}",
         **({"First pass size": composed} if composed else {}),
         "Model": model,
+        **({"Model revision": revision} if revision else {}),
         **({"Precision": precision} if precision else {}),
         "Version": f"handscroll {version}",
         "Memory mode": memory_mode,
