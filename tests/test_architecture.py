@@ -1,10 +1,12 @@
-"""The rooms and which way imports may go, read from the source itself."""
+"""The rooms and which way imports may go, read from the source itself; and facts that may stand only once."""
 
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -12,14 +14,17 @@ import pytest
 import handscroll
 
 SOURCE = Path(handscroll.__file__).parent
+FILES = sorted(SOURCE.rglob("*.py"))
+MOST_LINES, MOST_FUNCTION_LINES = 400, 60
 
-# A room may import the rooms below it, never one beside or above. Leaves know only the standard library and each other.
-LEAVES = {"errors", "events", "version", "request", "limits", "files", "system"}
+# A room may import the rooms below it, never one beside or above. Leaves know only libraries and each other.
+LEAVES = {"errors", "events", "version", "request", "options", "units", "limits", "files", "system"}
 MODELS = LEAVES | {"weights", "models"}
 RUNTIME = MODELS | {"banded", "plan", "pictures", "runtime"}
 JOBS = RUNTIME | {"jobs", "integrations"}
 MAY_IMPORT = {
     **{leaf: LEAVES for leaf in LEAVES},
+    "limits": set(),
     "banded": {"limits"},
     "weights": LEAVES,
     "models": LEAVES | {"weights"},
@@ -36,38 +41,112 @@ MAY_IMPORT = {
 }
 
 
+def name_of(file: Path) -> str:
+    return str(file.relative_to(SOURCE))
+
+
 def room_of(file: Path) -> str:
     return file.relative_to(SOURCE).parts[0].removesuffix(".py")
 
 
-def imported_rooms(file: Path) -> set[str]:
-    rooms = set()
+def module_of(file: Path) -> str:
+    parts = file.relative_to(SOURCE.parent).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def imported_modules(file: Path) -> Iterator[str]:
+    """Every module of ours that a file imports, anywhere in it; of `from a import b` both a and a.b, if there are."""
     for node in ast.walk(ast.parse(file.read_text())):
         if isinstance(node, ast.Import):
-            names = [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom) and node.level == 0:
-            names = [node.module or ""]
-            if node.module == "handscroll":
-                names = [f"handscroll.{alias.name}" for alias in node.names]
-        else:
-            continue
-        rooms |= {name.split(".")[1] for name in names if name.startswith("handscroll.")}
-    return rooms
+            yield from (alias.name for alias in node.names if alias.name.startswith("handscroll."))
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "handscroll":
+            assert node.level == 0
+            yield node.module or ""
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
-FILES = sorted(SOURCE.rglob("*.py"))
+def for_types_alone(file: Path) -> set[str]:
+    """What a file imports under TYPE_CHECKING: no import at run time."""
+    found = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            for inner in ast.walk(node):
+                if isinstance(inner, ast.ImportFrom):
+                    found.add(inner.module or "")
+    return found
 
 
-@pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(SOURCE)))
+MODULES = {module_of(file): file for file in FILES}
+IMPORTS = {
+    module: {each for each in imported_modules(file) if each in MODULES} - {module} for module, file in MODULES.items()
+}
+
+
+@pytest.mark.parametrize("file", FILES, ids=name_of)
 def test_imports_go_one_way(file: Path) -> None:
     room = room_of(file)
     assert room in MAY_IMPORT, f"{room} is a new room: say in MAY_IMPORT and docs/architecture.md what it may import"
-    allowed = MAY_IMPORT[room] | {room}
-    assert imported_rooms(file) <= allowed
+    rooms = {each.split(".")[1] for each in IMPORTS[module_of(file)] if "." in each}
+    assert rooms <= MAY_IMPORT[room] | {room}
+
+
+def test_no_circle_of_imports() -> None:
+    # A package's __init__ lists what its files offer, and they know nothing of it.
+    left = {module: set(imports) for module, imports in IMPORTS.items()}
+    for module, file in MODULES.items():
+        left[module] -= for_types_alone(file)
+        if file.name == "__init__.py":
+            left[module] = {each for each in left[module] if each.startswith(f"{module}.")}
+        else:
+            left[module] = {each for each in left[module] if not module.startswith(f"{each}.")}
+    while leaves := [module for module, imports in left.items() if not imports & left.keys()]:
+        for module in leaves:
+            del left[module]
+    assert not left, "these import each other"
+
+
+@pytest.mark.parametrize("file", FILES, ids=name_of)
+def test_a_module_is_read_in_one_sitting(file: Path) -> None:
+    lines = file.read_text().count("\n")
+    assert lines <= MOST_LINES or "triton" in file.parts
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.FunctionDef):
+            assert (node.end_lineno or 0) - node.lineno < MOST_FUNCTION_LINES, f"{node.name} is too long"
 
 
 def test_no_room_is_called_utils() -> None:
     assert not [file for file in FILES if file.stem in ("utils", "util", "helpers", "common", "misc")]
+
+
+def test_every_file_and_every_room_says_what_it_is_for() -> None:
+    for file in FILES:
+        assert ast.get_docstring(ast.parse(file.read_text())), name_of(file)
+
+
+# Facts that stand once: a pattern, and the files that may hold it.
+ONCE = {
+    "stage titles": (r'"reading the prompt"|"denoising"|"decoding"', {"plan/stages.py"}),
+    "GiB as text": (r"/ (2\*\*30|2\*\*20|MIB):", {"units.py"}),
+    "one line of an error": (r"def _?(one|first)_line", {"units.py"}),
+    "atomic writes": (r"os\.replace|\.part\b.*\.replace\(", {"files.py", "jobs/store.py", "pictures/writing.py"}),
+    "locks": (r"import fcntl|filelock", {"files.py"}),
+    "this machine": (r"/proc/(cpuinfo|meminfo)|/sys/fs/cgroup|import psutil", {"system.py"}),
+    "a map's chunk": (r"^\w*CHUNK_BYTES = ", {"limits.py"}),
+    "slabs": (r"^\w*SLAB_\w+.* = ", {"limits.py"}),
+    "staging": (r"^\w*STAGING_BYTES = ", {"limits.py"}),
+    "slots": (r"^\w*SLOTS = ", {"limits.py"}),
+    "default heights": (r"^\w*(STRIP|BAND)_BYTES.* = ", {"limits.py"}),
+    "a random seed": (r"secrets\.randbelow", {"request.py"}),
+    "the words of options": (r'"rows", "whole", "tiled", "patch"', {"request.py"}),
+    "the version": (r"^__version__ = ", {"version.py"}),
+}
+
+
+@pytest.mark.parametrize("fact", ONCE)
+def test_a_fact_stands_once(fact: str) -> None:
+    pattern, places = ONCE[fact]
+    found = {name_of(file) for file in FILES if re.search(pattern, file.read_text(), re.MULTILINE)}
+    assert found <= places
 
 
 def test_public_names_are_listed_once_and_exist() -> None:
@@ -80,7 +159,7 @@ def test_public_names_are_listed_once_and_exist() -> None:
 
 
 @pytest.mark.parametrize(
-    "module", ["handscroll", "handscroll.models.checkpoint", "handscroll.models.registry", "handscroll.plan.plan"]
+    "module", ["handscroll", "handscroll.models.checkpoint", "handscroll.models.registry", "handscroll.plan.search"]
 )
 def test_importing_loads_no_torch(module: str) -> None:
     heavy = ("torch", "diffusers", "transformers", "pyvips", "numpy")
