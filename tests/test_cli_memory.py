@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from handscroll import Handscroll, Request, cli, generate
-from handscroll.banded.kernels import has_onednn
+from handscroll.banded.backend import has_onednn
 from handscroll.events import Progress
 from handscroll.plan.hardware import MIB
 

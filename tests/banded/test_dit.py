@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import miniatures
 from handscroll.banded import dit
 from handscroll.banded.dit import Branch, predict
-from handscroll.banded.kernels import LinearAttentionSums
+from handscroll.banded.backend import LinearAttentionSums
 from handscroll.banded.rows import RowMap
 from live_bytes import LiveBytes
 

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from handscroll.banded import kernels, triton_kernels
+from handscroll.banded import backend, triton_kernels
 
 IMPORTED_TRITON = "triton" in sys.modules
 INTERPRETS = os.environ.get("TRITON_INTERPRET") == "1"
@@ -141,7 +141,7 @@ def test_rms_norm(
     strip = drawn(2, rows, width, channels, dtype=dtype, device=device, scale=3.0)
     weight, bias = (drawn(channels, dtype=dtype, device=device) for _ in range(2))
     residual = drawn(2, rows, width, channels, dtype=dtype, device=device) if adds else None
-    expected = kernels.rms_norm_(strip.clone(), weight, bias, 1e-5)
+    expected = backend.rms_norm_(strip.clone(), weight, bias, 1e-5)
     if activation is not None:
         expected = getattr(F, activation)(expected)
     if residual is not None:
@@ -159,7 +159,7 @@ def test_rms_norm(
 @on_devices
 def test_rms_norm_without_weights_of_some_channels(device: str) -> None:
     strip = drawn(2, 3, 5, 24, dtype=torch.float32, device=device)
-    expected = kernels.rms_norm_(strip.clone(), None, None, 1e-2)
+    expected = backend.rms_norm_(strip.clone(), None, None, 1e-2)
     assert_rounds_as(triton_kernels.rms_norm(some_channels(strip), None, None, 1e-2), expected)
 
 
@@ -249,7 +249,7 @@ def test_depthwise_gate(device: str, dtype: torch.dtype, channels: int, rows: in
         image = strip.float().permute(0, 3, 1, 2)
         with torch.backends.cudnn.flags(allow_tf32=False):
             convolved = F.conv2d(image, weight.float(), bias, padding=(0, 1), groups=2 * channels)
-        return kernels.gate_(convolved.to(dtype).permute(0, 2, 3, 1).contiguous())
+        return backend.gate_(convolved.to(dtype).permute(0, 2, 3, 1).contiguous())
 
     # Values and gates in one strip, as the decoder has them, and each in its own, as the transformer has.
     ours = triton_kernels.depthwise_gate(*some_rows(strip).chunk(2, dim=-1), weight.chunk(2), bias.chunk(2))
@@ -336,7 +336,7 @@ def test_attention_apply(
 ) -> None:
     queries = drawn(2, rows, width, 2, heads, key_dim, dtype=dtype, device=device)[:, :, :, 1]
     queries[0, 0, 0] = -1.0  # nothing is asked for: only eps is left to divide by
-    sums = kernels.LinearAttentionSums()
+    sums = backend.LinearAttentionSums()
     sums.add(queries.flip(2), drawn(2, rows, width, heads, value_dim, dtype=dtype, device=device))
     assert sums.products is not None
     assert sums.keys is not None
@@ -382,7 +382,7 @@ def test_upsample_row_phase(device: str, dtype: torch.dtype, channels: int, repe
     expected = expected.view(batch, 2 * rows, 2 * width, channels)
     if repeats is not None:
         source = some_rows(drawn(batch, rows, width, 4 * channels // repeats, dtype=dtype, device=device))
-        expected += kernels.pixel_shuffle(source.repeat_interleave(repeats, dim=-1))
+        expected += backend.pixel_shuffle(source.repeat_interleave(repeats, dim=-1))
     out = torch.zeros_like(expected)
     for row_phase, pair in enumerate(pairs):
         triton_kernels.upsample_row_phase(pair, source, repeats or 1, row_phase, out)

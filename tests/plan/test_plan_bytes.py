@@ -18,7 +18,7 @@ from transformers import Gemma2Config, Gemma2Model
 
 import miniatures
 from handscroll.banded import dcae, dit
-from handscroll.banded.kernels import has_onednn
+from handscroll.banded.backend import has_onednn
 from handscroll.banded.rows import RowMap, cut
 from handscroll.plan.decoder_shape import DecoderShape, decoder_units
 from handscroll.plan.denoise import band_bytes

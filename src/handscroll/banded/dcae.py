@@ -32,8 +32,8 @@ import torch
 from diffusers.models.normalization import RMSNorm
 from torch import Tensor, nn
 
-from handscroll.banded import kernels, triton_kernels
-from handscroll.banded.kernels import Conv, LinearAttentionSums
+from handscroll.banded import backend, triton_kernels
+from handscroll.banded.backend import Conv, LinearAttentionSums
 from handscroll.banded.rows import (
     Chain,
     Join,
@@ -164,7 +164,7 @@ def _norm_(norm: Any, this: Pass) -> Callable[[Tensor], Tensor]:
         raise TypeError(f"rows can only be streamed through RMS and batch norms, not {type(norm)}")
     weight, bias = (value.clone() if this.copies and value is not None else value for value in (norm.weight, norm.bias))
     eps = norm.eps
-    return lambda strip: kernels.rms_norm_(strip, weight, bias, eps)
+    return lambda strip: backend.rms_norm_(strip, weight, bias, eps)
 
 
 def res_block(block: Any, this: Pass) -> RowOp:
@@ -184,7 +184,7 @@ def glu_mb_conv(block: Any, this: Pass) -> RowOp:
     if not this.plain and depthwise.kernel_size == (3, 3) and triton_kernels.in_use(depthwise.weight):
         gated: list[RowOp] = [this.windowed(_convolved_and_gated(depthwise, this), 3)]
     else:
-        gated = [this.windowed(_conv(depthwise, this), 3), Pointwise(kernels.gate_)]
+        gated = [this.windowed(_conv(depthwise, this), 3), Pointwise(backend.gate_)]
     ops: list[RowOp] = [Pointwise(expand), *gated, Pointwise(project)]
     if block.norm is not None:
         ops.append(Pointwise(_norm_(block.norm, this)))
@@ -251,8 +251,8 @@ def up_block(block: Any, this: Pass) -> RowOp:
             doubled = window.repeat_interleave(2, dim=1).repeat_interleave(2, dim=2)
             out = run(doubled[:, 1:-1])
         else:
-            out = kernels.pixel_shuffle(run(window))
-        return out.add_(kernels.pixel_shuffle(_repeat_channels(inner, block.repeats))) if block.shortcut else out
+            out = backend.pixel_shuffle(run(window))
+        return out.add_(backend.pixel_shuffle(_repeat_channels(inner, block.repeats))) if block.shortcut else out
 
     return this.windowed(rows, 3)
 
@@ -327,10 +327,10 @@ def down_block(block: Any, this: Pass) -> RowOp:
         # Rows 2i-1 ... 2n of the input (2i-1 ... 2n+1 when it unshuffles) -> n rows
         out = run(window)
         if unshuffles:
-            out = kernels.pixel_unshuffle(out)
+            out = backend.pixel_unshuffle(out)
         if block.shortcut:
             inner = window[:, 1 : 1 + 2 * out.shape[1]]
-            out = out + _mean_of_groups(kernels.pixel_unshuffle(inner), block.group_size)
+            out = out + _mean_of_groups(backend.pixel_unshuffle(inner), block.group_size)
         return out
 
     return this.windowed(rows, size=4 if unshuffles else 3, step=2, pad=1)
@@ -464,7 +464,7 @@ def decoder_units(decoder: Any) -> list[Unit]:
                 scale *= 2
             else:
                 units += _block_units(block, scale)
-    norm_out, activation_ = decoder.norm_out, kernels.in_place(decoder.conv_act)
+    norm_out, activation_ = decoder.norm_out, backend.in_place(decoder.conv_act)
 
     def norm_and_activation(this: Pass) -> RowOp:
         norm_ = _norm_(norm_out, this)

@@ -32,8 +32,8 @@ from diffusers.models.normalization import RMSNorm
 from diffusers.models.transformers.sana_transformer import SanaAttnProcessor2_0
 from torch import Tensor, nn
 
-from handscroll.banded import kernels, triton_kernels
-from handscroll.banded.kernels import Conv, LinearAttentionSums
+from handscroll.banded import backend, triton_kernels
+from handscroll.banded.backend import Conv, LinearAttentionSums
 from handscroll.banded.rows import Pointwise, Residual, RowMap, RowOp, Stage, Strip, Windowed, Workspace, sweep
 
 # Without a plan, a band is as tall as makes the Mix-FFN's hidden channels about this big. On a CPU taller is not
@@ -262,7 +262,7 @@ def _modulated(norm: nn.LayerNorm, shift: Tensor, scale: Tensor) -> Function:
     scale = 1 + scale
     if norm.elementwise_affine:
         return lambda band: norm(band).mul_(scale).add_(shift)
-    return lambda band: kernels.layer_norm_modulate(band, shift, scale, norm.eps)
+    return lambda band: backend.layer_norm_modulate(band, shift, scale, norm.eps)
 
 
 def _attention_sums(attention: Any, normed: Function, bands: Iterable[Tensor], this: _Layers) -> LinearAttentionSums:
@@ -287,7 +287,7 @@ def _self_attention(
     def attend(band: Tensor) -> Tensor:
         mixed = norm_q_(to_q(normed(band)))
         mixed = sums.apply_(mixed.unflatten(-1, (heads, -1))).flatten(-2)
-        return kernels.gate_add_(to_out(mixed), gate, band)
+        return backend.gate_add_(to_out(mixed), gate, band)
 
     return attend
 
@@ -492,7 +492,7 @@ class _Layers:
         key: tuple[Any, ...] | None = None,
     ) -> Function:
         """A matrix [C', C] on the last axis; `key` says which it is, where it is to be laid out."""
-        if self.plain or not kernels.has_onednn(weight):
+        if self.plain or not backend.has_onednn(weight):
             if activation is None:
                 return _never_single(lambda strip: F.linear(strip, weight, bias))
             return _never_single(lambda strip: F.silu(F.linear(strip, weight, bias), inplace=True))
@@ -520,5 +520,5 @@ def _norm_(norm: Any) -> Function:
     if norm is None:
         return lambda strip: strip
     if type(norm) is RMSNorm:
-        return lambda strip: kernels.rms_norm_(strip, norm.weight, norm.bias, norm.eps)
+        return lambda strip: backend.rms_norm_(strip, norm.weight, norm.bias, norm.eps)
     return norm

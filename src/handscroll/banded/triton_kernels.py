@@ -44,7 +44,7 @@ BUSY_PROGRAMS = 2048
 
 
 def in_use(tensor: Tensor) -> bool:
-    """Whether the operators of `kernels` and the networks call these kernels for such a tensor.
+    """Whether the operators of `backend` and the networks call these kernels for such a tensor.
 
     Only where HANDSCROLL_TRITON=1 asks for them, until they have been measured on a device.
     """
@@ -300,7 +300,7 @@ def rms_norm(
     strip, residual and out: [B, rows, W, C] of one dtype, or some of the rows or channels of such. weight, bias: [C].
     activation: "silu", "relu" or None. out: where to write it, new memory by default; it may be the strip.
 
-    Rounded as `kernels.rms_norm_`, then the activation, then `+=` would be.
+    Rounded as `backend.rms_norm_`, then the activation, then `+=` would be.
     """
     out = torch.empty_like(strip, memory_format=torch.contiguous_format) if out is None else out
     _check_like(strip, residual, out)
