@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 import miniatures
 from handscroll.banded import dit
-from handscroll.banded.dit import Branch, predict
 from handscroll.banded.backend import LinearAttentionSums
+from handscroll.banded.dit import Branch, predict
 from handscroll.banded.rows import RowMap
 from live_bytes import LiveBytes
 

@@ -6,7 +6,7 @@ layout is thrown away with the sweep, so that the model's own parameters are nev
 The fast way on CPUs is oneDNN through the operators that PyTorch's own compiler emits for them: weights reordered once
 instead of at every call, and the activation applied while the result is still in registers. `plain=True` takes
 `torch.nn.functional` instead; a test holds the two together. On CUDA devices Triton kernels can be asked for
-(triton_kernels.in_use).
+(triton.in_use).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from handscroll.banded import triton_kernels
+from handscroll.banded import triton
 
 Activation = Callable[[Tensor], Tensor]
 
@@ -125,8 +125,8 @@ def rms_norm_(strip: Tensor, weight: Tensor | None, bias: Tensor | None, eps: fl
     channels = strip.shape[-1]
     strip = strip.contiguous()
     pixels = strip.view(-1, channels)
-    if triton_kernels.in_use(strip):
-        triton_kernels.rms_norm(pixels[None, None], weight, bias, eps, out=pixels[None, None])
+    if triton.in_use(strip):
+        triton.rms_norm(pixels[None, None], weight, bias, eps, out=pixels[None, None])
         return strip
     step = max(1, _CACHED_BYTES // (channels * strip.element_size())) if strip.device.type == "cpu" else len(pixels)
     for piece in pixels.split(step):
@@ -152,8 +152,8 @@ def rms_norm_(strip: Tensor, weight: Tensor | None, bias: Tensor | None, eps: fl
 
 def layer_norm_modulate(strip: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
     """`layer_norm(strip) * scale + shift` of [B, rows, W, C], in memory of its own; shift, scale: [B, 1, 1, C]."""
-    if triton_kernels.in_use(strip):
-        return triton_kernels.layer_norm_modulate(strip, shift, scale, eps)
+    if triton.in_use(strip):
+        return triton.layer_norm_modulate(strip, shift, scale, eps)
     return F.layer_norm(strip, strip.shape[-1:], eps=eps).mul_(scale).add_(shift)
 
 
@@ -163,8 +163,8 @@ def gate_add_(strip: Tensor, gate: Tensor, residual: Tensor) -> Tensor:
     In fp16 infinite values become the largest, as in diffusers' attentions.
     """
     limit = 65504.0 if strip.dtype == torch.float16 else None
-    if triton_kernels.in_use(strip):
-        return triton_kernels.gate_add_(strip, gate, residual, limit)
+    if triton.in_use(strip):
+        return triton.gate_add_(strip, gate, residual, limit)
     if limit is not None:
         strip.clamp_(-limit, limit)
     return strip.mul_(gate).add_(residual)
@@ -211,8 +211,8 @@ class LinearAttentionSums:
         if self.products is None or self.keys is None:
             self.products = keys.new_zeros(batch, heads, key_dim, values.shape[-1], dtype=torch.float32)
             self.keys = keys.new_zeros(batch, heads, key_dim, dtype=torch.float32)
-        if triton_kernels.in_use(keys):
-            triton_kernels.attention_sums(keys, values, self.products, self.keys)
+        if triton.in_use(keys):
+            triton.attention_sums(keys, values, self.products, self.keys)
             return
         for index, row_keys, row_values in zip(_indices(keys), _rows(keys), _rows(values), strict=True):
             row_keys = _positive(row_keys)
@@ -230,8 +230,8 @@ class LinearAttentionSums:
         out = queries
         if self.products.shape[-1] != queries.shape[-1]:
             out = queries.new_empty(*queries.shape[:-1], self.products.shape[-1])
-        if triton_kernels.in_use(queries):
-            return triton_kernels.attention_apply(queries, self.products, self.keys, eps, out)
+        if triton.in_use(queries):
+            return triton.attention_apply(queries, self.products, self.keys, eps, out)
         for index, row, target in zip(_indices(queries), _rows(queries), _rows(out), strict=True):
             row = _positive(row)
             weights = (row * self.keys[index]).sum(dim=-1, keepdim=True).add_(eps)

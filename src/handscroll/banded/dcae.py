@@ -32,7 +32,7 @@ import torch
 from diffusers.models.normalization import RMSNorm
 from torch import Tensor, nn
 
-from handscroll.banded import backend, triton_kernels
+from handscroll.banded import backend, triton
 from handscroll.banded.backend import Conv, LinearAttentionSums
 from handscroll.banded.rows import (
     Chain,
@@ -181,7 +181,7 @@ def glu_mb_conv(block: Any, this: Pass) -> RowOp:
     project = _conv(block.conv_point, this)
     depthwise = block.conv_depth
     _check_dense(depthwise)
-    if not this.plain and depthwise.kernel_size == (3, 3) and triton_kernels.in_use(depthwise.weight):
+    if not this.plain and depthwise.kernel_size == (3, 3) and triton.in_use(depthwise.weight):
         gated: list[RowOp] = [this.windowed(_convolved_and_gated(depthwise, this), 3)]
     else:
         gated = [this.windowed(_conv(depthwise, this), 3), Pointwise(backend.gate_)]
@@ -201,7 +201,7 @@ def _convolved_and_gated(depthwise: nn.Conv2d, this: Pass) -> Callable[[Tensor],
 
     def rows(window: Tensor) -> Tensor:
         values, gates = window.chunk(2, dim=-1)
-        return triton_kernels.depthwise_gate(values, gates, (of_values, of_gates), (biases[0], biases[1]))
+        return triton.depthwise_gate(values, gates, (of_values, of_gates), (biases[0], biases[1]))
 
     return rows
 
@@ -292,10 +292,10 @@ def _upsample_by_phases(block: Any) -> Callable[[Tensor], Tensor]:
         out = window.new_empty(batch, padded_rows - 2, 2, width, 2, channels)
         for row_phase, run in enumerate(convs):
             pair = run(window[:, row_phase : padded_rows - 1 + row_phase])  # [B, n, W+1, 2K]
-            if triton_kernels.in_use(pair):
+            if triton.in_use(pair):
                 source = inner if block.shortcut else None
                 doubled = out.view(batch, -1, 2 * width, channels)
-                triton_kernels.upsample_row_phase(pair, source, repeats, row_phase, doubled)
+                triton.upsample_row_phase(pair, source, repeats, row_phase, doubled)
                 continue
             for column_phase in (0, 1):
                 phase = pair[:, :, column_phase : column_phase + width, column_phase * channels :][..., :channels]

@@ -32,7 +32,7 @@ from diffusers.models.normalization import RMSNorm
 from diffusers.models.transformers.sana_transformer import SanaAttnProcessor2_0
 from torch import Tensor, nn
 
-from handscroll.banded import backend, triton_kernels
+from handscroll.banded import backend, triton
 from handscroll.banded.backend import Conv, LinearAttentionSums
 from handscroll.banded.rows import Pointwise, Residual, RowMap, RowOp, Stage, Strip, Windowed, Workspace, sweep
 
@@ -84,7 +84,7 @@ def predict(
     None lets the size decide. new_map: makes the map, given its height, that holds a branch's residual stream.
     lay_out: each layer's matrices are reordered for the CPU's kernels, once for all branches, which takes a layer's
     memory again and saves a twentieth of the time; it changes no bit. plain: by `torch.nn.functional` alone, but for
-    norms and sums where Triton is asked for (triton_kernels.in_use).
+    norms and sums where Triton is asked for (triton.in_use).
 
     Raises TypeError for a module that cannot be run in bands, ValueError for a latent that does not fit.
     """
@@ -342,7 +342,7 @@ class MixFFN(RowOp):
         self.project = this.linear(feed_forward.conv_point)
         self.hidden = depthwise.out_channels // 2
         sliceable = type(expand) is nn.Conv2d
-        in_one = not this.plain and triton_kernels.in_use(depthwise.weight)
+        in_one = not this.plain and triton.in_use(depthwise.weight)
         self.slabs: list[_Slab] = []
         for first, end in _slabs(self.hidden) if sliceable else [(0, self.hidden)]:
             makes, weights, biases = [], [], []
@@ -415,7 +415,7 @@ def _convolve_and_gate(
     """The depthwise convolution of values and gates, and the gate, in one pass over windows of both."""
 
     def combine(values: Tensor, gates: Tensor, out: Tensor) -> None:
-        triton_kernels.depthwise_gate(values, gates, (weights[0], weights[1]), (biases[0], biases[1]), out)
+        triton.depthwise_gate(values, gates, (weights[0], weights[1]), (biases[0], biases[1]), out)
 
     return combine
 
