@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from handscroll.banded import dcae
+from handscroll.banded.autoencoder import Unit, cut_at_barriers, decode_rows, encode, encoder_units
 from handscroll.errors import BudgetError, UsageError
 from handscroll.plan.decode import decode_stages
 from handscroll.plan.decoder_shape import DecoderShape
@@ -74,7 +74,7 @@ def _decode(autoencoder: Any, z: Tensor, *, strip_rows: int | None, memory_bytes
     batch, _, height, width = z.shape
     out = z.new_empty(batch, autoencoder.config.in_channels, height * factor, width * factor)
     row = 0
-    for strip in dcae.decode_rows(decoder, z, strip_rows, on_sweep=lambda done, of: trim(), **route):
+    for strip in decode_rows(decoder, z, strip_rows, on_sweep=lambda done, of: trim(), **route):
         out[:, :, row : row + strip.shape[2]] = strip
         row += strip.shape[2]
     return out
@@ -85,8 +85,8 @@ def _encode(autoencoder: Any, x: Tensor, *, strip_rows: int | None, memory_bytes
     encoder = autoencoder.encoder
     x = _moved(encoder, x)
     if memory_bytes is not None:
-        strip_rows = _rows_within(dcae.encoder_units(encoder), x, memory_bytes)
-    return dcae.encode(encoder, x, strip_rows, on_sweep=lambda done, of: trim())
+        strip_rows = _rows_within(encoder_units(encoder), x, memory_bytes)
+    return encode(encoder, x, strip_rows, on_sweep=lambda done, of: trim())
 
 
 def _moved(module: torch.nn.Module, x: Tensor) -> Tensor:
@@ -116,10 +116,10 @@ def _route_within(autoencoder: Any, z: Tensor, memory_bytes: int) -> dict[str, A
     return {"heights": best.strip_rows, "starts": best.starts}
 
 
-def _rows_within(units: list[dcae.Unit], x: Tensor, memory_bytes: int) -> int:
+def _rows_within(units: list[Unit], x: Tensor, memory_bytes: int) -> int:
     """The strip height whose estimated peak stays within `memory_bytes`. Raises BudgetError with the least."""
     batch, _, height, width = x.shape
-    sweeps = dcae.cut_at_barriers(units, height, width)
+    sweeps = cut_at_barriers(units, height, width)
     element_bytes = batch * x.element_size()
     resident_bytes = max(sweep.map_bytes(height, width, element_bytes) + sweep.weight_bytes for sweep in sweeps)
     row_bytes = [sweep.row_bytes(width, element_bytes) for sweep in sweeps]

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 import miniatures
-from handscroll.banded.dcae import decode_rows
-from handscroll.banded.dit import Branch, predict
+from handscroll.banded.autoencoder import decode_rows
+from handscroll.banded.transformer import Branch, predict
 from handscroll.banded.triton import launch
 from triton_cases import drawn, on_devices, on_triton
 

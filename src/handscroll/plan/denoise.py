@@ -19,7 +19,7 @@ from handscroll.spec import TransformerSpec
 # A band whose widest activation is this big: beyond it nothing gets faster (on a CPU 4 rows of 128 tokens in bf16 are
 # enough; a GPU wants more to do at a time).
 BAND_BYTES, CUDA_BAND_BYTES = 16 * MIB, 256 * MIB
-# Of the Mix-FFN's hidden channels so many are made at a time, as in banded/dit.py.
+# Of the Mix-FFN's hidden channels so many are made at a time, as in banded/transformer/.
 SLAB_CHANNELS, SLAB_MULTIPLE = 1120, 32
 # What calling a layer's operators costs for a band, whatever its size.
 SECONDS_A_BAND = 1e-3
@@ -159,9 +159,9 @@ def forward_flops(spec: TransformerSpec, job: Sampling) -> float:
 def band_bytes(spec: TransformerSpec, columns: int, band_rows: int, tokens: int, element_bytes: int) -> int:
     """The most that a layer holds for one band, beside weights and residual streams: in its Mix-FFN.
 
-    Its hidden channels are made a slab at a time (banded/dit.py); the gated half of them exists for the whole band, and
-    four rows of both halves in line buffers. The text's keys and values, the attention's sums and what is laid out of
-    the depthwise convolution come on top.
+    Its hidden channels are made a slab at a time (banded/transformer/); the gated half of them exists for the whole
+    band, and four rows of both halves in line buffers. The text's keys and values, the attention's sums and what is
+    laid out of the depthwise convolution come on top.
     """
     width, hidden = spec.width, spec.hidden_channels
     slabs = -(-hidden // SLAB_CHANNELS)

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from handscroll.banded import dcae
+from handscroll.banded.autoencoder import decode_rows as decoder_rows
 from handscroll.errors import NumericsError
 from handscroll.runtime.memory import trim
 from handscroll.runtime.stages import Stages
@@ -64,7 +64,7 @@ def _strips(stage: Stages, latent: Tensor) -> Generator[Tensor, None, None]:
     match plan.decode:
         case "rows":
             decoding = plan.decoding
-            yield from dcae.decode_rows(
+            yield from decoder_rows(
                 autoencoder.decoder,
                 scaled,
                 plan.strip_rows,

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from handscroll.banded.dit import Branch
+from handscroll.banded.transformer import Branch
 from handscroll.errors import NumericsError, RunFolderError, UsageError
 from handscroll.runtime.stages import Transformer
 from handscroll.runtime.text_cache import Text

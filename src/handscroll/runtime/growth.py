@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from handscroll.banded import dcae
+from handscroll.banded.autoencoder import encode_strips
 from handscroll.errors import NumericsError
 from handscroll.plan.plan import Plan
 from handscroll.runtime.decode import PIECE_BYTES, whole_picture
@@ -38,7 +38,7 @@ def latent_of(stage: Stages, picture: np.ndarray) -> Tensor:
     height, width = plan.latent_height * factor, plan.latent_width * factor
     encoding = plan.encoding
     assert encoding is not None
-    latent = dcae.encode_strips(
+    latent = encode_strips(
         autoencoder.encoder,
         lambda rows: enlarged(picture, height, width, rows, dtype, plan.device),
         height,

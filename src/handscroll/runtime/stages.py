@@ -16,9 +16,8 @@ from typing import Any, Literal, Self
 import torch
 from torch import Tensor, nn
 
-from handscroll.banded import dit
-from handscroll.banded.dit import Branch
 from handscroll.banded.rows import RowMap
+from handscroll.banded.transformer import Branch, predict
 from handscroll.errors import HandscrollError
 from handscroll.plan.decode import DecodeStage
 from handscroll.plan.plan import Plan
@@ -51,12 +50,12 @@ class Transformer:
         self.dtype, self.device = dtype, torch.device(plan.device)
 
     def predict(self, branches: Sequence[Branch]) -> list[Tensor]:
-        """What the transformer gives for each branch. Takes and returns what `banded.dit.predict` does."""
+        """What the transformer gives for each branch. Takes and returns what `banded.transformer.predict` does."""
         stage = self.plan.denoise
         if stage is not None and not stage.together and len(branches) > 1:
             return [self.predict([branch])[0] for branch in branches]
         residual: Store = "memory" if stage is None else stage.residual
-        return dit.predict(
+        return predict(
             self.module,
             branches,
             layer=self._lend,
