@@ -16,11 +16,12 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from handscroll.errors import CheckpointError
+from handscroll.limits import SLOTS
 from handscroll.runtime import text, weights
 from handscroll.runtime.checkpoint import load_module, load_tokenizer, open_module
 from handscroll.runtime.memory import resident_bytes, trim
 from handscroll.runtime.text import encode_prompt, open_text_encoder
-from handscroll.runtime.weights import SLOTS, WeightStream
+from handscroll.runtime.weights import WeightStream
 from handscroll.spec import CheckpointSpec
 from handscroll.weight_files import read_header
 from live_bytes import LiveBytes

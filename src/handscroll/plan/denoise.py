@@ -11,16 +11,12 @@ from dataclasses import dataclass
 from functools import lru_cache
 from itertools import product
 
-from handscroll.plan.hardware import MIB, Hardware, heights_up_to
+from handscroll.limits import BAND_BYTES, CUDA_BAND_BYTES, SLAB_CHANNELS, SLAB_MULTIPLE, SLOTS
+from handscroll.plan.hardware import Hardware, heights_up_to
 from handscroll.plan.precision import BYTES
 from handscroll.plan.store import Store, stored_bytes
 from handscroll.spec import TransformerSpec
 
-# A band whose widest activation is this big: beyond it nothing gets faster (on a CPU 4 rows of 128 tokens in bf16 are
-# enough; a GPU wants more to do at a time).
-BAND_BYTES, CUDA_BAND_BYTES = 16 * MIB, 256 * MIB
-# Of the Mix-FFN's hidden channels so many are made at a time, as in banded/transformer/.
-SLAB_CHANNELS, SLAB_MULTIPLE = 1120, 32
 # What calling a layer's operators costs for a band, whatever its size.
 SECONDS_A_BAND = 1e-3
 # Laid out for a CPU's kernels, matrices take a layer's memory again and save this share of the computing.
@@ -74,7 +70,7 @@ def denoise_stages(
     element_bytes = BYTES[job.precision]
     layer_bytes = spec.block_parameter_count * element_bytes
     fixed_bytes = (spec.parameter_count - spec.num_layers * spec.block_parameter_count) * element_bytes
-    slots = 2 if hardware.is_cuda else 1
+    slots = SLOTS if hardware.is_cuda else 1
     stream_bytes = job.positions * spec.width * element_bytes
     samples_bytes = 8 * 4 * job.positions * spec.patch_size**2 * max(spec.in_channels, spec.out_channels)
     text_bytes = job.branches * job.tokens * (3 * spec.width + spec.caption_channels) * element_bytes

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
 from handscroll.errors import BudgetError, SizeError, UsageError
+from handscroll.limits import STAGING_BYTES
 from handscroll.plan.decode import DecodeStage, decode_stages
 from handscroll.plan.decoder_shape import DecoderShape
 from handscroll.plan.denoise import DenoiseStage, Sampling, denoise_stages
@@ -33,7 +34,6 @@ CPU_HALF_EXTRA_BYTES = 12 * MIB
 # CUDA's caching allocator reserves in blocks of 2 and 20 MiB, and some of what it holds is between two tensors; norms
 # and sums of whole strips are made in fp32 there. Estimates, from the same code on a CPU: no device has measured them.
 CUDA_EXTRA_BYTES, CUDA_EXTRA_SHARE = 96 * MIB, 0.3
-STAGING_BYTES = 16 * MIB
 # A stated minimum is rounded up, so that it still does when the process itself takes a little more the next time.
 MINIMUM_STEP_BYTES = 16 * MIB
 # Of the memory that the machine has left, what a run without a budget may take.

@@ -16,8 +16,9 @@ from typing import BinaryIO
 import torch
 from torch import Tensor
 
-from handscroll.banded.rows import MAP_CHUNK_BYTES, RowMap, Strip
+from handscroll.banded.rows import RowMap, Strip
 from handscroll.errors import OutputError
+from handscroll.limits import MAP_CHUNK_BYTES
 
 # A strip that is not contiguous is written in pieces of about this size, and never copied as a whole.
 COPY_BYTES = 2**20

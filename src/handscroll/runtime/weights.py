@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from handscroll.errors import CheckpointError
+from handscroll.limits import SLOTS, STAGING_BYTES
 from handscroll.weight_files import TensorEntry, read_header
 
 DTYPES: dict[str, torch.dtype] = {
@@ -35,11 +36,9 @@ DTYPES: dict[str, torch.dtype] = {
     "bool": torch.bool,
 }
 
-STAGING_BYTES = 16 * 2**20
 CPU_ALIGNMENT_BYTES = 64  # what PyTorch's own allocators give
 CUDA_ALIGNMENT_BYTES = 512
 ADVICE_GAP_BYTES = 2**20  # ranges of a file that lie closer are read ahead as one
-SLOTS = 2  # one that is computed with, one that is being filled
 
 
 class WeightStream:

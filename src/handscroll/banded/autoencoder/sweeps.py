@@ -8,10 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from handscroll.banded.autoencoder.units import Attention, Unit
-
-# Without a plan, a strip is as tall as makes its largest activation about this big. On a CPU nothing gets faster
-# beyond; on a device every strip costs its launches.
-DEFAULT_STRIP_BYTES, DEFAULT_DEVICE_STRIP_BYTES = 16 * 2**20, 256 * 2**20
+from handscroll.limits import CUDA_STRIP_BYTES, STRIP_BYTES
 
 
 @dataclass(frozen=True)
@@ -66,7 +63,7 @@ def strip_heights(sweeps: Sequence[Sweep], given: Tensor, strip_rows: int | None
     if strip_rows is not None and strip_rows < 1:
         raise ValueError(f"strips of {strip_rows} rows end nowhere")
     row_bytes = [sweep.row_bytes(given.shape[-1], len(given) * given.element_size()) for sweep in sweeps]
-    default_bytes = DEFAULT_STRIP_BYTES if given.device.type == "cpu" else DEFAULT_DEVICE_STRIP_BYTES
+    default_bytes = STRIP_BYTES if given.device.type == "cpu" else CUDA_STRIP_BYTES
     strip_bytes = default_bytes if strip_rows is None else strip_rows * row_bytes[-1]
     heights = [max(1, strip_bytes // one_row) for one_row in row_bytes]
     return heights if strip_rows is None else [*heights[:-1], strip_rows]

@@ -9,10 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from handscroll.banded.rows import RowMap
-
-# Without a plan, a band is as tall as makes the Mix-FFN's hidden channels about this big. On a CPU taller is not
-# faster; on a device every band costs its launches.
-DEFAULT_BAND_BYTES, DEFAULT_DEVICE_BAND_BYTES = 32 * 2**20, 256 * 2**20
+from handscroll.limits import BAND_BYTES, CUDA_BAND_BYTES
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,7 +70,7 @@ class BranchState:
             config = transformer.config
             width = config.num_attention_heads * config.attention_head_dim
             row_bytes = batch * columns * 2 * int(config.mlp_ratio * width) * latent.element_size()
-            band_bytes = DEFAULT_BAND_BYTES if latent.device.type == "cpu" else DEFAULT_DEVICE_BAND_BYTES
+            band_bytes = BAND_BYTES if latent.device.type == "cpu" else CUDA_BAND_BYTES
             band_rows = max(1, band_bytes // row_bytes)
         return BranchState(rows, columns, min(band_rows, rows), text, bias, modulation, embedded)
 

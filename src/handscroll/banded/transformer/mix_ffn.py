@@ -14,11 +14,7 @@ from handscroll.banded import triton
 from handscroll.banded.backend import Conv
 from handscroll.banded.layers import Function, LayerPass, row_by_row
 from handscroll.banded.rows import RowOp, Strip, Windowed
-
-# Hidden channels that the Mix-FFN makes at a time, values and gates each: few enough to stay small beside the band,
-# enough for full speed. Slabs are multiples of what a vector register holds, so that no element is an odd one out.
-SLAB_CHANNELS = 1120
-SLAB_MULTIPLE = 32
+from handscroll.limits import SLAB_CHANNELS, SLAB_MULTIPLE
 
 
 class MixFFN(RowOp):
