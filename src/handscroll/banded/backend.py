@@ -1,7 +1,7 @@
 """The few operators that strips are made of, each as a plain reference and, where one is faster, a second way.
 
-All take and give strips `[B, rows, W, C]`, contiguous. `Conv` and `Linear` hold weights laid out for one sweep; the
-layout is thrown away with the sweep, so that the model's own parameters are never changed or doubled for long.
+All take and give strips `[B, rows, W, C]`, contiguous. `Conv` holds weights laid out for one sweep; the layout is
+thrown away with the sweep, so that the model's own parameters are never changed or doubled for long.
 
 The fast way on CPUs is oneDNN through the operators that PyTorch's own compiler emits for them: weights reordered once
 instead of at every call, and the activation applied while the result is still in registers. `plain=True` takes
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from handscroll.banded import triton
 
-Activation = Callable[[Tensor], Tensor]
+Function = Callable[[Tensor], Tensor]
 
 _FUSED_NAMES = {nn.SiLU: "swish", nn.ReLU: "relu"}
 # Elementwise chains run over pieces of about this size, so that each pass finds the last one's result in cache.
@@ -67,7 +67,7 @@ class Conv:
         # Laid out here, before the first strip, so that what lives for the whole pass lies together in the heap. No
         # shape is promised: convolutions keep their speed without it, a 1x1 one only as a linear layer.
         if self.is_linear:
-            self.weight = torch.ops.mkldnn._reorder_linear_weight(self.weight.flatten(1), None)
+            self.weight = laid_out_matrix(self.weight.flatten(1))
         elif self.onednn:
             self.weight = torch.ops.mkldnn._reorder_convolution_weight(
                 self.weight, self.padding, [stride] * 2, [1, 1], groups, None
@@ -106,14 +106,24 @@ class Conv:
         return out.permute(0, 2, 3, 1).contiguous()
 
 
-def in_place(activation: nn.Module) -> Activation:
+def in_place(activation: nn.Module) -> Function:
     """The activation, written over its input where PyTorch can."""
     return type(activation)(inplace=True) if type(activation) in (nn.ReLU, nn.SiLU) else activation
 
 
-def linear(weight: Tensor, bias: Tensor | None = None, **options: object) -> Conv:
-    """A linear layer on every pixel, `weight [C', C]`."""
-    return Conv(weight[:, :, None, None], bias, **options)  # type: ignore[arg-type]
+def laid_out_matrix(weight: Tensor) -> Tensor:
+    """A matrix `[C', C]` reordered for oneDNN, in memory of its own; only where `has_onednn(weight)`."""
+    return torch.ops.mkldnn._reorder_linear_weight(weight, None)
+
+
+def matrix(weight: Tensor, bias: Tensor | None, *, silu: bool = False, plain: bool = False) -> Function:
+    """The product of a matrix `[C', C]`, as it is laid out, with each pixel `[..., C]`; then SiLU if asked for."""
+    if not plain and has_onednn(weight):
+        fused = _FUSED_NAMES[nn.SiLU] if silu else "none"
+        return lambda strip: torch.ops.mkldnn._linear_pointwise(strip, weight, bias, fused, [], "")
+    if silu:
+        return lambda strip: F.silu(F.linear(strip, weight, bias), inplace=True)
+    return lambda strip: F.linear(strip, weight, bias)
 
 
 def rms_norm_(strip: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:

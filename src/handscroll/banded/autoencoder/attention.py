@@ -6,20 +6,21 @@ EfficientViT, arXiv 2205.14756. The modules are diffusers' `SanaMultiscaleLinear
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from handscroll.banded.backend import Conv, LinearAttentionSums
-from handscroll.banded.layers import Pass, check_dense, in_place_norm
+from handscroll.banded.layers import Pass, check_dense
+from handscroll.banded.modules import SanaMultiscaleAttentionProjection, SanaMultiscaleLinearAttention
 from handscroll.banded.rows import Chain, Join, Pointwise, Residual, RowOp, Strip, Whole
 
 # What an attention keeps of the whole map: the sums of each of its scales.
 Sums = tuple[LinearAttentionSums, ...]
 
 
-def _scales(attention: Any, thirds: Sequence[int], this: Pass) -> tuple[Conv, list[RowOp]]:
+def _scales(attention: SanaMultiscaleLinearAttention, thirds: Sequence[int], this: Pass) -> tuple[Conv, list[RowOp]]:
     """The channels of diffusers' multi-scale q, k, v that belong to the given thirds (0: q, 1: k, 2: v).
 
     diffusers concatenates [q|k|v], then takes groups of 3 * head_dim *consecutive* channels over all scales and calls a
@@ -31,13 +32,14 @@ def _scales(attention: Any, thirds: Sequence[int], this: Pass) -> tuple[Conv, li
     head_dim = attention.attention_head_dim
     weight = _thirds_of_all([attention.to_q.weight, attention.to_k.weight, attention.to_v.weight], thirds, head_dim)
     scales: list[RowOp] = [Pointwise(lambda strip: strip)]
-    for scale in attention.to_qkv_multiscale:
+    for module in attention.to_qkv_multiscale:
+        scale = cast(SanaMultiscaleAttentionProjection, module)
         check_dense(scale.proj_in, scale.proj_out)
         size = scale.proj_in.kernel_size[0]
-        depthwise = this.conv(_thirds_of(scale.proj_in.weight.detach(), thirds, head_dim), groups=len(weight))
-        mix = this.conv(_thirds_of(scale.proj_out.weight.detach(), thirds, head_dim), groups=len(weight) // head_dim)
+        depthwise = this.conv_by(_thirds_of(scale.proj_in.weight.detach(), thirds, head_dim), groups=len(weight))
+        mix = this.conv_by(_thirds_of(scale.proj_out.weight.detach(), thirds, head_dim), groups=len(weight) // head_dim)
         scales.append(Chain([this.windowed(depthwise, size), Pointwise(mix)]))
-    return this.linear(weight), scales
+    return this.linear_by(weight), scales
 
 
 def _thirds_of_all(weights: Sequence[Tensor], thirds: Sequence[int], head_dim: int) -> Tensor:
@@ -64,7 +66,7 @@ class AttentionSums(RowOp):
     `sums` lives on without the op, whose line buffers and weights end with the pass.
     """
 
-    def __init__(self, attention: Any, this: Pass) -> None:
+    def __init__(self, attention: SanaMultiscaleLinearAttention, this: Pass) -> None:
         self.head_dim = attention.attention_head_dim
         self.project, self.scales = _scales(attention, (1, 2), this)
         self.sums: Sums = tuple(LinearAttentionSums() for _ in self.scales)
@@ -82,11 +84,11 @@ class AttentionSums(RowOp):
             sums.add(heads[..., 0, :], heads[..., 1, :])
 
 
-def apply_attention(attention: Any, sums: Sums, this: Pass) -> RowOp:
+def apply_attention(attention: SanaMultiscaleLinearAttention, sums: Sums, this: Pass) -> RowOp:
     """`x + norm(to_out(sums applied to relu(q)))`: once its sums are known, an attention is a local layer."""
     check_dense(attention.to_out)
     project, scales = _scales(attention, (0,), this)
-    to_out = this.linear(attention.to_out.weight, attention.to_out.bias)
+    to_out = this.linear_by(attention.to_out.weight, attention.to_out.bias)
     head_dim, eps = attention.attention_head_dim, attention.eps
 
     def attend_(strip: Tensor) -> Tensor:
@@ -101,11 +103,11 @@ def apply_attention(attention: Any, sums: Sums, this: Pass) -> RowOp:
         Join(scales),
         Pointwise(attend_),
         Pointwise(to_out),
-        Pointwise(in_place_norm(attention.norm_out, this)),
+        Pointwise(this.norm_(attention.norm_out)),
     ]
     return Residual(Chain(ops)) if attention.residual_connection else Chain(ops)
 
 
-def whole_attention(attention: Any) -> RowOp:
+def whole_attention(attention: SanaMultiscaleLinearAttention) -> RowOp:
     """diffusers' own forward on a map of a few pixels, where it is quadratic."""
     return Whole(lambda map_: attention(map_.permute(0, 3, 1, 2)).permute(0, 2, 3, 1).contiguous())

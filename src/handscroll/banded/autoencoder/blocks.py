@@ -4,38 +4,38 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from itertools import product
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from handscroll.banded import backend, triton
 from handscroll.banded.backend import Conv
-from handscroll.banded.layers import Pass, check_dense, conv_of, in_place_norm
+from handscroll.banded.layers import Pass, check_dense
+from handscroll.banded.modules import DCDownBlock2d, DCUpBlock2d, GLUMBConv, ResBlock
 from handscroll.banded.rows import Chain, Pointwise, Residual, RowOp
 
 
-def res_block(block: Any, this: Pass) -> RowOp:
+def res_block(block: ResBlock, this: Pass) -> RowOp:
     """`ResBlock`: x + norm(conv(act(conv(x)))). Lags two rows."""
-    conv1 = conv_of(block.conv1, this, block.nonlinearity)
-    conv2 = conv_of(block.conv2, this)
-    norm_ = in_place_norm(block.norm, this)
+    conv1 = this.conv(block.conv1, block.nonlinearity)
+    conv2 = this.conv(block.conv2)
+    norm_ = this.norm_(block.norm)
     return Residual(Chain([this.windowed(conv1, 3), this.windowed(conv2, 3), Pointwise(norm_)]))
 
 
-def glu_mb_conv(block: Any, this: Pass) -> RowOp:
+def glu_mb_conv(block: GLUMBConv, this: Pass) -> RowOp:
     """`GLUMBConv` (Mix-FFN): 1x1 expand, SiLU, 3x3 depthwise, gate, 1x1 project, norm, + x. Lags one row."""
-    expand = conv_of(block.conv_inverted, this, block.nonlinearity)
-    project = conv_of(block.conv_point, this)
+    expand = this.conv(block.conv_inverted, block.nonlinearity)
+    project = this.conv(block.conv_point)
     depthwise = block.conv_depth
     check_dense(depthwise)
     if not this.plain and depthwise.kernel_size == (3, 3) and triton.in_use(depthwise.weight):
         gated: list[RowOp] = [this.windowed(_convolved_and_gated(depthwise, this), 3)]
     else:
-        gated = [this.windowed(conv_of(depthwise, this), 3), Pointwise(backend.gate_)]
+        gated = [this.windowed(this.conv(depthwise), 3), Pointwise(backend.gate_)]
     ops: list[RowOp] = [Pointwise(expand), *gated, Pointwise(project)]
     if block.norm is not None:
-        ops.append(Pointwise(in_place_norm(block.norm, this)))
+        ops.append(Pointwise(this.norm_(block.norm)))
     return Residual(Chain(ops)) if block.residual_connection else Chain(ops)
 
 
@@ -64,7 +64,7 @@ def _mean_of_groups(strip: Tensor, group_size: int) -> Tensor:
 
 def conv_with_repeat(conv: nn.Conv2d, repeats: int, this: Pass) -> RowOp:
     """The decoder's first layer: conv(x) + x with every channel repeated (repeats = 0: no shortcut)."""
-    run = conv_of(conv, this)
+    run = this.conv(conv)
 
     def rows(window: Tensor) -> Tensor:
         out = run(window)
@@ -75,7 +75,7 @@ def conv_with_repeat(conv: nn.Conv2d, repeats: int, this: Pass) -> RowOp:
 
 def conv_with_mean(conv: nn.Conv2d, group_size: int, this: Pass) -> RowOp:
     """The encoder's last layer: conv(x) + the mean of each group of channels (group_size = 0: no shortcut)."""
-    run = conv_of(conv, this)
+    run = this.conv(conv)
 
     def rows(window: Tensor) -> Tensor:
         out = run(window)
@@ -84,13 +84,13 @@ def conv_with_mean(conv: nn.Conv2d, group_size: int, this: Pass) -> RowOp:
     return this.windowed(rows, 3)
 
 
-def up_block(block: Any, this: Pass) -> RowOp:
+def up_block(block: DCUpBlock2d, this: Pass) -> RowOp:
     """`DCUpBlock2d`: doubles both sides. Lags one input row."""
     # In half precision the sums of taps are rounded once more, which nothing hides where there is no shortcut.
     folds = block.shortcut or block.conv.weight.dtype == torch.float32
     if block.interpolate and folds and not this.plain:
         return this.windowed(_upsample_by_phases(block), 3)
-    run = conv_of(block.conv, this)
+    run = this.conv(block.conv)
 
     def rows(window: Tensor) -> Tensor:
         # [B, n+2, W, C] -> [B, 2n, 2W, C']
@@ -105,7 +105,7 @@ def up_block(block: Any, this: Pass) -> RowOp:
     return this.windowed(rows, 3)
 
 
-def _upsample_by_phases(block: Any) -> Callable[[Tensor], Tensor]:
+def _upsample_by_phases(block: DCUpBlock2d) -> Callable[[Tensor], Tensor]:
     """Nearest upsampling and its 3x3 convolution as four 2x2 convolutions of the small map, 4/9 of the work.
 
     Of the three taps along an axis, two fall on the same source pixel: output 2i reads sources i-1, i, i with weights
@@ -166,9 +166,9 @@ def _shuffled_source(strip: Tensor, repeats: int, phase: int) -> Tensor:
     return strip.index_select(-1, shuffled // repeats)
 
 
-def down_block(block: Any, this: Pass) -> RowOp:
+def down_block(block: DCDownBlock2d, this: Pass) -> RowOp:
     """`DCDownBlock2d`: halves both sides, by a strided convolution or by pixel_unshuffle."""
-    run = conv_of(block.conv, this)
+    run = this.conv(block.conv)
     unshuffles = block.downsample
 
     def rows(window: Tensor) -> Tensor:

@@ -6,19 +6,30 @@ import sys
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, closing, nullcontext
 from math import ceil
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
 import torch
 from torch import Tensor, nn
 
 from handscroll.banded.autoencoder.attention import Sums
 from handscroll.banded.autoencoder.sweeps import Sweep, cut_at_barriers, strip_heights
-from handscroll.banded.autoencoder.units import decoder_units, encoder_units
+from handscroll.banded.autoencoder.units import Unit, decoder_units, encoder_units
 from handscroll.banded.layers import Pass, check_dense
+from handscroll.banded.modules import DCDownBlock2d, Decoder, Encoder, is_down_block
 from handscroll.banded.rows import RowMap, Stage, Tee, cut, sweep
 
 # Makes the parameters and buffers of these modules real while it is entered; outside they may be on the meta device.
 Lend = Callable[[Sequence[nn.Module]], AbstractContextManager[Any]]
+
+
+class StreamOptions(TypedDict, total=False):
+    """How a network is run, as `decode_rows` says; on the CPU nothing of it changes a bit of the result."""
+
+    starts: Sequence[int] | None
+    new_map: Callable[[int, int], RowMap] | None
+    lend: Lend | None
+    on_sweep: Callable[[int, int], None] | None
+    plain: bool
 
 
 def stream(
@@ -60,7 +71,7 @@ def stream(
             if following is None:
                 yield from sweep(source, stages)
             else:
-                with lent([following.module]):
+                with lent(_modules_of(following)):
                     side = following.sum(this)
                 stages.append(Stage(Tee(side), sys.maxsize))
                 result = None
@@ -68,10 +79,7 @@ def stream(
                     map_height = round(height * following.in_scale)
                     result = RowMap(map_height) if new_map is None else new_map(index + 1, map_height)
                     maps[index + 1] = result
-                for strip in sweep(source, stages):
-                    if result is not None:
-                        result.write(strip)
-                    del strip
+                _fill(result, sweep(source, stages))
                 sums[index + 1] = side.sums
                 del side
             # Before the listener, who may trim the heap: with its buffers and weights.
@@ -92,13 +100,25 @@ def _stages(
     for index in indices:
         attention = sweeps[index].attention
         if attention is not None:
-            with lent([attention.module]):
+            with lent(_modules_of(attention)):
                 op = attention.apply(sums[index], this)
             yield Stage(op, _rows_at(attention.in_scale, rows_at_1))
         for unit in sweeps[index].local:
-            with lent([unit.module]):
+            with lent(_modules_of(unit)):
                 op = unit.build(this)
             yield Stage(op, _rows_at(unit.in_scale * unit.factor, rows_at_1))
+
+
+def _fill(result: RowMap | None, strips: Iterable[Tensor]) -> None:
+    """Runs a sweep to its end; its rows are kept where a map is given."""
+    for strip in strips:
+        if result is not None:
+            result.write(strip)
+        del strip
+
+
+def _modules_of(unit: Unit) -> list[nn.Module]:
+    return [unit.module]
 
 
 def _rows_at(scale: float, rows_at_1: float) -> int:
@@ -116,8 +136,8 @@ def _check_route(count: int, heights: Sequence[int], starts: Sequence[int]) -> N
             raise ValueError(f"sweep {index} cannot start from map {start}: only from maps 0 to {index} (0: the input)")
 
 
-def _check_input(first: Any, image: Tensor, lent: bool) -> None:
-    conv = getattr(first, "conv", first)
+def _check_input(first: nn.Conv2d | DCDownBlock2d, image: Tensor, lent: bool) -> None:
+    conv = first.conv if is_down_block(first) else first
     check_dense(conv)
     weight = conv.weight
     device = image.device if lent and weight.is_meta else weight.device
@@ -129,16 +149,12 @@ def _check_input(first: Any, image: Tensor, lent: bool) -> None:
 
 @torch.no_grad()
 def decode_rows(
-    decoder: Any,
+    decoder: Decoder,
     latent: Tensor,
     strip_rows: int | None = None,
     *,
     heights: Sequence[int] | None = None,
-    starts: Sequence[int] | None = None,
-    new_map: Callable[[int, int], RowMap] | None = None,
-    lend: Lend | None = None,
-    on_sweep: Callable[[int, int], None] | None = None,
-    plain: bool = False,
+    **options: Unpack[StreamOptions],
 ) -> Generator[Tensor, None, None]:
     """The decoder of an `AutoencoderDC`, row by row, from top to bottom.
 
@@ -159,23 +175,13 @@ def decode_rows(
 
     Raises ValueError for a latent that does not fit, and for heights or starts that cannot be.
     """
-    _check_input(decoder.conv_in, latent, lend is not None)
+    _check_input(decoder.conv_in, latent, options.get("lend") is not None)
     height, width = latent.shape[2:]
     sweeps = cut_at_barriers(decoder_units(decoder), height, width)
     if heights is None:
         heights = strip_heights(sweeps, latent, strip_rows)
     map_ = latent.permute(0, 2, 3, 1).contiguous()
-    strips = stream(
-        sweeps,
-        lambda rows: cut(map_, rows),
-        height,
-        heights,
-        starts=starts,
-        new_map=new_map,
-        lend=lend,
-        on_sweep=on_sweep,
-        plain=plain,
-    )
+    strips = stream(sweeps, lambda rows: cut(map_, rows), height, heights, **options)
     with closing(strips):
         for strip in strips:
             yield strip.permute(0, 3, 1, 2)
@@ -184,53 +190,37 @@ def decode_rows(
 
 @torch.no_grad()
 def encode(
-    encoder: Any,
+    encoder: Encoder,
     image: Tensor,
     strip_rows: int | None = None,
     *,
     heights: Sequence[int] | None = None,
-    starts: Sequence[int] | None = None,
-    new_map: Callable[[int, int], RowMap] | None = None,
-    lend: Lend | None = None,
-    on_sweep: Callable[[int, int], None] | None = None,
-    plain: bool = False,
+    **options: Unpack[StreamOptions],
 ) -> Tensor:
     """The encoder of an `AutoencoderDC`, row by row: image `[B, 3, H, W]` -> latent `[B, C, h, w]`, not scaled.
 
     The other arguments are as in `decode_rows`.
     """
-    _check_input(encoder.conv_in, image, lend is not None)
+    _check_input(encoder.conv_in, image, options.get("lend") is not None)
     height, width = image.shape[2:]
     if heights is None:
         heights = strip_heights(cut_at_barriers(encoder_units(encoder), height, width), image, strip_rows)
     map_ = image.permute(0, 2, 3, 1)
-    return encode_strips(
-        encoder,
-        lambda rows: (strip.contiguous() for strip in cut(map_, rows)),
-        height,
-        width,
-        heights,
-        starts=starts,
-        new_map=new_map,
-        lend=lend,
-        on_sweep=on_sweep,
-        plain=plain,
-    )
+
+    def strips_of(rows: int) -> Iterator[Tensor]:
+        return (strip.contiguous() for strip in cut(map_, rows))
+
+    return encode_strips(encoder, strips_of, height, width, heights, **options)
 
 
 @torch.no_grad()
 def encode_strips(
-    encoder: Any,
+    encoder: Encoder,
     strips_of: Callable[[int], Iterable[Tensor]],
     height: int,
     width: int,
     heights: Sequence[int],
-    *,
-    starts: Sequence[int] | None = None,
-    new_map: Callable[[int, int], RowMap] | None = None,
-    lend: Lend | None = None,
-    on_sweep: Callable[[int, int], None] | None = None,
-    plain: bool = False,
+    **options: Unpack[StreamOptions],
 ) -> Tensor:
     """`encode` of an image that need not exist: `strips_of(rows)` gives it from top to bottom, `[B, rows, width, 3]`
     contiguous in the encoder's dtype, as often as a sweep starts from it. Raises ValueError as `encode`.
@@ -239,15 +229,5 @@ def encode_strips(
     ratio = round(1 / units[-1].in_scale)
     if height % ratio or width % ratio:
         raise ValueError(f"an image of {width}x{height} cannot be encoded: its sides must be multiples of {ratio}")
-    strips = stream(
-        cut_at_barriers(units, height, width),
-        strips_of,
-        height,
-        heights,
-        starts=starts,
-        new_map=new_map,
-        lend=lend,
-        on_sweep=on_sweep,
-        plain=plain,
-    )
+    strips = stream(cut_at_barriers(units, height, width), strips_of, height, heights, **options)
     return torch.cat(list(strips), dim=1).permute(0, 3, 1, 2).contiguous()

@@ -3,23 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import Any
 
 import torch.nn.functional as F
 from diffusers.models.attention_processor import SanaLinearAttnProcessor2_0
-from diffusers.models.normalization import RMSNorm
 from diffusers.models.transformers.sana_transformer import SanaAttnProcessor2_0
 from torch import Tensor, nn
 
 from handscroll.banded import backend
 from handscroll.banded.backend import LinearAttentionSums
 from handscroll.banded.layers import Function, LayerPass, row_by_row
+from handscroll.banded.modules import Attention, SanaTransformerBlock
 from handscroll.banded.rows import Pointwise, Residual, Stage, sweep
 from handscroll.banded.transformer.branch import BranchState
 from handscroll.banded.transformer.mix_ffn import MixFFN
 
 
-def through_block(block: Any, run: BranchState, this: LayerPass) -> Iterator[Tensor]:
+def through_block(block: SanaTransformerBlock, run: BranchState, this: LayerPass) -> Iterator[Tensor]:
     """`SanaTransformerBlock` on a run's map, which is freed on the way: the bands of the next map."""
     if not isinstance(block.attn1.processor, SanaLinearAttnProcessor2_0):
         raise TypeError(f"a self-attention by {type(block.attn1.processor)} cannot be run in bands")
@@ -47,9 +46,11 @@ def _modulated(norm: nn.LayerNorm, shift: Tensor, scale: Tensor) -> Function:
     return lambda band: backend.layer_norm_modulate(band, shift, scale, norm.eps)
 
 
-def _attention_sums(attention: Any, normed: Function, bands: Iterable[Tensor], this: LayerPass) -> LinearAttentionSums:
+def _attention_sums(
+    attention: Attention, normed: Function, bands: Iterable[Tensor], this: LayerPass
+) -> LinearAttentionSums:
     to_k, to_v = this.linear(attention.to_k), this.linear(attention.to_v)
-    norm_k_, heads = _norm_(attention.norm_k), attention.heads
+    norm_k_, heads = this.norm_(attention.norm_k), attention.heads
     sums = LinearAttentionSums()
     for band in bands:
         band = normed(band)
@@ -60,11 +61,11 @@ def _attention_sums(attention: Any, normed: Function, bands: Iterable[Tensor], t
 
 
 def _self_attention(
-    attention: Any, normed: Function, sums: LinearAttentionSums, gate: Tensor, this: LayerPass
+    attention: Attention, normed: Function, sums: LinearAttentionSums, gate: Tensor, this: LayerPass
 ) -> Function:
     """Once its sums are known: `x + gate * attention(norm(x))` of [B, rows, w, width]."""
     to_q, to_out = this.linear(attention.to_q), this.linear(attention.to_out[0])
-    norm_q_, heads = _norm_(attention.norm_q), attention.heads
+    norm_q_, heads = this.norm_(attention.norm_q), attention.heads
 
     def attend(band: Tensor) -> Tensor:
         mixed = norm_q_(to_q(normed(band)))
@@ -74,10 +75,13 @@ def _self_attention(
     return attend
 
 
-def _cross_attention(attention: Any, run: BranchState, this: LayerPass) -> Function:
+def _cross_attention(attention: Attention, run: BranchState, this: LayerPass) -> Function:
     """`x + attention(x, text)` of [B, rows, w, width]."""
     heads, bias, rescale = attention.heads, run.bias, attention.rescale_output_factor
-    keys, values = _norm_(attention.norm_k)(this.once(attention.to_k)(run.text)), this.once(attention.to_v)(run.text)
+    keys, values = (
+        this.norm_(attention.norm_k)(this.once(attention.to_k)(run.text)),
+        this.once(attention.to_v)(run.text),
+    )
     # A fused attention may give finite answers to keys that are not: let their infinity or NaN through.
     values += keys.abs().amax() * 0
 
@@ -89,7 +93,7 @@ def _cross_attention(attention: Any, run: BranchState, this: LayerPass) -> Funct
             answer.div_(rescale)
         return lambda band: answer + band
 
-    to_q, to_out, norm_q_ = this.linear(attention.to_q), this.linear(attention.to_out[0]), _norm_(attention.norm_q)
+    to_q, to_out, norm_q_ = this.linear(attention.to_q), this.linear(attention.to_out[0]), this.norm_(attention.norm_q)
     # [B, heads, T, head_dim]
     keys, values = (each.unflatten(-1, (heads, -1)).transpose(1, 2).contiguous() for each in (keys, values))
 
@@ -105,12 +109,3 @@ def _cross_attention(attention: Any, run: BranchState, this: LayerPass) -> Funct
         return out.add_(band)
 
     return read
-
-
-def _norm_(norm: Any) -> Function:
-    """A norm of queries or keys [..., width] that may write over its input."""
-    if norm is None:
-        return lambda strip: strip
-    if type(norm) is RMSNorm:
-        return lambda strip: backend.rms_norm_(strip, norm.weight, norm.bias, norm.eps)
-    return norm

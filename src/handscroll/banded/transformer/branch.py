@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Any
 
 from torch import Tensor
 
+from handscroll.banded.modules import SanaTransformer2DModel
 from handscroll.banded.rows import RowMap
 from handscroll.limits import BAND_BYTES, CUDA_BAND_BYTES
 
@@ -46,7 +46,7 @@ class BranchState:
     map: RowMap = field(default_factory=lambda: RowMap(0))
 
     @staticmethod
-    def of(transformer: Any, branch: Branch, band_rows: int | None) -> BranchState:
+    def of(transformer: SanaTransformer2DModel, branch: Branch, band_rows: int | None) -> BranchState:
         embed, latent = transformer.patch_embed, branch.latent
         patch, weight = embed.patch_size, embed.proj.weight
         expected = (weight.shape[1], weight.dtype, weight.device)

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from diffusers.models.embeddings import get_1d_sincos_pos_embed_from_grid
 from torch import Tensor, nn
 
 from handscroll.banded.layers import LayerPass
+from handscroll.banded.modules import PatchEmbed, SanaTransformer2DModel
 from handscroll.banded.transformer.branch import BranchState
 
 
-def embedded(embed: Any, latent: Tensor, band_rows: int, this: LayerPass) -> Iterator[Tensor]:
+def embedded(embed: PatchEmbed, latent: Tensor, band_rows: int, this: LayerPass) -> Iterator[Tensor]:
     """`PatchEmbed` in bands: latent [B, C, H, W] -> tokens [B, rows, w, width]."""
     if embed.pos_embed_max_size is not None or embed.layer_norm:
         raise TypeError("a patch embedding with a norm or with cropped positions cannot be run in bands")
@@ -21,7 +21,7 @@ def embedded(embed: Any, latent: Tensor, band_rows: int, this: LayerPass) -> Ite
     patch, proj = embed.patch_size, embed.proj
     rows, columns = height // patch, width // patch
     as_linear = type(proj) is nn.Conv2d and proj.weight.shape[2:] == (patch, patch) and not any(proj.padding)
-    project = this.dense(proj.weight.flatten(1), proj.bias) if as_linear else None
+    project = this.matrix(proj.weight.flatten(1), proj.bias) if as_linear else None
     positions = None
     if embed.pos_embed is not None:
         positions = [_sincos(embed, count, latent.device) for count in (columns, rows)]  # [count, width / 2] fp32
@@ -40,15 +40,16 @@ def embedded(embed: Any, latent: Tensor, band_rows: int, this: LayerPass) -> Ite
         yield tokens
 
 
-def _sincos(embed: Any, count: int, device: torch.device) -> Tensor:
+def _sincos(embed: PatchEmbed, count: int, device: torch.device) -> Tensor:
     """Half of diffusers' position embedding: of a map `count` rows tall, or wide. [count, width / 2] fp32."""
     # The same steps as in get_2d_sincos_pos_embed, for the same roundings; there, for every position of the map.
+    assert embed.interpolation_scale is not None
     grid = torch.arange(count, device=device, dtype=torch.float32)
     grid = grid / (count / embed.base_size) / embed.interpolation_scale
     return get_1d_sincos_pos_embed_from_grid(embed.proj.out_channels // 2, grid, output_type="pt").float()
 
 
-def projected(transformer: Any, run: BranchState, this: LayerPass) -> Tensor:
+def projected(transformer: SanaTransformer2DModel, run: BranchState, this: LayerPass) -> Tensor:
     """The last norm and projection, and patches put together: the run's map -> [B, C', H, W]."""
     norm, project = transformer.norm_out.norm, this.linear(transformer.proj_out)
     patch = transformer.config.patch_size

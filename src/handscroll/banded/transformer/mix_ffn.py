@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from handscroll.banded import triton
-from handscroll.banded.backend import Conv
 from handscroll.banded.layers import Function, LayerPass, row_by_row
+from handscroll.banded.modules import GLUMBConv
 from handscroll.banded.rows import RowOp, Strip, Windowed
 from handscroll.limits import SLAB_CHANNELS, SLAB_MULTIPLE
 
@@ -23,7 +22,7 @@ class MixFFN(RowOp):
     Of the hidden channels a slab exists at a time: values and the gates that belong to them.
     """
 
-    def __init__(self, feed_forward: Any, normed: Function, gate: Tensor, this: LayerPass) -> None:
+    def __init__(self, feed_forward: GLUMBConv, normed: Function, gate: Tensor, this: LayerPass) -> None:
         expand, depthwise = feed_forward.conv_inverted, feed_forward.conv_depth
         activation = feed_forward.nonlinearity
         if feed_forward.norm is not None or feed_forward.residual_connection or type(activation) is not nn.SiLU:
@@ -36,6 +35,7 @@ class MixFFN(RowOp):
         sliceable = type(expand) is nn.Conv2d
         in_one = not this.plain and triton.in_use(depthwise.weight)
         self.slabs: list[_Slab] = []
+        ops: list[RowOp]
         for first, end in slabs(self.hidden) if sliceable else [(0, self.hidden)]:
             makes, weights, biases = [], [], []
             for start, stop in ((first, end), (self.hidden + first, self.hidden + end)):
@@ -46,8 +46,8 @@ class MixFFN(RowOp):
                 ops = [Windowed(_itself, 3, workspace=each) for each in (this.workspace, this.workspace_of_gates)]
                 combine, halo_rows = _convolve_and_gate(weights, biases), 2
             else:
-                convs = [Conv(w, b, groups=len(w), plain=this.plain) for w, b in zip(weights, biases, strict=True)]
-                ops = [Windowed(convolve, 3, workspace=this.workspace) for convolve in convs]
+                convs = [this.conv_by(w, b, groups=len(w)) for w, b in zip(weights, biases, strict=True)]
+                ops = [this.windowed(convolve, 3) for convolve in convs]
                 combine, halo_rows = _gate, 0
             self.slabs.append(_Slab(first, end, makes[0], ops[0], makes[1], ops[1], combine, halo_rows))
         self.expand_whole = None if sliceable else this.linear(expand, activation)

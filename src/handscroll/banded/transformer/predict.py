@@ -4,24 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from handscroll.banded.layers import LayerPass
+from handscroll.banded.modules import SanaTransformer2DModel, SanaTransformerBlock
 from handscroll.banded.rows import RowMap, Workspace
 from handscroll.banded.transformer.block import through_block
 from handscroll.banded.transformer.branch import Branch, BranchState
 from handscroll.banded.transformer.embed import embedded, projected
 
 # Lends the i-th SanaTransformerBlock with its parameters in memory, for as long as the context is entered.
-LendLayer = Callable[[int], AbstractContextManager[Any]]
+LendLayer = Callable[[int], AbstractContextManager[nn.Module]]
 
 
 @torch.no_grad()
 def predict(
-    transformer: Any,
+    transformer: SanaTransformer2DModel,
     branches: Sequence[Branch],
     *,
     layer: LendLayer | None = None,
@@ -53,9 +54,9 @@ def predict(
             run.refill(make_map, embedded(transformer.patch_embed, branch.latent, run.band_rows, LayerPass(plain)))
         for index in range(len(transformer.transformer_blocks)):
             with lend(index) as block:
-                this = LayerPass(plain, lay_out, workspace)
+                this = LayerPass(plain, workspace, lay_out=lay_out)
                 for run in runs:
-                    run.refill(make_map, through_block(block, run, this))
+                    run.refill(make_map, through_block(cast(SanaTransformerBlock, block), run, this))
                 del this
             del block
         workspace.memory = None
