@@ -18,22 +18,25 @@ from handscroll.banded.transformer.branch import BranchState
 from handscroll.banded.transformer.mix_ffn import MixFFN
 
 
-def through_block(block: SanaTransformerBlock, run: BranchState, this: LayerPass) -> Iterator[Tensor]:
-    """`SanaTransformerBlock` on a run's map, which is freed on the way: the bands of the next map."""
+def through_block(block: SanaTransformerBlock, state: BranchState, this: LayerPass) -> Iterator[Tensor]:
+    """`SanaTransformerBlock` on a branch's map, which is freed on the way: the bands of the next map."""
     if not isinstance(block.attn1.processor, SanaLinearAttnProcessor2_0):
         raise TypeError(f"a self-attention by {type(block.attn1.processor)} cannot be run in bands")
     if not isinstance(block.attn2.processor, SanaAttnProcessor2_0):
         raise TypeError(f"a cross-attention by {type(block.attn2.processor)} cannot be run in bands")
-    batch = len(run.modulation)
-    table = block.scale_shift_table[None] + run.modulation.reshape(batch, 6, -1)
+    batch = len(state.modulation)
+    table = block.scale_shift_table[None] + state.modulation.reshape(batch, 6, -1)
     shift_attn, scale_attn, gate_attn, shift_ff, scale_ff, gate_ff = table[:, :, None, None].unbind(1)
     normed = _modulated(block.norm1, shift_attn, scale_attn)
-    sums = _attention_sums(block.attn1, normed, run.map.strips(run.band_rows, keep=True), this)
+    sums = _attention_sums(block.attn1, normed, state.map.strips(state.band_rows, keep=True), this)
     attend = _self_attention(block.attn1, normed, sums, gate_attn, this)
-    read = _cross_attention(block.attn2, run, this)
+    read = _cross_attention(block.attn2, state, this)
     feed = MixFFN(block.ff, _modulated(block.norm2, shift_ff, scale_ff), gate_ff, this)
-    stages = [Stage(Pointwise(lambda band: read(attend(band))), run.band_rows), Stage(Residual(feed), run.band_rows)]
-    return sweep(run.map.strips(run.band_rows), stages)
+    stages = [
+        Stage(Pointwise(lambda band: read(attend(band))), state.band_rows),
+        Stage(Residual(feed), state.band_rows),
+    ]
+    return sweep(state.map.strips(state.band_rows), stages)
 
 
 def _modulated(norm: nn.LayerNorm, shift: Tensor, scale: Tensor) -> Function:
@@ -75,17 +78,15 @@ def _self_attention(
     return attend
 
 
-def _cross_attention(attention: Attention, run: BranchState, this: LayerPass) -> Function:
+def _cross_attention(attention: Attention, state: BranchState, this: LayerPass) -> Function:
     """`x + attention(x, text)` of [B, rows, w, width]."""
-    heads, bias, rescale = attention.heads, run.bias, attention.rescale_output_factor
-    keys, values = (
-        this.norm_(attention.norm_k)(this.once(attention.to_k)(run.text)),
-        this.once(attention.to_v)(run.text),
-    )
+    heads, bias, rescale = attention.heads, state.bias, attention.rescale_output_factor
+    keys = this.norm_(attention.norm_k)(this.once(attention.to_k)(state.text))
+    values = this.once(attention.to_v)(state.text)
     # A fused attention may give finite answers to keys that are not: let their infinity or NaN through.
     values += keys.abs().amax() * 0
 
-    if run.text.shape[1] == 1 and bias is None:
+    if state.text.shape[1] == 1 and bias is None:
         # The softmax of a single score is 1: every position reads the same, whatever it asks. So does the branch of an
         # empty negative prompt, a seventh of whose work this saves.
         answer = this.once(attention.to_out[0])(values[:, None])  # [B, 1, 1, width]

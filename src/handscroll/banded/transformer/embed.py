@@ -49,21 +49,21 @@ def _sincos(embed: PatchEmbed, count: int, device: torch.device) -> Tensor:
     return get_1d_sincos_pos_embed_from_grid(embed.proj.out_channels // 2, grid, output_type="pt").float()
 
 
-def projected(transformer: SanaTransformer2DModel, run: BranchState, this: LayerPass) -> Tensor:
-    """The last norm and projection, and patches put together: the run's map -> [B, C', H, W]."""
+def projected(transformer: SanaTransformer2DModel, state: BranchState, this: LayerPass) -> Tensor:
+    """The last norm and projection, and patches put together: the branch's map -> [B, C', H, W]."""
     norm, project = transformer.norm_out.norm, this.linear(transformer.proj_out)
     patch = transformer.config.patch_size
-    shift, scale = (transformer.scale_shift_table[None] + run.embedded[:, None]).chunk(2, dim=1)
+    shift, scale = (transformer.scale_shift_table[None] + state.embedded[:, None]).chunk(2, dim=1)
     shift, scale = shift[:, None], 1 + scale[:, None]
     out: Tensor | None = None
     top = 0
-    for band in run.map.strips(run.band_rows):
+    for band in state.map.strips(state.band_rows):
         patches = project(norm(band).mul_(scale).add_(shift))
         del band
         batch, rows, columns, channels = patches.shape
         channels //= patch * patch
         if out is None:
-            out = patches.new_empty(batch, channels, run.rows * patch, run.columns * patch)
+            out = patches.new_empty(batch, channels, state.rows * patch, state.columns * patch)
         patches = patches.view(batch, rows, columns, patch, patch, channels).permute(0, 5, 1, 3, 2, 4)
         target = out[:, :, top * patch : (top + rows) * patch]
         target.view(batch, channels, rows, patch, columns, patch).copy_(patches)

@@ -48,19 +48,19 @@ def predict(
     lend = layer or (lambda index: nullcontext(transformer.transformer_blocks[index]))
     make_map = new_map or RowMap
     workspace = Workspace()
-    runs = [BranchState.of(transformer, branch, band_rows) for branch in branches]
+    states = [BranchState.of(transformer, branch, band_rows) for branch in branches]
     try:
-        for run, branch in zip(runs, branches, strict=True):
-            run.refill(make_map, embedded(transformer.patch_embed, branch.latent, run.band_rows, LayerPass(plain)))
+        for state, branch in zip(states, branches, strict=True):
+            state.refill(make_map, embedded(transformer.patch_embed, branch.latent, state.band_rows, LayerPass(plain)))
         for index in range(len(transformer.transformer_blocks)):
             with lend(index) as block:
                 this = LayerPass(plain, workspace, lay_out=lay_out)
-                for run in runs:
-                    run.refill(make_map, through_block(cast(SanaTransformerBlock, block), run, this))
+                for state in states:
+                    state.refill(make_map, through_block(cast(SanaTransformerBlock, block), state, this))
                 del this
             del block
         workspace.memory = None
-        return [projected(transformer, run, LayerPass(plain)) for run in runs]
+        return [projected(transformer, state, LayerPass(plain)) for state in states]
     finally:
-        for run in runs:
-            run.map.close()
+        for state in states:
+            state.map.close()
