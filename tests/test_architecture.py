@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -34,24 +35,37 @@ MAY_IMPORT = {
     "limits": set(),
 }
 
+# And within banded, each of the others above it; the two networks know nothing of each other.
+BANDED = {
+    "__init__": set(),
+    "rows": set(),
+    "modules": set(),
+    "patches": set(),
+    "triton": set(),
+    "backend": {"triton"},
+    "layers": {"backend", "modules", "rows", "triton"},
+    "autoencoder": {"backend", "layers", "modules", "rows", "triton"},
+    "transformer": {"backend", "layers", "modules", "rows", "triton"},
+}
+
 
 def room_of(file: Path) -> str:
     return file.relative_to(SOURCE).parts[0].removesuffix(".py")
 
 
-def imported_rooms(file: Path) -> set[str]:
-    rooms = set()
+def imported_modules(file: Path) -> Iterator[list[str]]:
+    """What a file imports of ours: the parts of each name, beginning with handscroll."""
     for node in ast.walk(ast.parse(file.read_text())):
+        names = []
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom) and node.level == 0:
-            names = [node.module or ""]
-            if node.module == "handscroll":
-                names = [f"handscroll.{alias.name}" for alias in node.names]
-        else:
-            continue
-        rooms |= {name.split(".")[1] for name in names if name.startswith("handscroll.")}
-    return rooms
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        yield from (name.split(".") for name in names if name.startswith("handscroll."))
+
+
+def imported_rooms(file: Path) -> set[str]:
+    return {parts[1] for parts in imported_modules(file)}
 
 
 FILES = sorted(SOURCE.rglob("*.py"))
@@ -63,6 +77,15 @@ def test_imports_go_one_way(file: Path) -> None:
     assert room in MAY_IMPORT, f"{room} is a new room: say in MAY_IMPORT and docs/architecture.md what it may import"
     allowed = MAY_IMPORT[room] | {room}
     assert imported_rooms(file) <= allowed
+
+
+@pytest.mark.parametrize(
+    "file", [file for file in FILES if room_of(file) == "banded"], ids=lambda file: str(file.relative_to(SOURCE))
+)
+def test_imports_within_banded_go_one_way(file: Path) -> None:
+    part = file.relative_to(SOURCE).parts[1].removesuffix(".py")
+    imported = {parts[2] for parts in imported_modules(file) if parts[1] == "banded"}
+    assert imported <= BANDED[part] | {part}
 
 
 def test_no_room_is_called_utils() -> None:
