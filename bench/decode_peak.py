@@ -26,7 +26,7 @@ from torch import Tensor
 
 import child
 import report
-from handscroll.banded.dcae import decode_rows
+from handscroll.banded.autoencoder import decode_rows
 from handscroll.banded.rows import RowMap, Strip
 from handscroll.runtime.memory import enforce, trim
 from one_run import peak, reset_peak

@@ -62,7 +62,7 @@ measure() {
     step "$name" $((seconds + 15)) "$python" bench/side_by_side.py "$@" "${common[@]}" --seconds $((seconds * patience))
 }
 
-kernel_tests=tests/banded/test_triton_kernels.py
+kernel_tests=tests/banded/test_triton_networks.py
 step tests 90 "$python" -m pytest -q -m gpu tests/test_gpu.py \
     $kernel_tests::test_the_transformer_predicts_the_same $kernel_tests::test_the_decoder_gives_the_same_rows
 measure denoise 135 denoise --model sana-1.6b-4k --sizes $large --modes $ways$kernels --repeats 2

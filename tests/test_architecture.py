@@ -39,6 +39,18 @@ MAY_IMPORT = {
     "__main__": {"cli"},
     "__init__": JOBS | {"pipeline", "api"},
 }
+# And within banded, each of the others above it; the two networks know nothing of each other.
+BANDED = {
+    "__init__": set(),
+    "rows": set(),
+    "modules": set(),
+    "patches": set(),
+    "triton": set(),
+    "backend": {"triton"},
+    "layers": {"backend", "modules", "rows", "triton"},
+    "autoencoder": {"backend", "layers", "modules", "rows", "triton"},
+    "transformer": {"backend", "layers", "modules", "rows", "triton"},
+}
 
 
 def name_of(file: Path) -> str:
@@ -88,6 +100,13 @@ def test_imports_go_one_way(file: Path) -> None:
     assert room in MAY_IMPORT, f"{room} is a new room: say in MAY_IMPORT and docs/architecture.md what it may import"
     rooms = {each.split(".")[1] for each in IMPORTS[module_of(file)] if "." in each}
     assert rooms <= MAY_IMPORT[room] | {room}
+
+
+@pytest.mark.parametrize("file", [file for file in FILES if room_of(file) == "banded"], ids=name_of)
+def test_imports_within_banded_go_one_way(file: Path) -> None:
+    part = file.relative_to(SOURCE).parts[1].removesuffix(".py")
+    imported = {each.split(".")[2] for each in IMPORTS[module_of(file)] if each.startswith("handscroll.banded.")}
+    assert imported <= BANDED[part] | {part}
 
 
 def test_no_circle_of_imports() -> None:

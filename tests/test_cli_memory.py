@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from handscroll import Handscroll, Request, generate
-from handscroll.banded.kernels import has_onednn
+from handscroll.banded.backend import has_onednn
 from handscroll.cli import main as cli
 from handscroll.events import Progress
 from handscroll.plan.inputs import MIB

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from handscroll import Request, generate
-from handscroll.banded.dcae import decode_rows
+from handscroll.banded.autoencoder import decode_rows
 
 Miniature = Callable[..., Path]
 pytestmark = [

@@ -16,7 +16,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from handscroll.banded.dcae import decode_rows
+from handscroll.banded.autoencoder import decode_rows
 from handscroll.banded.patches import decode_by_patches
 from handscroll.runtime.memory import trim
 from stages import MODES, Ready, Size

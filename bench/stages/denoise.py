@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 import on_meta
-from handscroll.banded.dit import Branch, predict
+from handscroll.banded.transformer import Branch, predict
 from handscroll.models.transformer import TransformerSpec
 from make_checkpoint import Noise, empty_module, fill, shapes
 from stages import Ready, Size, Stage, in_dtype

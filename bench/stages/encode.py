@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Literal
 
 from torch import Tensor
 
-from handscroll.banded.dcae import encode
+from handscroll.banded.autoencoder import encode
 from handscroll.runtime.memory import trim
 from stages import MODES, Ready, Size
 from stages.autoencoder import AutoencoderStage

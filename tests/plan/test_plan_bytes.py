@@ -17,9 +17,11 @@ from torch import Tensor
 from transformers import Gemma2Config, Gemma2Model
 
 import miniatures
-from handscroll.banded import dcae, dit
-from handscroll.banded.kernels import has_onednn
+from handscroll.banded import autoencoder
+from handscroll.banded.autoencoder import run as run_module
+from handscroll.banded.backend import has_onednn
 from handscroll.banded.rows import RowMap, cut
+from handscroll.banded.transformer import Branch, predict
 from handscroll.models.autoencoder import F32C32_SANA, AutoencoderSpec
 from handscroll.models.checkpoint import CheckpointSpec
 from handscroll.models.text_encoder import TextEncoderSpec
@@ -122,23 +124,23 @@ def made_real(half: Any, dtype: torch.dtype) -> Any:
 def test_a_decoders_units_have_the_modules_parameters(name: str) -> None:
     spec = AUTOENCODERS[name]
     decoder = meta_decoder(spec)
-    ours, theirs = list(decoder_units(spec)), dcae.decoder_units(decoder)
+    ours, theirs = list(decoder_units(spec)), autoencoder.decoder_units(decoder)
     counts = [sum(parameter.numel() for parameter in unit.module.parameters()) for unit in theirs]
     assert [unit.parameters for unit in ours] == counts
     assert sum(counts) == spec.decoder_parameter_count == sum(each.numel() for each in decoder.parameters())
     assert [(unit.scale, unit.factor) for unit in ours] == [(unit.in_scale, unit.factor) for unit in theirs]
-    assert [unit.kind == "attention" for unit in ours] == [isinstance(unit, dcae.Attention) for unit in theirs]
+    assert [unit.kind == "attention" for unit in ours] == [isinstance(unit, autoencoder.Attention) for unit in theirs]
 
 
 @pytest.mark.parametrize("name", AUTOENCODERS)
 def test_a_decoder_is_cut_where_it_runs(name: str) -> None:
     spec, rng = AUTOENCODERS[name], random.Random(name)
-    units = dcae.decoder_units(meta_decoder(spec))
+    units = autoencoder.decoder_units(meta_decoder(spec))
     for _ in range(60):
         rows, columns = (rng.choice([1, 2, 3, 5, 8, rng.randint(1, 1024)]) for _ in range(2))
         element_bytes = rng.choice([2, 4])
         ours = DecoderShape(spec, rows, columns, element_bytes)
-        theirs = dcae.cut_at_barriers(units, rows, columns)
+        theirs = autoencoder.cut_at_barriers(units, rows, columns)
         assert len(ours) == len(theirs)
         for index, sweep in enumerate(theirs):
             assert ours.sweeps[index][0].scale == sweep.in_scale
@@ -160,7 +162,7 @@ ENCODERS = {
 def test_an_encoders_units_have_the_modules_parameters(name: str) -> None:
     spec = ENCODERS[name]
     encoder = meta_autoencoder(spec).encoder
-    ours, theirs = list(encoder_units(spec)), dcae.encoder_units(encoder)
+    ours, theirs = list(encoder_units(spec)), autoencoder.encoder_units(encoder)
     counts = [sum(parameter.numel() for parameter in unit.module.parameters()) for unit in theirs]
     assert [unit.parameters for unit in ours] == counts
     assert sum(counts) == spec.encoder_parameter_count
@@ -171,12 +173,12 @@ def test_an_encoders_units_have_the_modules_parameters(name: str) -> None:
 @pytest.mark.parametrize("name", ENCODERS)
 def test_an_encoder_is_cut_where_it_runs(name: str) -> None:
     spec, rng = ENCODERS[name], random.Random(name)
-    units, ratio = dcae.encoder_units(meta_autoencoder(spec).encoder), spec.spatial_compression_ratio
+    units, ratio = autoencoder.encoder_units(meta_autoencoder(spec).encoder), spec.spatial_compression_ratio
     for _ in range(60):
         rows, columns = (rng.choice([1, 2, 3, 5, 8, rng.randint(1, 1024)]) for _ in range(2))
         element_bytes = rng.choice([2, 4])
         ours = EncoderShape(spec, rows, columns, element_bytes)
-        theirs = dcae.cut_at_barriers(units, rows * ratio, columns * ratio)
+        theirs = autoencoder.cut_at_barriers(units, rows * ratio, columns * ratio)
         assert len(ours) == len(theirs)
         for index, sweep in enumerate(theirs):
             assert ours.map_rows(index) == round(rows * ratio * sweep.in_scale)
@@ -210,24 +212,24 @@ class Given(RowMap):
 def peaks_of_passes(live: LiveBytes) -> Iterator[list[int]]:
     """Of every pass over rows the most that was alive, maps and the layouts of oneDNN's weights left out."""
     peaks: list[int] = []
-    real = dcae.sweep
+    real = run_module.sweep
 
     def sweep(source: Any, stages: Any) -> Iterator[Tensor]:
         live.peak_bytes = 0
         yield from real(source, stages)
         peaks.append(live.peak_bytes)
 
-    dcae.sweep = sweep  # type: ignore[assignment]
+    run_module.sweep = sweep  # type: ignore[assignment]
     try:
         yield peaks
     finally:
-        dcae.sweep = real
+        run_module.sweep = real
 
 
-def measured_passes(units: Sequence[dcae.Unit], given: Tensor, run: Callable[[NewMap], object]) -> list[int]:
+def measured_passes(units: Sequence[autoencoder.Unit], given: Tensor, run: Callable[[NewMap], object]) -> list[int]:
     """What was alive in every pass of a network `given` [1, C, H, W]; `run` runs it with the maps that it is handed."""
     maps = {}
-    for index, sweep in enumerate(dcae.cut_at_barriers(units, *given.shape[2:])[1:], 1):
+    for index, sweep in enumerate(autoencoder.cut_at_barriers(units, *given.shape[2:])[1:], 1):
         assert sweep.attention is not None
         channels = sweep.attention.module.to_out.out_features
         sides = (round(side * sweep.in_scale) for side in given.shape[2:])
@@ -249,12 +251,12 @@ def needs_onednn(dtype: torch.dtype) -> None:
 
 
 def decoded(decoder: Any, latent: Tensor, heights: list[int], starts: list[int], new_map: NewMap) -> None:
-    for strip in dcae.decode_rows(decoder, latent, heights=heights, starts=starts, new_map=new_map):
+    for strip in autoencoder.decode_rows(decoder, latent, heights=heights, starts=starts, new_map=new_map):
         del strip
 
 
 def encoded(encoder: Any, image: Tensor, heights: list[int], starts: list[int], new_map: NewMap) -> None:
-    dcae.encode(encoder, image, heights=heights, starts=starts, new_map=new_map)
+    autoencoder.encode(encoder, image, heights=heights, starts=starts, new_map=new_map)
 
 
 def drawn_route(
@@ -302,7 +304,7 @@ def test_a_pass_of_the_decoder_holds_what_is_planned(
     needs_onednn(dtype)
     spec = CheckpointSpec.from_folder(BUILTIN).autoencoder if name == "built-in" else AUTOENCODERS[name]
     decoder, rng = made_real(meta_decoder(spec), dtype), random.Random(7)
-    units = dcae.decoder_units(decoder)
+    units = autoencoder.decoder_units(decoder)
     for number, (rows, columns) in enumerate(sizes):
         shape = DecoderShape(spec, rows, columns, dtype.itemsize)
         heights, starts = drawn_route(shape, rng, [1, 2, 3], repeats=number % 2 == 1)
@@ -334,7 +336,7 @@ def test_a_pass_of_the_encoder_holds_what_is_planned(
     needs_onednn(dtype)
     spec = CheckpointSpec.from_folder(BUILTIN).autoencoder if name == "built-in" else ENCODERS[name]
     encoder, rng = made_real(meta_autoencoder(spec).encoder, dtype), random.Random(8)
-    units = dcae.encoder_units(encoder)
+    units = autoencoder.encoder_units(encoder)
     for number, (rows, columns) in enumerate(sizes):
         shape, ratio = EncoderShape(spec, rows, columns, dtype.itemsize), spec.spatial_compression_ratio
         heights, starts = drawn_route(shape, rng, [1, 2, 3, 16], repeats=number % 2 == 1)
@@ -394,7 +396,7 @@ def test_a_layer_of_the_transformer_holds_what_is_planned(name: str, branches: i
     for rows, columns in ((7, 5), (12, 10)):
         band_rows, tokens = rng.randint(1, rows), rng.choice([3, 40])
         inputs = [
-            dit.Branch(
+            Branch(
                 torch.randn(1, spec.in_channels, rows, columns, dtype=dtype),
                 torch.randn(1, tokens, spec.caption_channels, dtype=dtype),
                 None,
@@ -403,7 +405,7 @@ def test_a_layer_of_the_transformer_holds_what_is_planned(name: str, branches: i
             for _ in range(branches)
         ]
         with LiveBytes() as live:
-            dit.predict(transformer, inputs, band_rows=band_rows)
+            predict(transformer, inputs, band_rows=band_rows)
         stream_bytes = rows * columns * spec.width * dtype.itemsize
         held = (branches - 1) * stored_bytes(stream_bytes, "memory") + branches * tokens * spec.width * dtype.itemsize
         working = band_bytes(spec, columns, band_rows, tokens, dtype.itemsize)

@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from handscroll.errors import CheckpointError
+from handscroll.limits import SLOTS
 from handscroll.models.checkpoint import CheckpointSpec
 from handscroll.runtime import text
 from handscroll.runtime.memory import resident_bytes, trim
@@ -23,7 +24,6 @@ from handscroll.runtime.modules import load_module, load_tokenizer, open_module
 from handscroll.runtime.text import encode_prompt
 from handscroll.runtime.text_encoder import open_text_encoder
 from handscroll.weights import files
-from handscroll.weights.buffers import SLOTS
 from handscroll.weights.header import read_header
 from handscroll.weights.stream import WeightStream
 from live_bytes import LiveBytes

@@ -23,8 +23,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from handscroll.limits import MAP_CHUNK_BYTES
+
 Strip = Tensor | None
-MAP_CHUNK_BYTES = 16 * 2**20
 
 
 class RowOp(ABC):

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from handscroll.banded import dcae
+from handscroll.banded.autoencoder import decode_rows, encode
 from handscroll.errors import BudgetError, UsageError
 from handscroll.models.autoencoder import AutoencoderSpec
 from handscroll.plan.decode import decode_stages
@@ -74,7 +74,7 @@ def _decode(autoencoder: Any, z: Tensor, *, strip_rows: int | None, memory_bytes
     factor = autoencoder.spatial_compression_ratio
     out = z.new_empty(batch, autoencoder.config.in_channels, height * factor, width * factor)
     row = 0
-    for strip in dcae.decode_rows(decoder, z, strip_rows, on_sweep=lambda done, of: trim(), **route):
+    for strip in decode_rows(decoder, z, strip_rows, on_sweep=lambda done, of: trim(), **route):
         out[:, :, row : row + strip.shape[2]] = strip
         row += strip.shape[2]
     return out
@@ -88,7 +88,7 @@ def _encode(autoencoder: Any, x: Tensor, *, strip_rows: int | None, memory_bytes
     if memory_bytes is not None:
         height, width = (-(-side // autoencoder.spatial_compression_ratio) for side in x.shape[2:])
         route = _route_within(EncoderShape, autoencoder, x, height, width, memory_bytes)
-    return dcae.encode(encoder, x, strip_rows, on_sweep=lambda done, of: trim(), **route)
+    return encode(encoder, x, strip_rows, on_sweep=lambda done, of: trim(), **route)
 
 
 def _moved(module: torch.nn.Module, x: Tensor) -> Tensor:

@@ -12,12 +12,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache
 
+from handscroll.limits import CUDA_STRIP_BYTES, MAP_CHUNK_BYTES, STRIP_BYTES
 from handscroll.plan.decoder_shape import DecoderShape, PassShape
-from handscroll.plan.inputs import MIB, Hardware, heights_up_to
-from handscroll.plan.store import CHUNK_BYTES, Store
+from handscroll.plan.inputs import Hardware, heights_up_to
+from handscroll.plan.store import Store
 
-# A strip whose largest activation is this big: beyond it nothing gets faster.
-STRIP_BYTES, CUDA_STRIP_BYTES = 16 * MIB, 256 * MIB
 # What calling one operator for a strip costs, whatever its size.
 SECONDS_A_CALL = 5e-5
 
@@ -191,7 +190,7 @@ class _Layout:
         start = self.starts[index]
         source = self._kept_bytes(start)
         result = self._kept_bytes(index + 1) if index + 1 < len(self.shape) else 0
-        chunks = min(source, CHUNK_BYTES) + min(result, CHUNK_BYTES)
+        chunks = min(source, MAP_CHUNK_BYTES) + min(result, MAP_CHUNK_BYTES)
         if any(later == start for later in self.starts[index + 1 :]):  # read again, and so not freed behind the reader
             return source + result + chunks
         return max(source, result) + chunks

@@ -1,7 +1,7 @@
 """The shape of an `AutoencoderDC`'s decoder as sweeps: bytes, FLOPs and weights of each, from the spec alone.
 
-It mirrors what banded/dcae.py builds from the module itself; tests hold the two together. Bytes are those of tensors,
-on a CPU with oneDNN, for one picture. By unit, for r rows of its input, all of them W wide:
+It mirrors what banded/autoencoder/ builds from the module itself; tests hold the two together. Bytes are those of
+tensors, on a CPU with oneDNN, for one picture. By unit, for r rows of its input, all of them W wide:
 
     kind        line buffers (rows x channels)    waiting in queues     at work
     conv_in     2 x Cin                           -                     r Cin + r C, twice where channels are repeated
@@ -248,7 +248,7 @@ class PassShape:
 
 @dataclass(frozen=True)
 class DecoderShape:
-    """The decoder of a latent of `rows` x `columns`, cut at its attentions as banded/dcae.py cuts it.
+    """The decoder of a latent of `rows` x `columns`, cut at its attentions as banded/autoencoder/ cuts it.
 
     Sweep i begins with attention i, but for sweep 0; a latent of a few pixels has fewer barriers. `columns` are those
     of all pictures of a batch together.

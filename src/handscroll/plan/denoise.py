@@ -11,16 +11,12 @@ from dataclasses import dataclass
 from functools import lru_cache
 from itertools import product
 
+from handscroll.limits import BAND_BYTES, CUDA_BAND_BYTES, SLAB_CHANNELS, SLAB_MULTIPLE, SLOTS
 from handscroll.models.transformer import TransformerSpec
-from handscroll.plan.inputs import MIB, Hardware, heights_up_to
+from handscroll.plan.inputs import Hardware, heights_up_to
 from handscroll.plan.precision import BYTES
 from handscroll.plan.store import Store, stored_bytes
 
-# A band whose widest activation is this big: beyond it nothing gets faster (on a CPU 4 rows of 128 tokens in bf16 are
-# enough; a GPU wants more to do at a time).
-BAND_BYTES, CUDA_BAND_BYTES = 16 * MIB, 256 * MIB
-# Of the Mix-FFN's hidden channels so many are made at a time, as in banded/dit.py.
-SLAB_CHANNELS, SLAB_MULTIPLE = 1120, 32
 # What calling a layer's operators costs for a band, whatever its size.
 SECONDS_A_BAND = 1e-3
 # Laid out for a CPU's kernels, matrices take a layer's memory again and save this share of the computing.
@@ -74,7 +70,7 @@ def denoise_stages(
     element_bytes = BYTES[job.precision]
     layer_bytes = spec.block_parameter_count * element_bytes
     fixed_bytes = (spec.parameter_count - spec.num_layers * spec.block_parameter_count) * element_bytes
-    slots = 2 if hardware.is_cuda else 1
+    slots = SLOTS if hardware.is_cuda else 1
     stream_bytes = job.positions * spec.width * element_bytes
     samples_bytes = 8 * 4 * job.positions * spec.patch_size**2 * max(spec.in_channels, spec.out_channels)
     text_bytes = job.branches * job.tokens * (3 * spec.width + spec.caption_channels) * element_bytes
@@ -159,9 +155,9 @@ def forward_flops(spec: TransformerSpec, job: Sampling) -> float:
 def band_bytes(spec: TransformerSpec, columns: int, band_rows: int, tokens: int, element_bytes: int) -> int:
     """The most that a layer holds for one band, beside weights and residual streams: in its Mix-FFN.
 
-    Its hidden channels are made a slab at a time (banded/dit.py); the gated half of them exists for the whole band, and
-    four rows of both halves in line buffers. The text's keys and values, the attention's sums and what is laid out of
-    the depthwise convolution come on top.
+    Its hidden channels are made a slab at a time (banded/transformer/); the gated half of them exists for the whole
+    band, and four rows of both halves in line buffers. The text's keys and values, the attention's sums and what is
+    laid out of the depthwise convolution come on top.
     """
     width, hidden = spec.width, spec.hidden_channels
     slabs = -(-hidden // SLAB_CHANNELS)

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from typing import Literal
 
-from handscroll.plan.inputs import MIB
+from handscroll.limits import MAP_CHUNK_BYTES
 
 # On the device itself; in the host's memory beside a CUDA device; in a file of the scratch folder.
 Store = Literal["memory", "host", "disk"]
-
-CHUNK_BYTES = 16 * MIB  # as banded/rows.py holds a map, and spilled maps are moved
 
 
 def stored_bytes(map_bytes: int, store: Store, *, rewritten: bool = False) -> int:
     """Bytes of device memory for a map; one that is `rewritten` is read while its successor of that size is written."""
     if store != "memory":
         return 0
-    return map_bytes + (2 * min(map_bytes, CHUNK_BYTES) if rewritten else 0)
+    return map_bytes + (2 * min(map_bytes, MAP_CHUNK_BYTES) if rewritten else 0)

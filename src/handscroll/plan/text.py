@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from handscroll.limits import SLOTS
 from handscroll.models.text_encoder import TextEncoderSpec
 from handscroll.plan.inputs import PlanInputs
 from handscroll.plan.precision import BYTES
@@ -21,7 +22,7 @@ class TextStage:
 def text_stage(spec: TextEncoderSpec, tokens: int, prompts: int, precision: str, inputs: PlanInputs) -> TextStage:
     """Encoding `prompts` prompts of at most `tokens` tokens in `precision`."""
     hardware = inputs.hardware
-    slots = 2 if hardware.is_cuda else 1
+    slots = SLOTS if hardware.is_cuda else 1
     held = slots * spec.layer_parameter_count * BYTES[precision] + activation_bytes(spec, tokens, precision)
     if not hardware.is_cuda:
         held += inputs.tokenizer_bytes

@@ -17,7 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from handscroll.banded import dcae, dit
+from handscroll.banded.autoencoder import decode_rows
+from handscroll.banded.transformer import Branch, predict
 from handscroll.events import OnEvent, Progress, ignore
 from handscroll.models.checkpoint import CheckpointSpec
 from handscroll.models.hub import FetchProgress
@@ -261,10 +262,10 @@ class _Bench:
 
         def ours(latent: Tensor) -> Tensor:
             given = [
-                dit.Branch(latent, texts[index : index + 1, :length], None, timestep, guidance)
+                Branch(latent, texts[index : index + 1, :length], None, timestep, guidance)
                 for index, length in enumerate(lengths)
             ]
-            return torch.cat(dit.predict(transformer, given, lay_out=self.device == "cpu"))
+            return torch.cat(predict(transformer, given, lay_out=self.device == "cpu"))
 
         def whole(latent: Tensor) -> Tensor:
             return transformer(
@@ -294,7 +295,7 @@ class _Bench:
         def ours(latent: Tensor) -> Tensor:
             picture = latent.new_empty(1, 3, latent.shape[2] * ratio, latent.shape[3] * ratio)
             top = 0
-            for strip in dcae.decode_rows(autoencoder.decoder, latent, on_sweep=lambda done, of: trim()):
+            for strip in decode_rows(autoencoder.decoder, latent, on_sweep=lambda done, of: trim()):
                 picture[:, :, top : top + strip.shape[2]] = strip
                 top += strip.shape[2]
             return picture

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from handscroll.banded import dcae
+from handscroll.banded.autoencoder import decode_rows as decoder_rows
 from handscroll.errors import NumericsError
 from handscroll.limits import PIXEL_PIECE_BYTES
 from handscroll.plan.plan import Plan
@@ -65,7 +65,7 @@ def _strips(session: Session, plan: Plan, latent: Tensor) -> Generator[Tensor, N
     match plan.decode:
         case "rows":
             decoding = plan.decoding
-            yield from dcae.decode_rows(
+            yield from decoder_rows(
                 autoencoder.decoder,
                 scaled,
                 plan.strip_rows,

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from handscroll.banded import dcae
+from handscroll.banded.autoencoder import encode_strips
 from handscroll.errors import NumericsError
 from handscroll.pictures.resizing import enlarged
 from handscroll.plan.plan import Plan
@@ -28,7 +28,7 @@ def encode_picture(session: Session, plan: Plan, picture: np.ndarray) -> Tensor:
     autoencoder, dtype = opened.module, DTYPES[plan.precision.autoencoder]
     factor = session.spec.autoencoder.spatial_compression_ratio
     height, width = plan.latent_height * factor, plan.latent_width * factor
-    latent = dcae.encode_strips(
+    latent = encode_strips(
         autoencoder.encoder,
         lambda rows: enlarged(picture, height, width, rows, dtype, plan.device),
         height,

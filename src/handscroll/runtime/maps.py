@@ -1,7 +1,7 @@
 """Maps between two sweeps that are not kept on the device: in host memory, or in a scratch file.
 
-Both are `RowMap`s, to be made by the `new_map` of `dcae.decode_rows`. Rows come back bit for bit as they were written,
-in any dtype and on the device that they came from.
+Both are `RowMap`s, to be made by the `new_map` of `autoencoder.decode_rows`. Rows come back bit for bit as they were
+written, in any dtype and on the device that they came from.
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ from typing import BinaryIO
 import torch
 from torch import Tensor
 
-from handscroll.banded.rows import MAP_CHUNK_BYTES, RowMap, Strip
+from handscroll.banded.rows import RowMap, Strip
 from handscroll.errors import OutputError
+from handscroll.limits import MAP_CHUNK_BYTES
 from handscroll.plan.decode import DecodeStage
 from handscroll.plan.store import Store
 

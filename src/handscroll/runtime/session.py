@@ -16,9 +16,8 @@ from typing import Any, Literal, Self
 import torch
 from torch import Tensor, nn
 
-from handscroll.banded import dit
-from handscroll.banded.dcae import Lend
-from handscroll.banded.dit import Branch
+from handscroll.banded.autoencoder import Lend
+from handscroll.banded.transformer import Branch, predict
 from handscroll.errors import HandscrollError
 from handscroll.models.checkpoint import CheckpointSpec
 from handscroll.plan.plan import Plan
@@ -56,12 +55,12 @@ class Transformer:
         self.dtype, self.device = DTYPES[plan.precision.transformer], torch.device(plan.device)
 
     def predict(self, branches: Sequence[Branch]) -> list[Tensor]:
-        """What the transformer gives for each branch. Takes and returns what `banded.dit.predict` does."""
+        """What the transformer gives for each branch. Takes and returns what `banded.transformer.predict` does."""
         plan = self.plan.denoise
         if plan is not None and not plan.together and len(branches) > 1:
             return [self.predict([branch])[0] for branch in branches]
         residual: Store = "memory" if plan is None else plan.residual
-        return dit.predict(
+        return predict(
             self.module,
             branches,
             layer=self._lend,

@@ -10,11 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from handscroll.limits import SLOTS
 from handscroll.weights.files import OpenFiles, allocate_bytes
 from handscroll.weights.layout import Layout, Site
 from handscroll.weights.transfer import Transfer
-
-SLOTS = 2  # one that is computed with, one that is being filled
 
 
 # Buffers.

@@ -11,12 +11,10 @@ import torch
 from torch import Tensor
 
 from handscroll.errors import CheckpointError
+from handscroll.limits import STAGING_BYTES
 from handscroll.weights.dtypes import DTYPES, is_mappable, wanted_dtype
 from handscroll.weights.header import TensorEntry, read_header
 from handscroll.weights.layout import Layout, tensor_at
-
-STAGING_BYTES = 16 * 2**20
-
 
 ADVICE_GAP_BYTES = 2**20  # ranges of a file that lie closer are read ahead as one
 

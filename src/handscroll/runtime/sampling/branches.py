@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from handscroll.banded.dit import Branch
+from handscroll.banded.transformer import Branch
 from handscroll.runtime.session import Transformer
 from handscroll.runtime.text_cache import Text
 

@@ -1,12 +1,12 @@
 """The few operators that strips are made of, each as a plain reference and, where one is faster, a second way.
 
-All take and give strips `[B, rows, W, C]`, contiguous. `Conv` and `Linear` hold weights laid out for one sweep; the
-layout is thrown away with the sweep, so that the model's own parameters are never changed or doubled for long.
+All take and give strips `[B, rows, W, C]`, contiguous. `Conv` holds weights laid out for one sweep; the layout is
+thrown away with the sweep, so that the model's own parameters are never changed or doubled for long.
 
 The fast way on CPUs is oneDNN through the operators that PyTorch's own compiler emits for them: weights reordered once
 instead of at every call, and the activation applied while the result is still in registers. `plain=True` takes
 `torch.nn.functional` instead; a test holds the two together. On CUDA devices Triton kernels can be asked for
-(triton_kernels.in_use).
+(triton.in_use).
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from handscroll.banded import triton_kernels
+from handscroll.banded import triton
 
-Activation = Callable[[Tensor], Tensor]
+Function = Callable[[Tensor], Tensor]
 
 _FUSED_NAMES = {nn.SiLU: "swish", nn.ReLU: "relu"}
 # Elementwise chains run over pieces of about this size, so that each pass finds the last one's result in cache.
@@ -67,7 +67,7 @@ class Conv:
         # Laid out here, before the first strip, so that what lives for the whole pass lies together in the heap. No
         # shape is promised: convolutions keep their speed without it, a 1x1 one only as a linear layer.
         if self.is_linear:
-            self.weight = torch.ops.mkldnn._reorder_linear_weight(self.weight.flatten(1), None)
+            self.weight = laid_out_matrix(self.weight.flatten(1))
         elif self.onednn:
             self.weight = torch.ops.mkldnn._reorder_convolution_weight(
                 self.weight, self.padding, [stride] * 2, [1, 1], groups, None
@@ -106,14 +106,24 @@ class Conv:
         return out.permute(0, 2, 3, 1).contiguous()
 
 
-def in_place(activation: nn.Module) -> Activation:
+def in_place(activation: nn.Module) -> Function:
     """The activation, written over its input where PyTorch can."""
     return type(activation)(inplace=True) if type(activation) in (nn.ReLU, nn.SiLU) else activation
 
 
-def linear(weight: Tensor, bias: Tensor | None = None, **options: object) -> Conv:
-    """A linear layer on every pixel, `weight [C', C]`."""
-    return Conv(weight[:, :, None, None], bias, **options)  # type: ignore[arg-type]
+def laid_out_matrix(weight: Tensor) -> Tensor:
+    """A matrix `[C', C]` reordered for oneDNN, in memory of its own; only where `has_onednn(weight)`."""
+    return torch.ops.mkldnn._reorder_linear_weight(weight, None)
+
+
+def matrix(weight: Tensor, bias: Tensor | None, *, silu: bool = False, plain: bool = False) -> Function:
+    """The product of a matrix `[C', C]`, as it is laid out, with each pixel `[..., C]`; then SiLU if asked for."""
+    if not plain and has_onednn(weight):
+        fused = _FUSED_NAMES[nn.SiLU] if silu else "none"
+        return lambda strip: torch.ops.mkldnn._linear_pointwise(strip, weight, bias, fused, [], "")
+    if silu:
+        return lambda strip: F.silu(F.linear(strip, weight, bias), inplace=True)
+    return lambda strip: F.linear(strip, weight, bias)
 
 
 def rms_norm_(strip: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
@@ -125,8 +135,8 @@ def rms_norm_(strip: Tensor, weight: Tensor | None, bias: Tensor | None, eps: fl
     channels = strip.shape[-1]
     strip = strip.contiguous()
     pixels = strip.view(-1, channels)
-    if triton_kernels.in_use(strip):
-        triton_kernels.rms_norm(pixels[None, None], weight, bias, eps, out=pixels[None, None])
+    if triton.in_use(strip):
+        triton.rms_norm(pixels[None, None], weight, bias, eps, out=pixels[None, None])
         return strip
     step = max(1, _CACHED_BYTES // (channels * strip.element_size())) if strip.device.type == "cpu" else len(pixels)
     for piece in pixels.split(step):
@@ -152,8 +162,8 @@ def rms_norm_(strip: Tensor, weight: Tensor | None, bias: Tensor | None, eps: fl
 
 def layer_norm_modulate(strip: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
     """`layer_norm(strip) * scale + shift` of [B, rows, W, C], in memory of its own; shift, scale: [B, 1, 1, C]."""
-    if triton_kernels.in_use(strip):
-        return triton_kernels.layer_norm_modulate(strip, shift, scale, eps)
+    if triton.in_use(strip):
+        return triton.layer_norm_modulate(strip, shift, scale, eps)
     return F.layer_norm(strip, strip.shape[-1:], eps=eps).mul_(scale).add_(shift)
 
 
@@ -163,8 +173,8 @@ def gate_add_(strip: Tensor, gate: Tensor, residual: Tensor) -> Tensor:
     In fp16 infinite values become the largest, as in diffusers' attentions.
     """
     limit = 65504.0 if strip.dtype == torch.float16 else None
-    if triton_kernels.in_use(strip):
-        return triton_kernels.gate_add_(strip, gate, residual, limit)
+    if triton.in_use(strip):
+        return triton.gate_add_(strip, gate, residual, limit)
     if limit is not None:
         strip.clamp_(-limit, limit)
     return strip.mul_(gate).add_(residual)
@@ -211,8 +221,8 @@ class LinearAttentionSums:
         if self.products is None or self.keys is None:
             self.products = keys.new_zeros(batch, heads, key_dim, values.shape[-1], dtype=torch.float32)
             self.keys = keys.new_zeros(batch, heads, key_dim, dtype=torch.float32)
-        if triton_kernels.in_use(keys):
-            triton_kernels.attention_sums(keys, values, self.products, self.keys)
+        if triton.in_use(keys):
+            triton.attention_sums(keys, values, self.products, self.keys)
             return
         for index, row_keys, row_values in zip(_indices(keys), _rows(keys), _rows(values), strict=True):
             row_keys = _positive(row_keys)
@@ -230,8 +240,8 @@ class LinearAttentionSums:
         out = queries
         if self.products.shape[-1] != queries.shape[-1]:
             out = queries.new_empty(*queries.shape[:-1], self.products.shape[-1])
-        if triton_kernels.in_use(queries):
-            return triton_kernels.attention_apply(queries, self.products, self.keys, eps, out)
+        if triton.in_use(queries):
+            return triton.attention_apply(queries, self.products, self.keys, eps, out)
         for index, row, target in zip(_indices(queries), _rows(queries), _rows(out), strict=True):
             row = _positive(row)
             weights = (row * self.keys[index]).sum(dim=-1, keepdim=True).add_(eps)

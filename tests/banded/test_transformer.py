@@ -12,10 +12,11 @@ import torch
 from torch import Tensor, nn
 
 import miniatures
-from handscroll.banded import dit
-from handscroll.banded.dit import Branch, predict
-from handscroll.banded.kernels import LinearAttentionSums
+from handscroll.banded.backend import LinearAttentionSums
+from handscroll.banded.layers import LayerPass
 from handscroll.banded.rows import RowMap
+from handscroll.banded.transformer import Branch, mix_ffn, predict
+from handscroll.banded.transformer.embed import embedded
 from live_bytes import LiveBytes
 
 SIZES = [(1, 1), (2, 3), (7, 1), (1, 6), (4, 4), (8, 8), (5, 9)]
@@ -153,8 +154,8 @@ def test_slabs_of_hidden_channels_change_next_to_nothing(monkeypatch: pytest.Mon
     model = transformer(mlp_ratio=3.4)  # 108 hidden channels
     given = branches(model, 5, 7)
     expected = [whole(model, branch) for branch in given]
-    monkeypatch.setattr(dit, "SLAB_CHANNELS", 40)
-    assert dit._slabs(108) == [(0, 64), (64, 108)]
+    monkeypatch.setattr(mix_ffn, "SLAB_CHANNELS", 40)
+    assert mix_ffn.slabs(108) == [(0, 64), (64, 108)]
     outs = {rows: predict(model, given, band_rows=rows) for rows in (1, 2, 4)}
     for index, reference in enumerate(expected):
         torch.testing.assert_close(outs[2][index], reference, atol=2e-5, rtol=0)
@@ -163,9 +164,9 @@ def test_slabs_of_hidden_channels_change_next_to_nothing(monkeypatch: pytest.Mon
 
 
 def test_slabs_cover_the_hidden_channels() -> None:
-    assert dit._slabs(5600) == [(0, 1120), (1120, 2240), (2240, 3360), (3360, 4480), (4480, 5600)]
-    assert dit._slabs(2880) == [(0, 960), (960, 1920), (1920, 2880)]
-    assert dit._slabs(80) == [(0, 80)]
+    assert mix_ffn.slabs(5600) == [(0, 1120), (1120, 2240), (2240, 3360), (3360, 4480), (4480, 5600)]
+    assert mix_ffn.slabs(2880) == [(0, 960), (960, 1920), (1920, 2880)]
+    assert mix_ffn.slabs(80) == [(0, 80)]
 
 
 def test_bfloat16_is_as_near_to_fp32_as_diffusers() -> None:
@@ -210,7 +211,7 @@ def test_positions_are_diffusers_to_the_bit(size: tuple[int, int]) -> None:
     with torch.no_grad():
         embed.proj.bias.zero_()
         expected = embed(latent).view(1, *size, -1)
-        bands = list(dit._embedded(embed, latent, 2, dit._Layers(plain=False)))
+        bands = list(embedded(embed, latent, 2, LayerPass(plain=False)))
     assert torch.equal(torch.cat(bands, dim=1), expected)
 
 

@@ -1,0 +1,233 @@
+"""Decoding and encoding: the sweeps of a network one after another, and the maps between them."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, closing, nullcontext
+from math import ceil
+from typing import Any, TypedDict, Unpack
+
+import torch
+from torch import Tensor, nn
+
+from handscroll.banded.autoencoder.attention import Sums
+from handscroll.banded.autoencoder.sweeps import Sweep, cut_at_barriers, strip_heights
+from handscroll.banded.autoencoder.units import Unit, decoder_units, encoder_units
+from handscroll.banded.layers import Pass, check_dense
+from handscroll.banded.modules import DCDownBlock2d, Decoder, Encoder, is_down_block
+from handscroll.banded.rows import RowMap, Stage, Tee, cut, sweep
+
+# Makes the parameters and buffers of these modules real while it is entered; outside they may be on the meta device.
+Lend = Callable[[Sequence[nn.Module]], AbstractContextManager[Any]]
+
+
+class StreamOptions(TypedDict, total=False):
+    """How a network is run, as `decode_rows` says; on the CPU nothing of it changes a bit of the result."""
+
+    starts: Sequence[int] | None
+    new_map: Callable[[int, int], RowMap] | None
+    lend: Lend | None
+    on_sweep: Callable[[int, int], None] | None
+    plain: bool
+
+
+def stream(
+    sweeps: Sequence[Sweep],
+    strips_of: Callable[[int], Iterable[Tensor]],
+    height: int,
+    heights: Sequence[int],
+    *,
+    starts: Sequence[int] | None = None,
+    new_map: Callable[[int, int], RowMap] | None = None,
+    lend: Lend | None = None,
+    on_sweep: Callable[[int, int], None] | None = None,
+    plain: bool = False,
+) -> Generator[Tensor, None, None]:
+    """Runs a network sweep by sweep and yields the rows of its output.
+
+    `strips_of(rows)` gives the input as strips `[B, rows, W, C]`; `height` is its height; `heights` are
+    the strip heights of the sweeps. The rest is as in `decode_rows`.
+    """
+    count = len(sweeps)
+    starts = range(count) if starts is None else starts
+    _check_route(count, heights, starts)
+    last_reader = {start: index for index, start in enumerate(starts)}
+    lent: Lend = (lambda modules: nullcontext()) if lend is None else lend
+    maps: dict[int, RowMap] = {}
+    sums: dict[int, Sums] = {}
+    try:
+        for index, start in enumerate(starts):
+            this = Pass(plain, copies=lend is not None)
+            # The height is in rows of this sweep's own map, wherever it starts: what it holds depends little on that.
+            rows_at_1 = heights[index] / sweeps[index].in_scale
+            stages = list(_stages(sweeps, range(start, index + 1), sums, rows_at_1, lent, this))
+            source_rows = _rows_at(sweeps[start].in_scale, rows_at_1)
+            if start == 0:
+                source = strips_of(source_rows)
+            else:
+                source = maps[start].strips(source_rows, keep=last_reader[start] != index)
+            following = sweeps[index + 1].attention if index + 1 < count else None
+            if following is None:
+                yield from sweep(source, stages)
+            else:
+                with lent(_modules_of(following)):
+                    side = following.sum(this)
+                stages.append(Stage(Tee(side), sys.maxsize))
+                result = None
+                if index + 1 in last_reader:
+                    map_height = round(height * following.in_scale)
+                    result = RowMap(map_height) if new_map is None else new_map(index + 1, map_height)
+                    maps[index + 1] = result
+                _fill(result, sweep(source, stages))
+                sums[index + 1] = side.sums
+                del side
+            # Before the listener, who may trim the heap: with its buffers and weights.
+            del stages, this, source
+            if start and last_reader[start] == index:
+                maps.pop(start).close()
+            if on_sweep is not None:
+                on_sweep(index + 1, count)
+    finally:
+        for map_ in maps.values():
+            map_.close()
+
+
+def _stages(
+    sweeps: Sequence[Sweep], indices: Iterable[int], sums: dict[int, Sums], rows_at_1: float, lent: Lend, this: Pass
+) -> Iterator[Stage]:
+    """The ops of consecutive sweeps; each unit's weights are lent while they are laid out, and no longer."""
+    for index in indices:
+        attention = sweeps[index].attention
+        if attention is not None:
+            with lent(_modules_of(attention)):
+                op = attention.apply(sums[index], this)
+            yield Stage(op, _rows_at(attention.in_scale, rows_at_1))
+        for unit in sweeps[index].local:
+            with lent(_modules_of(unit)):
+                op = unit.build(this)
+            yield Stage(op, _rows_at(unit.in_scale * unit.factor, rows_at_1))
+
+
+def _fill(result: RowMap | None, strips: Iterable[Tensor]) -> None:
+    """Runs a sweep to its end; its rows are kept where a map is given."""
+    for strip in strips:
+        if result is not None:
+            result.write(strip)
+        del strip
+
+
+def _modules_of(unit: Unit) -> list[nn.Module]:
+    return [unit.module]
+
+
+def _rows_at(scale: float, rows_at_1: float) -> int:
+    """A strip's rows where the map is `scale` times the size of the network's input, at least one."""
+    return max(1, ceil(scale * rows_at_1))
+
+
+def _check_route(count: int, heights: Sequence[int], starts: Sequence[int]) -> None:
+    if len(heights) != count or min(heights) < 1:
+        raise ValueError(f"heights must be one for each of {count} sweeps and at least 1 row, not {list(heights)}")
+    if len(starts) != count:
+        raise ValueError(f"starts must be one for each of {count} sweeps, not {list(starts)}")
+    for index, start in enumerate(starts):
+        if not 0 <= start <= index:
+            raise ValueError(f"sweep {index} cannot start from map {start}: only from maps 0 to {index} (0: the input)")
+
+
+def _check_input(first: nn.Conv2d | DCDownBlock2d, image: Tensor, lent: bool) -> None:
+    conv = first.conv if is_down_block(first) else first
+    check_dense(conv)
+    weight = conv.weight
+    device = image.device if lent and weight.is_meta else weight.device
+    expected = (weight.shape[1], weight.dtype, device)
+    given = (image.shape[1], image.dtype, image.device)
+    if given != expected or not image.numel():
+        raise ValueError(f"expected channels, type and device {expected}, not {given} of shape {tuple(image.shape)}")
+
+
+@torch.no_grad()
+def decode_rows(
+    decoder: Decoder,
+    latent: Tensor,
+    strip_rows: int | None = None,
+    *,
+    heights: Sequence[int] | None = None,
+    **options: Unpack[StreamOptions],
+) -> Generator[Tensor, None, None]:
+    """The decoder of an `AutoencoderDC`, row by row, from top to bottom.
+
+    decoder: diffusers' `AutoencoderDC.decoder`, in eval mode. latent: `[B, C, h, w]` in the decoder's dtype and on its
+    device, not scaled. strip_rows: rows of the map at the last attention to take at a time; None lets the size decide.
+    Yields `[B, 3, rows, W]`; together the same values as `decoder(latent)` up to the order of summation. On the CPU
+    they are the same to the bit whatever the other arguments:
+
+    heights: in place of strip_rows, for every sweep the rows that it takes of the map at its own attention (of the
+    latent in sweep 0); elsewhere it takes as much of the picture, but at least one row.
+    starts: for every sweep the number of the sweep whose map it starts from. `starts[i] == i` is the ordinary way; an
+    earlier one repeats the sweeps from that one to i, 0 from the latent. A map is stored if a sweep starts from it,
+    and freed with the last that does.
+    new_map: makes the map that a sweep starts from, out of the sweep's number and the map's height in rows; its default
+    is `RowMap`. It is closed at its end, and when the decoding is abandoned.
+    lend: a context manager in which the parameters and buffers of the modules that it is given are real; outside they
+    may be on the meta device. It is entered while a module's weights are laid out, before the sweep runs.
+
+    Raises ValueError for a latent that does not fit, and for heights or starts that cannot be.
+    """
+    _check_input(decoder.conv_in, latent, options.get("lend") is not None)
+    height, width = latent.shape[2:]
+    sweeps = cut_at_barriers(decoder_units(decoder), height, width)
+    if heights is None:
+        heights = strip_heights(sweeps, latent, strip_rows)
+    map_ = latent.permute(0, 2, 3, 1).contiguous()
+    strips = stream(sweeps, lambda rows: cut(map_, rows), height, heights, **options)
+    with closing(strips):
+        for strip in strips:
+            yield strip.permute(0, 3, 1, 2)
+            del strip
+
+
+@torch.no_grad()
+def encode(
+    encoder: Encoder,
+    image: Tensor,
+    strip_rows: int | None = None,
+    *,
+    heights: Sequence[int] | None = None,
+    **options: Unpack[StreamOptions],
+) -> Tensor:
+    """The encoder of an `AutoencoderDC`, row by row: image `[B, 3, H, W]` -> latent `[B, C, h, w]`, not scaled.
+
+    The other arguments are as in `decode_rows`.
+    """
+    _check_input(encoder.conv_in, image, options.get("lend") is not None)
+    height, width = image.shape[2:]
+    if heights is None:
+        heights = strip_heights(cut_at_barriers(encoder_units(encoder), height, width), image, strip_rows)
+    map_ = image.permute(0, 2, 3, 1)
+
+    def strips_of(rows: int) -> Iterator[Tensor]:
+        return (strip.contiguous() for strip in cut(map_, rows))
+
+    return encode_strips(encoder, strips_of, height, width, heights, **options)
+
+
+@torch.no_grad()
+def encode_strips(
+    encoder: Encoder,
+    strips_of: Callable[[int], Iterable[Tensor]],
+    height: int,
+    width: int,
+    heights: Sequence[int],
+    **options: Unpack[StreamOptions],
+) -> Tensor:
+    """`encode` of an image that need not exist: `strips_of(rows)` gives it from top to bottom, `[B, rows, width, 3]`
+    contiguous in the encoder's dtype, as often as a sweep starts from it. Raises ValueError as `encode`.
+    """
+    units = encoder_units(encoder)
+    ratio = round(1 / units[-1].in_scale)
+    if height % ratio or width % ratio:
+        raise ValueError(f"an image of {width}x{height} cannot be encoded: its sides must be multiples of {ratio}")
+    strips = stream(cut_at_barriers(units, height, width), strips_of, height, heights, **options)
+    return torch.cat(list(strips), dim=1).permute(0, 3, 1, 2).contiguous()

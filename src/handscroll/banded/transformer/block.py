@@ -1,0 +1,112 @@
+"""A layer of the transformer, `SanaTransformerBlock`, in bands of rows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+import torch.nn.functional as F
+from diffusers.models.attention_processor import SanaLinearAttnProcessor2_0
+from diffusers.models.transformers.sana_transformer import SanaAttnProcessor2_0
+from torch import Tensor, nn
+
+from handscroll.banded import backend
+from handscroll.banded.backend import LinearAttentionSums
+from handscroll.banded.layers import Function, LayerPass, row_by_row
+from handscroll.banded.modules import Attention, SanaTransformerBlock
+from handscroll.banded.rows import Pointwise, Residual, Stage, sweep
+from handscroll.banded.transformer.branch import BranchState
+from handscroll.banded.transformer.mix_ffn import MixFFN
+
+
+def through_block(block: SanaTransformerBlock, state: BranchState, this: LayerPass) -> Iterator[Tensor]:
+    """`SanaTransformerBlock` on a branch's map, which is freed on the way: the bands of the next map."""
+    if not isinstance(block.attn1.processor, SanaLinearAttnProcessor2_0):
+        raise TypeError(f"a self-attention by {type(block.attn1.processor)} cannot be run in bands")
+    if not isinstance(block.attn2.processor, SanaAttnProcessor2_0):
+        raise TypeError(f"a cross-attention by {type(block.attn2.processor)} cannot be run in bands")
+    batch = len(state.modulation)
+    table = block.scale_shift_table[None] + state.modulation.reshape(batch, 6, -1)
+    shift_attn, scale_attn, gate_attn, shift_ff, scale_ff, gate_ff = table[:, :, None, None].unbind(1)
+    normed = _modulated(block.norm1, shift_attn, scale_attn)
+    sums = _attention_sums(block.attn1, normed, state.map.strips(state.band_rows, keep=True), this)
+    attend = _self_attention(block.attn1, normed, sums, gate_attn, this)
+    read = _cross_attention(block.attn2, state, this)
+    feed = MixFFN(block.ff, _modulated(block.norm2, shift_ff, scale_ff), gate_ff, this)
+    stages = [
+        Stage(Pointwise(lambda band: read(attend(band))), state.band_rows),
+        Stage(Residual(feed), state.band_rows),
+    ]
+    return sweep(state.map.strips(state.band_rows), stages)
+
+
+def _modulated(norm: nn.LayerNorm, shift: Tensor, scale: Tensor) -> Function:
+    """Norm, scale and shift of [B, rows, w, width], in memory of its own."""
+    if type(norm) is not nn.LayerNorm:
+        raise TypeError(f"a layer with the norm {type(norm)} cannot be run in bands")
+    scale = 1 + scale
+    if norm.elementwise_affine:
+        return lambda band: norm(band).mul_(scale).add_(shift)
+    return lambda band: backend.layer_norm_modulate(band, shift, scale, norm.eps)
+
+
+def _attention_sums(
+    attention: Attention, normed: Function, bands: Iterable[Tensor], this: LayerPass
+) -> LinearAttentionSums:
+    to_k, to_v = this.linear(attention.to_k), this.linear(attention.to_v)
+    norm_k_, heads = this.norm_(attention.norm_k), attention.heads
+    sums = LinearAttentionSums()
+    for band in bands:
+        band = normed(band)
+        keys = norm_k_(to_k(band)).unflatten(-1, (heads, -1))
+        sums.add(keys, to_v(band).unflatten(-1, (heads, -1)))
+        del keys
+    return sums
+
+
+def _self_attention(
+    attention: Attention, normed: Function, sums: LinearAttentionSums, gate: Tensor, this: LayerPass
+) -> Function:
+    """Once its sums are known: `x + gate * attention(norm(x))` of [B, rows, w, width]."""
+    to_q, to_out = this.linear(attention.to_q), this.linear(attention.to_out[0])
+    norm_q_, heads = this.norm_(attention.norm_q), attention.heads
+
+    def attend(band: Tensor) -> Tensor:
+        mixed = norm_q_(to_q(normed(band)))
+        mixed = sums.apply_(mixed.unflatten(-1, (heads, -1))).flatten(-2)
+        return backend.gate_add_(to_out(mixed), gate, band)
+
+    return attend
+
+
+def _cross_attention(attention: Attention, state: BranchState, this: LayerPass) -> Function:
+    """`x + attention(x, text)` of [B, rows, w, width]."""
+    heads, bias, rescale = attention.heads, state.bias, attention.rescale_output_factor
+    keys = this.norm_(attention.norm_k)(this.once(attention.to_k)(state.text))
+    values = this.once(attention.to_v)(state.text)
+    # A fused attention may give finite answers to keys that are not: let their infinity or NaN through.
+    values += keys.abs().amax() * 0
+
+    if state.text.shape[1] == 1 and bias is None:
+        # The softmax of a single score is 1: every position reads the same, whatever it asks. So does the branch of an
+        # empty negative prompt, a seventh of whose work this saves.
+        answer = this.once(attention.to_out[0])(values[:, None])  # [B, 1, 1, width]
+        if rescale != 1:
+            answer.div_(rescale)
+        return lambda band: answer + band
+
+    to_q, to_out, norm_q_ = this.linear(attention.to_q), this.linear(attention.to_out[0]), this.norm_(attention.norm_q)
+    # [B, heads, T, head_dim]
+    keys, values = (each.unflatten(-1, (heads, -1)).transpose(1, 2).contiguous() for each in (keys, values))
+
+    def read(band: Tensor) -> Tensor:
+        queries = norm_q_(to_q(band)).unflatten(-1, (heads, -1))  # [B, rows, w, heads, head_dim]
+        for rows in row_by_row(queries):
+            asked = rows.flatten(1, 2).transpose(1, 2)
+            answer = F.scaled_dot_product_attention(asked, keys, values, bias)
+            rows.copy_(answer.transpose(1, 2).view_as(rows))
+        out = to_out(queries.flatten(-2))
+        if rescale != 1:
+            out.div_(rescale)
+        return out.add_(band)
+
+    return read

@@ -1,0 +1,66 @@
+"""One forward of the transformer for several branches, layer by layer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from handscroll.banded.layers import LayerPass
+from handscroll.banded.modules import SanaTransformer2DModel, SanaTransformerBlock
+from handscroll.banded.rows import RowMap, Workspace
+from handscroll.banded.transformer.block import through_block
+from handscroll.banded.transformer.branch import Branch, BranchState
+from handscroll.banded.transformer.embed import embedded, projected
+
+# Lends the i-th SanaTransformerBlock with its parameters in memory, for as long as the context is entered.
+LendLayer = Callable[[int], AbstractContextManager[nn.Module]]
+
+
+@torch.no_grad()
+def predict(
+    transformer: SanaTransformer2DModel,
+    branches: Sequence[Branch],
+    *,
+    layer: LendLayer | None = None,
+    band_rows: int | None = None,
+    new_map: Callable[[int], RowMap] | None = None,
+    lay_out: bool = False,
+    plain: bool = False,
+) -> list[Tensor]:
+    """What `SanaTransformer2DModel` gives for each branch, [B, C', H, W] in the dtype of its latent.
+
+    transformer: diffusers' module in eval mode. All but `transformer_blocks` must be in memory, and of that all but
+    `patch_embed.pos_embed`, which is computed band by band. layer: called once for each layer, from the first to the
+    last; lends that layer's block. None stands for the transformer's own. band_rows: rows of the token map at a time;
+    None lets the size decide. new_map: makes the map, given its height, that holds a branch's residual stream.
+    lay_out: each layer's matrices are reordered for the CPU's kernels, once for all branches, which takes a layer's
+    memory again and saves a twentieth of the time; it changes no bit. plain: by `torch.nn.functional` alone, but for
+    norms and sums where Triton is asked for (triton.in_use).
+
+    Raises TypeError for a module that cannot be run in bands, ValueError for a latent that does not fit.
+    """
+    if band_rows is not None and band_rows < 1:
+        raise ValueError(f"bands of {band_rows} rows end nowhere")
+    lend = layer or (lambda index: nullcontext(transformer.transformer_blocks[index]))
+    make_map = new_map or RowMap
+    workspace = Workspace()
+    states = [BranchState.of(transformer, branch, band_rows) for branch in branches]
+    try:
+        for state, branch in zip(states, branches, strict=True):
+            state.refill(make_map, embedded(transformer.patch_embed, branch.latent, state.band_rows, LayerPass(plain)))
+        for index in range(len(transformer.transformer_blocks)):
+            with lend(index) as block:
+                this = LayerPass(plain, workspace, lay_out=lay_out)
+                for state in states:
+                    state.refill(make_map, through_block(cast(SanaTransformerBlock, block), state, this))
+                del this
+            del block
+        workspace.memory = None
+        return [projected(transformer, state, LayerPass(plain)) for state in states]
+    finally:
+        for state in states:
+            state.map.close()
