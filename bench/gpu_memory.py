@@ -30,9 +30,10 @@ from handscroll.models.opening import open_checkpoint
 from handscroll.plan.inputs import Hardware, Rates, Situation
 from handscroll.plan.plan import make_plan, minimum_bytes
 from handscroll.plan.table import plan_dict, plan_table
-from handscroll.request import Request, parse_bytes
+from handscroll.request import Request
 from handscroll.runtime.modules import load_tokenizer
 from handscroll.runtime.text import count_tokens, instruction_of
+from handscroll.units import parse_bytes
 from memory import PROMPT, difference, fresh_cache, load_miniatures, mib, say, size, yes
 
 TIME_BOUND = 1.15

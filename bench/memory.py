@@ -42,8 +42,9 @@ from handscroll.jobs.latent_file import save_latent
 from handscroll.models.checkpoint import CheckpointSpec
 from handscroll.models.opening import open_checkpoint
 from handscroll.plan.plan import make_plan, minimum_bytes
-from handscroll.request import PRECISIONS, Request, parse_bytes, parse_size
+from handscroll.request import PRECISIONS, Request
 from handscroll.runtime.probe import survey
+from handscroll.units import parse_bytes, parse_size
 
 PROMPT = "a quiet lake at dusk"
 MODES = ("generate", "decode", "draws")

@@ -22,10 +22,10 @@ from handscroll.pictures.resizing import enlarged
 from handscroll.plan.growth import first_step
 from handscroll.plan.inputs import MIB, Hardware, Situation
 from handscroll.plan.plan import Plan, make_plan, minimum_bytes
-from handscroll.request import parse_compose
 from handscroll.runtime.sampling.noise import starting_noise
 from handscroll.runtime.session import Transformer
 from handscroll.runtime.text import instruction_of
+from handscroll.units import parse_compose
 
 Miniature = Callable[..., Path]
 PROMPT = "Snowy Mountains at dusk, a red sun"

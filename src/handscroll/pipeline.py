@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import secrets
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache, partial
@@ -26,7 +25,7 @@ from handscroll.pictures.metadata import parameters_text
 from handscroll.pictures.targets import Target, check_target
 from handscroll.pictures.writing import write_image
 from handscroll.plan.plan import Plan, chosen_anew, make_plan, minimum_bytes
-from handscroll.request import DEFAULT_MODEL, Request, indexed, parse_bytes
+from handscroll.request import DEFAULT_MODEL, Request, indexed, random_seed
 from handscroll.runtime.decode import decode_rows, whole_picture
 from handscroll.runtime.device import scratch_folder
 from handscroll.runtime.growth import grown
@@ -39,6 +38,7 @@ from handscroll.runtime.sampling.noise import starting_noise
 from handscroll.runtime.session import Opened, Stages
 from handscroll.runtime.text import encoded, instruction_of
 from handscroll.runtime.text_cache import Text
+from handscroll.units import parse_bytes
 from handscroll.version import __version__
 
 STAGES = ("text", "denoise", "decode")
@@ -424,11 +424,6 @@ def write_picture(
 
 
 # Small decisions
-
-
-def random_seed() -> int:
-    """A seed for those who gave none, short enough to be typed again."""
-    return secrets.randbelow(2**32)
 
 
 def _on_fetch(on_event: OnEvent) -> Callable[[Any], None]:

@@ -6,13 +6,12 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from handscroll.errors import PromptError, SizeError, UsageError
+from handscroll.errors import PromptError, UsageError
+from handscroll.units import MAX_SIDE_PX, MIN_COMPOSE_PX, check_range, check_side
 
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 DECODES = ("rows", "whole", "tiled", "patch")
 MAX_PROMPT_CHARACTERS = 20_000
-MIN_SIDE_PX, MAX_SIDE_PX = 32, 131_072
-MIN_COMPOSE_PX = 64
 MAX_SEED = 2**63 - 1
 
 DEFAULT_MODEL = "tiny-landscape"
@@ -50,8 +49,9 @@ class Request:
     def __post_init__(self) -> None:
         check_prompt(self.prompt)
         check_text("negative prompt", self.negative)
-        check_side("width", self.width)
-        check_side("height", self.height)
+        for name, side_px in (("width", self.width), ("height", self.height)):
+            if side_px is not None:
+                check_side(name, side_px)
         check_range("steps", self.steps, 1, 1000)
         check_range("guidance", self.guidance, 0, 1000)
         check_range("seed", self.seed, 0, MAX_SEED)
@@ -92,18 +92,6 @@ def check_text(what: str, text: str) -> None:
         raise PromptError(f"the {what} is not valid UTF-8 text") from None
 
 
-def check_side(name: str, side_px: int | None) -> None:
-    """Raises SizeError for a side that no picture has."""
-    if side_px is not None and not MIN_SIDE_PX <= side_px <= MAX_SIDE_PX:
-        raise SizeError(f"{name} {side_px} is out of range; use {MIN_SIDE_PX} to {MAX_SIDE_PX} pixels")
-
-
-def check_range(name: str, value: float | None, least: float, most: float) -> None:
-    """Raises UsageError for a number outside its range, NaN included."""
-    if value is not None and not least <= value <= most:
-        raise UsageError(f"{name} {value} is out of range; use {least} to {most}")
-
-
 def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
     """Raises UsageError for a word that is not one of the choices."""
     if value not in choices:
@@ -116,40 +104,11 @@ def check_device(device: str) -> None:
         raise UsageError(f"device {device!r} is not known; use auto, cpu, cuda or cuda:N")
 
 
-def parse_size(text: str) -> tuple[int, int]:
-    """`4096x2048` or `4096` -> (width, height) in pixels. Raises SizeError."""
-    found = re.fullmatch(r"\s*(\d{1,9})(?:\s*[xX×*]\s*(\d{1,9}))?\s*", text)
-    if found is None:
-        raise SizeError(
-            f"size {text!r} is not a size; write WIDTHxHEIGHT such as 4096x2048, or one number for a square"
-        )
-    width, height = int(found[1]), int(found[2] or found[1])
-    check_side("width", width)
-    check_side("height", height)
-    return width, height
+def random_seed() -> int:
+    """A seed for those who gave none, short enough to be typed again: the seeds that other image tools take too."""
+    import secrets
 
-
-def parse_compose(text: str) -> int | None:
-    """`auto`, `off` or pixels -> None, 0 or the pixels. Raises UsageError."""
-    match text.strip().lower():
-        case "auto":
-            return None
-        case "off":
-            return 0
-        case digits if re.fullmatch(r"[0-9]{1,9}", digits):
-            check_range("compose", int(digits), MIN_COMPOSE_PX, MAX_SIDE_PX)
-            return int(digits)
-    raise UsageError(f"compose {text!r} is not known; use auto, off or a side in pixels such as 1024")
-
-
-def parse_bytes(text: str) -> int:
-    """`6GiB`, `800MiB`, `1.5 GB`, `123456` -> bytes. Raises UsageError."""
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(?:([kmgt]i?)?b)?\s*", text, re.IGNORECASE)
-    if found is None:
-        raise UsageError(f"memory {text!r} is not an amount; write it as 6GiB or 800MiB")
-    unit = (found[2] or "").lower()
-    base = 1024 if unit.endswith("i") else 1000
-    return int(float(found[1]) * base ** " kmgt".index(unit[:1] or " "))
+    return secrets.randbelow(2**32)
 
 
 def indexed(path: Path, index: int, count: int) -> Path:

@@ -12,7 +12,6 @@ import io
 import json
 import os
 import re
-import secrets
 import sys
 import traceback
 from collections.abc import Iterator, Sequence
@@ -32,10 +31,9 @@ from handscroll.request import (
     check_choice,
     check_device,
     indexed,
-    parse_bytes,
-    parse_compose,
-    parse_size,
+    random_seed,
 )
+from handscroll.units import duration, gibibytes, one_line, parse_bytes, parse_compose, parse_size
 from handscroll.version import __version__
 
 if TYPE_CHECKING:
@@ -45,7 +43,6 @@ if TYPE_CHECKING:
 
 INTERRUPTED = 130
 NAME_WORDS, NAME_CHARACTERS = 6, 48  # of a prompt, in the name of a file that was given none
-RANDOM_SEEDS = 2**32  # the seeds that other image tools take too
 
 # Options that commands share.
 
@@ -178,7 +175,7 @@ def generate(
         steps=steps,
         guidance=guidance,
         # A name of the prompt's wants the seed now; for a given file, an unfinished run may remember the one it drew.
-        seed=secrets.randbelow(RANDOM_SEEDS) if seed is None and output is None else seed,
+        seed=random_seed() if seed is None and output is None else seed,
         count=count,
         precision=precision,
         device=device,
@@ -465,7 +462,7 @@ def _watching(quiet: bool, pictures: int = 1) -> Iterator[OnEvent]:
 
 def _print_notice(event: Progress) -> None:
     if event.stage == "notice":
-        print(f"note: {_one_line(event.detail)}", file=sys.stderr)
+        print(f"note: {one_line(event.detail)}", file=sys.stderr)
 
 
 # What a command prints.
@@ -486,19 +483,18 @@ def _print_results(results: Sequence[Result], as_json: bool, quiet: bool) -> Non
 
 
 def _summary(results: Sequence[Result]) -> str:
-    """`4096x4096, 742 s, peak 1.7 GiB (planned 1.8, budget 2.0 GiB), seed 7`; several pictures share a line."""
+    """`4096x4096, 12.4 min, peak 1.7 GiB (planned 1.8, budget 2.0 GiB), seed 7`; several pictures share a line."""
     first, last = results[0], results[-1]
     pictures = f"{len(results)} pictures of " if len(results) > 1 else ""
     shared_seconds = first.seconds.get("text", 0.0)  # one prompt, encoded once, counted with each picture
     seconds = sum(result.seconds["total"] - shared_seconds for result in results) + shared_seconds
     peak_bytes = max(result.memory["measured_peak_bytes"] or 0 for result in results)
     seeds = f"seed {first.seed}" if len(results) == 1 else f"seeds {first.seed} to {last.seed}"
-    spent = f"{seconds:.1f} s" if seconds < 100 else f"{seconds:.0f} s"
     memory = f"peak {gibibytes(peak_bytes)}"
     if first.memory["budget_bytes"] is not None:
         planned_bytes = max(result.memory["planned_peak_bytes"] or 0 for result in results)
         memory += f" (planned {gibibytes(planned_bytes)}, budget {gibibytes(first.memory['budget_bytes'])})"
-    return f"{pictures}{first.width}x{first.height}, {spent}, {memory}, {seeds}"
+    return f"{pictures}{first.width}x{first.height}, {duration(seconds)}, {memory}, {seeds}"
 
 
 def _models_table(found: Sequence[Model]) -> str:
@@ -518,11 +514,6 @@ def _models_table(found: Sequence[Model]) -> str:
     lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in (header, *rows)]
     terms = dict.fromkeys(model.licence for model in found if ":" in model.licence)
     return "\n".join([*lines, "", *terms] if terms else lines)
-
-
-def gibibytes(n_bytes: int) -> str:
-    """`2.9 GiB`, or `85 MiB` below one."""
-    return f"{n_bytes / 2**30:.1f} GiB" if n_bytes >= 2**30 else f"{n_bytes / 2**20:.0f} MiB"
 
 
 def _json(value: object) -> str:
@@ -576,14 +567,14 @@ def _told(error: Any) -> tuple[int, str, dict[str, Any]]:
     """Exit code, the line for stderr, and the error as `--json` shows it. What can be gone on with is said last."""
     exit_code, opening, facts = _described(error)
     facts["message"] = "; ".join([facts["message"], *getattr(error, "__notes__", ())])
-    return exit_code, opening + _one_line(facts["message"]), facts
+    return exit_code, opening + one_line(facts["message"]), facts
 
 
 def _described(error: Any) -> tuple[int, str, dict[str, Any]]:
     if isinstance(error, HandscrollError):
         return error.exit_code, "error: ", error.as_dict()
     if isinstance(error, _USAGE_FAULTS):
-        message = _one_line(error.format_message()).rstrip(".")
+        message = one_line(error.format_message()).rstrip(".")
         return 2, "error: ", {"code": "bad_usage", "message": message}
     if isinstance(error, KeyboardInterrupt):
         return INTERRUPTED, "", {"code": "interrupted", "message": "interrupted"}
@@ -594,9 +585,5 @@ def _described(error: Any) -> tuple[int, str, dict[str, Any]]:
         message = "out of memory; try --decode rows, a smaller --strip-rows or --size, or --device cpu"
     else:
         code = "unexpected"
-        message = _one_line(f"{type(error).__name__}: {error}; HANDSCROLL_TRACEBACK=1 shows where")
+        message = one_line(f"{type(error).__name__}: {error}; HANDSCROLL_TRACEBACK=1 shows where")
     return 1, "error: ", {"code": code, "message": message}
-
-
-def _one_line(text: str) -> str:
-    return " ".join(text.split())

@@ -18,8 +18,8 @@ from handscroll.models.autoencoder import AutoencoderSpec
 from handscroll.plan.decode import decode_stages
 from handscroll.plan.decoder_shape import DecoderShape
 from handscroll.plan.inputs import Hardware
-from handscroll.request import check_range, parse_bytes
 from handscroll.runtime.memory import trim
+from handscroll.units import check_range, parse_bytes
 
 _METHODS = ("_decode", "_encode")
 

@@ -17,6 +17,7 @@ from handscroll.plan.inputs import MIB, Situation
 from handscroll.plan.plan import COMPONENTS, in_precision, shrunk
 from handscroll.plan.precision import Precision
 from handscroll.runtime.session import Stages
+from handscroll.units import one_line
 
 Result = TypeVar("Result")
 
@@ -24,6 +25,8 @@ Result = TypeVar("Result")
 # When a stage takes the least already, only another program can make room: it is given some time to.
 LAST_TRIES, WAIT_SECONDS = 3, 1.0
 
+
+MAX_LINE = 120  # of what a library says of an error, in characters
 
 NAMES = {"text": "reading the prompt", "denoise": "denoising", "decode": "decoding"}
 
@@ -52,7 +55,7 @@ class Recovery:
             except Exception as error:
                 if not is_out_of_memory(error):
                     raise
-                overflowed, line = None, _one_line(error)
+                overflowed, line = None, one_line(error, MAX_LINE)
             self.stages.free()
             if overflowed is not None:
                 self._in_fp32(stage, overflowed, line, picture)
@@ -93,8 +96,3 @@ class Recovery:
         except BudgetError as error:
             raise NumericsError(f"{line}; fp32 does not fit: {error}") from error
         self.on_event(notice(f"{line}: {NAMES[stage]} again in fp32", picture))
-
-
-def _one_line(error: BaseException) -> str:
-    line = " ".join(str(error).split()) or type(error).__name__
-    return line if len(line) <= 120 else f"{line[:117]}..."

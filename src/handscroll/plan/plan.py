@@ -18,7 +18,8 @@ from handscroll.plan.inputs import MIB, Hardware, Situation
 from handscroll.plan.precision import BYTES, Precision, resolve_precision
 from handscroll.plan.text import TextStage, text_stage
 from handscroll.plan.writer import writer_bytes
-from handscroll.request import MAX_SIDE_PX, Request
+from handscroll.request import Request
+from handscroll.units import MAX_SIDE_PX, budget_text
 
 # On a CPU a stage takes more of the process's memory than its tensors: code that is touched for the first time, heaps
 # of threads, oneDNN's scratch and compiled kernels, the file writer; and a share of small blocks between others.
@@ -415,7 +416,7 @@ def _too_small(plan: Plan, spec: CheckpointSpec, situation: Situation) -> Budget
     name = {"text": "reading the prompt", "denoise": "denoising", "decode": "decoding"}[largest]
     line = (
         f"{plan.width}x{plan.height} with {spec.name} in {plan.precision} needs at least "
-        f"--memory {least_bytes // MIB}MiB, for {name}; {allowed_bytes // MIB} MiB were allowed"
+        f"--memory {budget_text(least_bytes)}, for {name}; {allowed_bytes // MIB} MiB were allowed"
     )
     if plan.smaller is not None:
         at_once_bytes = minimum_bytes(

@@ -10,6 +10,7 @@ from handscroll.plan.decode import DecodeStage
 from handscroll.plan.denoise import DenoiseStage
 from handscroll.plan.plan import Part, Plan
 from handscroll.plan.text import TextStage
+from handscroll.units import budget_text, duration, gibibytes
 
 PLACES = {"memory": "in memory", "host": "in the host's memory", "disk": "on disk"}
 
@@ -50,7 +51,7 @@ def plan_dict(spec: CheckpointSpec, plan: Plan, minimum_bytes: int | None) -> di
 
 def plan_table(spec: CheckpointSpec, plan: Plan, minimum_bytes: int | None) -> str:
     """A heading, a line a stage, and what it comes to."""
-    budget = "no budget" if plan.budget_bytes is None else f"budget {_gibibytes(plan.budget_bytes)}"
+    budget = "no budget" if plan.budget_bytes is None else f"budget {gibibytes(plan.budget_bytes, decimals=2)}"
     heading = (
         f"{spec.name}, {plan.width}x{plan.height}, {_steps(plan)}, guidance {plan.guidance:g}, {plan.precision} "
         f"on {plan.device}, {budget}"
@@ -59,13 +60,13 @@ def plan_table(spec: CheckpointSpec, plan: Plan, minimum_bytes: int | None) -> s
     for name, stage in _stages(plan).items():
         if name == "encode":
             rows += [_row_on_the_way(size) for size in plan.sizes[:-1]]
-        rows.append((name, _gibibytes(stage.peak_bytes), _seconds(stage.seconds), _how(stage, spec)))
+        rows.append((name, gibibytes(stage.peak_bytes, decimals=2), duration(stage.seconds), _how(stage, spec)))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
     total_seconds = sum(plan.planned_seconds.values())
-    peak = "" if plan.planned_peak_bytes is None else f"peak {_gibibytes(plan.planned_peak_bytes)}, "
-    least = "" if minimum_bytes is None else f"; the least that would do is --memory {minimum_bytes // 2**20}MiB"
-    return "\n".join([heading, "", *lines, "", f"{peak}about {_seconds(total_seconds)} a picture{least}"])
+    peak = "" if plan.planned_peak_bytes is None else f"peak {gibibytes(plan.planned_peak_bytes, decimals=2)}, "
+    least = "" if minimum_bytes is None else f"; the least that would do is --memory {budget_text(minimum_bytes)}"
+    return "\n".join([heading, "", *lines, "", f"{peak}about {duration(total_seconds)} a picture{least}"])
 
 
 def _stages(plan: Plan) -> dict[str, Part]:
@@ -84,7 +85,7 @@ def _row_on_the_way(size: Plan) -> tuple[str, str, str, str]:
     name, what = ("compose", "composed") if size.smaller is None else ("grow", "grown")
     steps = f"{size.steps_here} step{'s' * (size.steps_here != 1)}"
     how = f"{what} at {size.width}x{size.height} in {steps}, decoded and enlarged"
-    return name, _gibibytes(peak_bytes), _seconds(seconds), how
+    return name, gibibytes(peak_bytes, decimals=2), duration(seconds), how
 
 
 def _how(stage: Part, spec: CheckpointSpec) -> str:
@@ -111,11 +112,3 @@ def _how(stage: Part, spec: CheckpointSpec) -> str:
 
 def _rows(count: int) -> str:
     return "1 row" if count == 1 else f"{count} rows"
-
-
-def _gibibytes(n_bytes: int) -> str:
-    return f"{n_bytes / 2**30:.2f} GiB" if n_bytes >= 2**30 else f"{n_bytes / 2**20:.0f} MiB"
-
-
-def _seconds(seconds: float) -> str:
-    return f"{seconds:.1f} s" if seconds < 100 else f"{seconds / 60:.0f} min" if seconds > 600 else f"{seconds:.0f} s"

@@ -28,6 +28,7 @@ from handscroll.runtime.memory import Meter, release, resident_bytes, trim
 from handscroll.runtime.modules import Component, load_module, load_tokenizer
 from handscroll.runtime.text import encode_prompt, instruction_of
 from handscroll.system import available_bytes, processor_name
+from handscroll.units import gibibytes
 from handscroll.weights.dtypes import DTYPES
 
 PROMPT = "snowy mountains at dusk, a red sun over a quiet lake"
@@ -322,7 +323,7 @@ class _Bench:
         room_bytes = torch.cuda.mem_get_info(self.device)[0] if on_cuda else available_bytes()
         if room_bytes is None or n_bytes <= 0.9 * room_bytes:
             return ""
-        return f"needs about {n_bytes / 2**30:.1f} GiB, and {room_bytes / 2**30:.1f} are free"
+        return f"needs about {gibibytes(n_bytes)}, and {gibibytes(room_bytes)} are free"
 
     def _both_ways(
         self,

@@ -17,6 +17,7 @@ from typing import Any
 
 from handscroll.models.registry import BY_NAME
 from handscroll.request import DEFAULT_MODEL
+from handscroll.units import first_line, gibibytes
 from handscroll.version import __version__
 
 # The package to import -> what pip installs for it (as in pyproject.toml), and what is used of it.
@@ -81,11 +82,12 @@ class Health:
             if device["device"] == "cpu":
                 yield f"{'cpu':<16} {device['name']}, {device['cores']} cores, {device['threads']} threads, {bf16}"
             else:
-                room = f"{_gib(device['free_bytes'])} of {_gib(device['total_bytes'])} free"
+                room = f"{_amount(device['free_bytes'])} of {_amount(device['total_bytes'])} free"
                 yield f"{device['device']:<16} {device['name']}, {room}, {bf16}"
-        yield f"{'memory':<16} {_gib(self.memory['available_bytes'])} of {_gib(self.memory['total_bytes'])} available"
+        available, total = _amount(self.memory["available_bytes"]), _amount(self.memory["total_bytes"])
+        yield f"{'memory':<16} {available} of {total} available"
         for name, place in self.disk.items():
-            yield f"{'disk, ' + name:<16} {_gib(place['free_bytes'])} free at {place['path']}"
+            yield f"{'disk, ' + name:<16} {_amount(place['free_bytes'])} free at {place['path']}"
         yield f"{'hub cache':<16} {self.hub['cache']}{', offline: nothing is fetched' if self.hub['offline'] else ''}"
         yield ""
         for problem in self.problems:
@@ -119,8 +121,7 @@ def _try(package: str) -> Problem | None:
         for name in names:
             getattr(module, name)
     except Exception as error:  # a broken package may raise anything
-        first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
-        return Problem(package, True, first_line, f'pip install --force-reinstall "{requirement}"')
+        return Problem(package, True, first_line(error), f'pip install --force-reinstall "{requirement}"')
     return None
 
 
@@ -136,7 +137,7 @@ def _optional(broken: set[str], disk: dict[str, dict[str, Any]]) -> Iterator[Pro
         yield Problem("torch with CUDA", False, message, f'pip install --force-reinstall "{NEEDED["torch"][0]}"')
     for place in disk.values():
         if place["free_bytes"] < LITTLE_DISK_BYTES:
-            message = f"only {_gib(place['free_bytes'])} free at {place['path']}"
+            message = f"only {_amount(place['free_bytes'])} free at {place['path']}"
             yield Problem("disk", False, message, f"du -xh --max-depth=1 {place['path']} | sort -h")
 
 
@@ -243,5 +244,5 @@ def _text(path: str) -> str:
         return ""
 
 
-def _gib(n_bytes: int | None) -> str:
-    return "unknown" if n_bytes is None else f"{n_bytes / 2**30:.1f} GiB"
+def _amount(n_bytes: int | None) -> str:
+    return "unknown" if n_bytes is None else gibibytes(n_bytes)

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from handscroll.banded.rows import MAP_CHUNK_BYTES, RowMap, Strip
 from handscroll.errors import OutputError
+from handscroll.units import gibibytes
 
 # A strip that is not contiguous is written in pieces of about this size, and never copied as a whole.
 COPY_BYTES = 2**20
@@ -133,7 +134,7 @@ class DiskMap(RowMap):
         if error.errno in _FULL:
             return OutputError(
                 f"the scratch folder {self.folder} is full: a map needs {self.map_bytes} bytes "
-                f"({self.map_bytes / 2**30:.2f} GiB) there; make room or name another folder"
+                f"({gibibytes(self.map_bytes, decimals=2)}) there; make room or name another folder"
             )
         return OutputError(f"the scratch file in {self.folder} failed: {error.strerror or error}")
 
