@@ -25,11 +25,12 @@ import torch
 
 import child
 import report
+from handscroll.cli.plan import plan_table
 from handscroll.errors import BudgetError, HandscrollError
 from handscroll.models.opening import open_checkpoint
 from handscroll.plan.inputs import Hardware, Rates, Situation
 from handscroll.plan.plan import make_plan, minimum_bytes
-from handscroll.plan.table import plan_dict, plan_table
+from handscroll.plan.table import plan_dict
 from handscroll.request import Request
 from handscroll.runtime.modules import load_tokenizer
 from handscroll.runtime.text import count_tokens, instruction_of

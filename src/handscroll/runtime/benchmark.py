@@ -9,7 +9,7 @@ from __future__ import annotations
 import gc
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -121,42 +121,6 @@ class Benchmark:
             "decode_seconds_per_megapixel": self.decode_seconds_per_megapixel,
             "decode_bytes_per_pixel": self.decode_bytes_per_pixel,
         }
-
-    def as_text(self) -> str:
-        """The same for people to read."""
-        return "\n".join(self._lines())
-
-    def _lines(self) -> Iterator[str]:
-        yield f"{self.model}, {self.width}x{self.height}, {self.precision}; {self.processor}, torch {self.torch}"
-        yield (
-            f"this device: convolution {self.convolution_gflops:.0f} GFLOP/s, matrix product {self.matrix_gflops:.0f} "
-            "GFLOP/s"
-        )
-        yield ""
-        yield f"{'':<8} {'handscroll':^18} {'whole':^18} {'handscroll / whole':^18} {'largest':>11}"
-        yield f"{'':<8}" + f" {'seconds':>9} {'MiB':>8}" * 2 + f" {'seconds':>9} {'MiB':>8} {'difference':>11}"
-        for stage in self.stages:
-            cells = [*_cells(stage.handscroll), *_cells(stage.whole)]
-            cells += [_cell(stage.seconds_over_whole, "9.2f"), _cell(stage.peak_bytes_over_whole, "8.2f")]
-            cells += [_cell(stage.max_difference, "11.1e")]
-            yield f"{stage.stage:<8} {' '.join(cells)}{f'  {stage.note}' if stage.note else ''}".rstrip()
-        if self.decode_seconds_per_megapixel is not None and self.decode_bytes_per_pixel is not None:
-            yield ""
-            yield (
-                f"decoding takes {self.decode_seconds_per_megapixel:.2f} s per megapixel and "
-                f"{self.decode_bytes_per_pixel:.0f} bytes per pixel"
-            )
-        yield "memory is what a way takes above the loaded model; seconds are medians"
-
-
-def _cells(way: Way | None) -> tuple[str, str]:
-    if way is None:
-        return _cell(None, "9.3f"), _cell(None, "8.0f")
-    return _cell(way.seconds, "9.3f"), _cell(way.peak_bytes / MIB, "8.0f")
-
-
-def _cell(value: float | None, layout: str) -> str:
-    return format("-", f">{layout.partition('.')[0]}") if value is None else format(value, f">{layout}")
 
 
 def measure(

@@ -69,33 +69,6 @@ class Health:
         problems = [vars(problem) for problem in self.problems]
         return {"ok": self.ok, **vars(self), "problems": problems}
 
-    def as_text(self) -> str:
-        """The same for people to read."""
-        return "\n".join(self._lines())
-
-    def _lines(self) -> Iterator[str]:
-        yield from (f"{name:<16} {version or 'missing'}" for name, version in self.versions.items())
-        yield f"{'platform':<16} {self.platform}"
-        yield ""
-        for device in self.devices:
-            bf16 = "with bf16" if device["bf16"] else "no bf16"
-            if device["device"] == "cpu":
-                yield f"{'cpu':<16} {device['name']}, {device['cores']} cores, {device['threads']} threads, {bf16}"
-            else:
-                room = f"{_amount(device['free_bytes'])} of {_amount(device['total_bytes'])} free"
-                yield f"{device['device']:<16} {device['name']}, {room}, {bf16}"
-        available, total = _amount(self.memory["available_bytes"]), _amount(self.memory["total_bytes"])
-        yield f"{'memory':<16} {available} of {total} available"
-        for name, place in self.disk.items():
-            yield f"{'disk, ' + name:<16} {_amount(place['free_bytes'])} free at {place['path']}"
-        yield f"{'hub cache':<16} {self.hub['cache']}{', offline: nothing is fetched' if self.hub['offline'] else ''}"
-        yield ""
-        for problem in self.problems:
-            yield f"{'BROKEN' if problem.needed else 'missing'}: {problem.part}: {problem.message}"
-            yield f"    {problem.mend}"
-        if not self.problems:
-            yield "nothing is missing"
-
 
 def examine() -> Health:
     """Look at everything once. Takes a few seconds, most of them to import torch and diffusers."""
@@ -137,7 +110,7 @@ def _optional(broken: set[str], disk: dict[str, dict[str, Any]]) -> Iterator[Pro
         yield Problem("torch with CUDA", False, message, f'pip install --force-reinstall "{NEEDED["torch"][0]}"')
     for place in disk.values():
         if place["free_bytes"] < LITTLE_DISK_BYTES:
-            message = f"only {_amount(place['free_bytes'])} free at {place['path']}"
+            message = f"only {gibibytes(place['free_bytes'])} free at {place['path']}"
             yield Problem("disk", False, message, f"du -xh --max-depth=1 {place['path']} | sort -h")
 
 
@@ -242,7 +215,3 @@ def _text(path: str) -> str:
         return Path(path).read_text()
     except OSError:
         return ""
-
-
-def _amount(n_bytes: int | None) -> str:
-    return "unknown" if n_bytes is None else gibibytes(n_bytes)
