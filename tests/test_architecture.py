@@ -14,7 +14,7 @@ import handscroll
 SOURCE = Path(handscroll.__file__).parent
 
 # A room may import the rooms below it, never one beside or above. Leaves know only the standard library and each other.
-LEAVES = {"errors", "events", "version", "request", "limits", "files", "system", "units"}
+LEAVES = {"errors", "events", "version", "request", "limits", "files", "system", "units", "options"}
 MODELS = LEAVES | {"weights", "models"}
 RUNTIME = MODELS | {"banded", "plan", "pictures", "runtime"}
 JOBS = RUNTIME | {"jobs", "integrations"}

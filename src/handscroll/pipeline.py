@@ -21,6 +21,7 @@ from handscroll.jobs.recovery import Recovery
 from handscroll.jobs.store import RunFolder
 from handscroll.models.checkpoint import CheckpointSpec
 from handscroll.models.opening import open_checkpoint
+from handscroll.options import fields_of
 from handscroll.pictures.metadata import parameters_text
 from handscroll.pictures.targets import Target, check_target
 from handscroll.pictures.writing import write_image
@@ -149,19 +150,17 @@ def decode_latent(
     latent: Path,
     path: Path,
     *,
-    model: str | None = None,
-    precision: str = "auto",
-    device: str = "auto",
-    decode: str = "rows",
-    patches: int = 32,
-    strip_rows: int | None = None,
-    memory_bytes: int | None = None,
     quality: int | None = None,
     on_event: OnEvent = ignore,
+    **options: Any,
 ) -> Result:
-    """Decodes a latent that `generate` saved to a picture file, without denoising again. Raises HandscrollError."""
+    """Decodes a latent that `generate` saved to a picture file, without denoising again. Raises HandscrollError.
+
+    options: those of `handscroll decode`, such as memory='2GiB' or strip_rows=4. Left out, the model is the file's.
+    """
+    wanted = fields_of(Request, options, "decode")
     tensor, facts = load_latent(latent)
-    request = _request_of(latent, facts, model, precision, device, decode, patches, strip_rows, memory_bytes)
+    request = _request_of(latent, facts, wanted)
     spec = open_checkpoint(request.model, on_progress=_on_fetch(on_event))
     request = _sized(request, tensor, spec, latent)
     situation = survey(spec, request, path, prompts=False)
@@ -226,37 +225,17 @@ class Handscroll:
         self,
         prompt: str,
         *,
-        width: int | None = None,
-        height: int | None = None,
-        negative: str = "",
-        steps: int | None = None,
-        guidance: float | None = None,
-        seed: int | None = None,
-        decode: str = "rows",
-        strip_rows: int | None = None,
-        compose: int | None = None,
         on_event: OnEvent = ignore,
+        **options: Any,
     ) -> Picture:
         """Denoises a prompt; the rows are decoded when the picture is saved or read.
 
-        compose: a much larger picture is composed at about this size squared, in pixels, and grows from there; 0 for
-        never, None as the checkpoint does. Raises HandscrollError, of which BudgetError before anything is read.
+        options: those of `handscroll generate` that describe one picture, as size='1024x512' or width=1024, height=512,
+        steps, guidance, negative, seed, compose, decode. Raises HandscrollError, of which BudgetError before anything
+        is read.
         """
-        request = Request(
-            prompt,
-            negative=negative,
-            width=width,
-            height=height,
-            steps=steps,
-            guidance=guidance,
-            seed=seed,
-            precision=self.precision,
-            device=self.device,
-            decode=decode,
-            strip_rows=strip_rows,
-            memory_bytes=self.memory_bytes,
-            compose_px=compose,
-        )
+        own = {"precision": self.precision, "device": self.device, "memory": self.memory_bytes}
+        request = Request.of(prompt, **own, **fields_of(Request, options, "scroll"))
         situation = survey(self.spec, request)
         plan = make_plan(self.spec, request, situation, random_seed())
         enforce(plan.device, plan.budget_bytes)
@@ -482,34 +461,22 @@ def _latent_facts(request: Request, facts: dict[str, Any]) -> dict[str, str]:
 def _request_of(
     file: Path,
     facts: dict[str, str],
-    model: str | None,
-    precision: str,
-    device: str,
-    decode: str,
-    patches: int,
-    strip_rows: int | None,
-    memory_bytes: int | None,
+    wanted: dict[str, Any],
 ) -> Request:
-    """The request that a saved latent came from, to be decoded as is now asked for."""
-    named = model or facts.get("model")
+    """The request that a saved latent came from, with the fields in `wanted` as they are now asked for."""
+    named = wanted.get("model") or facts.get("model")
     if named is None:
         raise CheckpointError(f"{file}: does not say which model made it; name it with --model")
     try:
         return Request(
             prompt=facts.get("prompt") or "unknown",
             negative=facts.get("negative", ""),
-            model=named,
             width=int(facts["width"]) if "width" in facts else None,
             height=int(facts["height"]) if "height" in facts else None,
             steps=int(facts["steps"]) if "steps" in facts else None,
             guidance=float(facts["guidance"]) if "guidance" in facts else None,
             seed=int(facts.get("seed", 0)),
-            precision=precision,
-            device=device,
-            decode=decode,
-            patches=patches,
-            strip_rows=strip_rows,
-            memory_bytes=memory_bytes,
+            **{**wanted, "model": named},
         )
     except ValueError as error:
         raise CheckpointError(f"{file}: its metadata is broken: {error}") from error

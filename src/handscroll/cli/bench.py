@@ -3,29 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Annotated
-
-import typer
+from typing import TYPE_CHECKING, Any
 
 from handscroll.cli import work
-from handscroll.cli.options import Device, Json, ModelName, Precision, Quiet
+from handscroll.cli.options import Json, Quiet, takes_options
 from handscroll.cli.output import to_json
 from handscroll.models.registry import resolve
-from handscroll.request import DEFAULT_MODEL, PRECISIONS, check_choice, check_device
-from handscroll.units import parse_size
+from handscroll.options import fields_of
+from handscroll.request import Request
 
 if TYPE_CHECKING:
     from handscroll.runtime.benchmark import Benchmark, Way
 
 
-def bench(
-    model: ModelName = DEFAULT_MODEL,
-    size: Annotated[str | None, typer.Option(metavar="WxH", help="Pixels. Left out, the model's.")] = None,
-    precision: Precision = "auto",
-    device: Device = "auto",
-    as_json: Json = False,
-    quiet: Quiet = False,
-) -> None:
+@takes_options("bench")
+def bench(*, as_json: Json = False, quiet: Quiet = False, **options: Any) -> None:
     """Measure this machine: text, one denoising step and decoding, beside the same modules run whole by diffusers.
 
     \b
@@ -34,14 +26,12 @@ def bench(
 
     Needs the memory of the largest component, and leaves out what would not fit.
     """
-    width, height = parse_size(size) if size is not None else (None, None)
-    check_choice("precision", precision, PRECISIONS)
-    check_device(device)
-    resolve(model)
+    wanted = fields_of(Request, options, "bench")
+    resolve(wanted["model"])
     with work.watching(quiet) as on_event:
         from handscroll.runtime.benchmark import measure
 
-        found = measure(model, width=width, height=height, precision=precision, device=device, on_event=on_event)
+        found = measure(**wanted, on_event=on_event)
     print(to_json(found.as_dict()) if as_json else benchmark_text(found))
 
 

@@ -3,32 +3,26 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from handscroll.cli import work
-from handscroll.cli.options import Decode, Device, Json, Memory, Output, Patches, Precision, Quality, Quiet, StripRows
+from handscroll.cli.options import Json, Quality, Quiet, output_option, takes_options
 from handscroll.cli.output import print_results
-from handscroll.units import parse_bytes
+from handscroll.options import fields_of
+from handscroll.request import Request
 
 
+@takes_options("decode")
 def decode(
     latent: Annotated[Path, typer.Argument(metavar="LATENT.safetensors", help="What `--save-latent` kept.")],
-    output: Output,
-    model: Annotated[
-        str | None,
-        typer.Option(metavar="NAME|FOLDER|HUB_ID", help="Whose autoencoder to use. Left out, the one in the file."),
-    ] = None,
-    memory: Memory = None,
-    precision: Precision = "auto",
-    device: Device = "auto",
-    decode: Decode = "rows",
-    patches: Patches = 32,
-    strip_rows: StripRows = None,
+    output: Annotated[Path, output_option("The picture to write.")],
+    *,
     quality: Quality = None,
     as_json: Json = False,
     quiet: Quiet = False,
+    **options: Any,
 ) -> None:
     """Turn a kept latent into a picture.
 
@@ -36,22 +30,11 @@ def decode(
       handscroll generate "a quiet lake" -o lake.png --save-latent lake.safetensors
       handscroll decode lake.safetensors -o lake.tif
     """
-    work.refuse_early(model, output)
+    wanted = fields_of(Request, options, "decode")
+    work.refuse_early(wanted.get("model"), output)
     with work.watching(quiet) as on_event:
         from handscroll import pipeline
 
         with work.imports_set_aside():
-            result = pipeline.decode_latent(
-                latent,
-                output,
-                model=model,
-                precision=precision,
-                device=device,
-                decode=decode,
-                patches=patches,
-                strip_rows=strip_rows,
-                memory_bytes=None if memory is None else parse_bytes(memory),
-                on_event=on_event,
-                quality=quality,
-            )
+            result = pipeline.decode_latent(latent, output, quality=quality, on_event=on_event, **wanted)
     print_results([result], as_json, quiet)

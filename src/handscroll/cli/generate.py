@@ -2,71 +2,39 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import sys
 from itertools import count as numbers
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from handscroll.cli import work
-from handscroll.cli.options import (
-    Compose,
-    Decode,
-    Device,
-    Json,
-    Memory,
-    ModelName,
-    Patches,
-    Precision,
-    Quality,
-    Quiet,
-    StripRows,
-)
+from handscroll.cli.options import Json, Quality, Quiet, SaveLatent, output_option, takes_options
 from handscroll.cli.output import print_results
 from handscroll.errors import PromptError
-from handscroll.request import DEFAULT_MODEL, Request, indexed, random_seed
-from handscroll.units import parse_bytes, parse_compose, parse_size
+from handscroll.request import Request, indexed, random_seed
 
 NAME_WORDS, NAME_CHARACTERS = 6, 48  # of a prompt, in the name of a file that was given none
 
 
+@takes_options("generate")
 def generate(
     prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="What to paint; `-` reads it from stdin.")],
     output: Annotated[
         Path | None,
-        typer.Option(
-            "--output",
-            "-o",
-            metavar="FILE",
-            help="The picture to write: .png, .jpg, .webp, .tif or .dzi. Left out, a new .png named after the prompt.",
+        output_option(
+            "The picture to write: .png, .jpg, .webp, .tif or .dzi. Left out, a new .png named after the prompt."
         ),
     ] = None,
-    model: ModelName = DEFAULT_MODEL,
-    size: Annotated[
-        str | None, typer.Option(metavar="WxH", help="Pixels: 4096x2048, or 4096 for a square. Left out, the model's.")
-    ] = None,
-    steps: Annotated[int | None, typer.Option(metavar="N", help="Denoising steps. Left out, the model's.")] = None,
-    guidance: Annotated[
-        float | None, typer.Option(metavar="F", help="How closely to follow the prompt. Left out, the model's.")
-    ] = None,
-    negative: Annotated[str, typer.Option(metavar="TEXT", help="What the picture should not show.")] = "",
-    seed: Annotated[int | None, typer.Option(metavar="N", help="Same seed, same picture. Left out, random.")] = None,
-    compose: Compose = "auto",
-    count: Annotated[int, typer.Option(metavar="N", help="Pictures of consecutive seeds: FILE-1, FILE-2, ...")] = 1,
-    memory: Memory = None,
-    precision: Precision = "auto",
-    device: Device = "auto",
-    decode: Decode = "rows",
-    patches: Patches = 32,
-    strip_rows: StripRows = None,
-    save_latent: Annotated[
-        Path | None, typer.Option(metavar="FILE.safetensors", help="Keep the latent too, for `handscroll decode`.")
-    ] = None,
+    *,
+    save_latent: SaveLatent = None,
     quality: Quality = None,
     as_json: Json = False,
     quiet: Quiet = False,
+    **options: Any,
 ) -> None:
     """Paint a picture from a prompt and print where it was written.
 
@@ -75,28 +43,12 @@ def generate(
       handscroll generate "a quiet lake" --size 8192x4096 --memory 2GiB --seed 7 --count 3 -o lake.tif
       handscroll generate - --json < prompt.txt
     """
-    width, height = parse_size(size) if size is not None else (None, None)
-    request = Request(
-        prompt=_read_stdin() if prompt == "-" else prompt,
-        negative=negative,
-        model=model,
-        width=width,
-        height=height,
-        steps=steps,
-        guidance=guidance,
+    request = Request.of(_read_stdin() if prompt == "-" else prompt, **options)
+    if request.seed is None and output is None:
         # A name of the prompt's wants the seed now; for a given file, an unfinished run may remember the one it drew.
-        seed=random_seed() if seed is None and output is None else seed,
-        count=count,
-        precision=precision,
-        device=device,
-        decode=decode,
-        patches=patches,
-        strip_rows=strip_rows,
-        memory_bytes=None if memory is None else parse_bytes(memory),
-        compose_px=parse_compose(compose),
-    )
+        request = dataclasses.replace(request, seed=random_seed())
     path = output or _free_name(request)
-    work.refuse_early(model, path, request.width, request.height, save_latent)
+    work.refuse_early(request.model, path, request.width, request.height, save_latent)
     with work.watching(quiet, request.count) as on_event:
         from handscroll import pipeline
 

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from handscroll.cli import work
-from handscroll.cli.options import Compose, Device, Json, Memory, ModelName, Precision, Quiet, StripRows
+from handscroll.cli.options import Json, Quiet, output_option, takes_options
 from handscroll.cli.output import columns, to_json
 from handscroll.models.registry import resolve
-from handscroll.request import DEFAULT_MODEL, Request
-from handscroll.units import budget_text, duration, gibibytes, parse_bytes, parse_compose, parse_size
+from handscroll.request import Request
+from handscroll.units import budget_text, duration, gibibytes
 
 if TYPE_CHECKING:
     from handscroll.models.checkpoint import CheckpointSpec
@@ -21,26 +21,14 @@ if TYPE_CHECKING:
 PLACES = {"memory": "in memory", "host": "in the host's memory", "disk": "on disk"}
 
 
+@takes_options("plan")
 def plan(
     prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="As for `generate`.")] = "a landscape",
-    output: Annotated[
-        Path | None,
-        typer.Option(
-            "--output", "-o", metavar="FILE", help="Formats differ in what writing them takes. Left out, .png."
-        ),
-    ] = None,
-    model: ModelName = DEFAULT_MODEL,
-    size: Annotated[str | None, typer.Option(metavar="WxH", help="Pixels. Left out, the model's.")] = None,
-    steps: Annotated[int | None, typer.Option(metavar="N", help="Denoising steps. Left out, the model's.")] = None,
-    guidance: Annotated[float | None, typer.Option(metavar="F", help="Above 1, each step takes two forwards.")] = None,
-    negative: Annotated[str, typer.Option(metavar="TEXT", help="What the picture should not show.")] = "",
-    compose: Compose = "auto",
-    memory: Memory = None,
-    precision: Precision = "auto",
-    device: Device = "auto",
-    strip_rows: StripRows = None,
+    output: Annotated[Path | None, output_option("Formats differ in what writing them takes. Left out, .png.")] = None,
+    *,
     as_json: Json = False,
     quiet: Quiet = False,
+    **options: Any,
 ) -> None:
     """Show what `generate` would run, where, and in how much memory. Reads no weights.
 
@@ -50,23 +38,8 @@ def plan(
 
     Seconds are estimates from a measurement of this machine.
     """
-    width, height = parse_size(size) if size is not None else (None, None)
-    request = Request(
-        prompt=prompt,
-        negative=negative,
-        model=model,
-        width=width,
-        height=height,
-        steps=steps,
-        guidance=guidance,
-        seed=0,
-        precision=precision,
-        device=device,
-        strip_rows=strip_rows,
-        memory_bytes=None if memory is None else parse_bytes(memory),
-        compose_px=parse_compose(compose),
-    )
-    resolve(model)
+    request = Request.of(prompt, seed=0, **options)
+    resolve(request.model)
     with work.watching(quiet) as on_event:
         from handscroll import pipeline
         from handscroll.plan.table import plan_dict

@@ -3,25 +3,25 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from handscroll.cli import work
-from handscroll.cli.options import Json, Quiet
+from handscroll.cli.options import Json, Quiet, takes_options
 from handscroll.cli.output import print_results
 from handscroll.models.registry import resolve
-from handscroll.units import parse_bytes
+from handscroll.options import fields_of
+from handscroll.request import Request
 
 
+@takes_options("resume")
 def resume(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="The run folder, such as dusk.png.run, or its picture.")],
-    device: Annotated[
-        str | None, typer.Option(metavar="auto|cpu|cuda|cuda:N", help="What to compute on. Left out, as before.")
-    ] = None,
-    memory: Annotated[str | None, typer.Option(metavar="SIZE", help="Stay within it. Left out, as before.")] = None,
+    *,
     as_json: Json = False,
     quiet: Quiet = False,
+    **options: Any,
 ) -> None:
     """Go on with a run that was interrupted, to the same picture.
 
@@ -34,12 +34,12 @@ def resume(
     """
     from handscroll.jobs.job import find_run, read_job
 
-    memory_bytes = None if memory is None else parse_bytes(memory)
+    wanted = fields_of(Request, options, "resume")
     job = read_job(find_run(run))
     resolve(job.request.model)
     with work.watching(quiet, job.request.count) as on_event:
         from handscroll import pipeline
 
         with work.imports_set_aside():
-            results = pipeline.resume(run, device=device, memory_bytes=memory_bytes, on_event=on_event)
+            results = pipeline.resume(run, on_event=on_event, **wanted)
     print_results(results, as_json, quiet)
