@@ -161,7 +161,17 @@ def _refused(shell: Shell, *arguments: object, exit_code: int, stdin: bytes = b"
 
 
 def test_help_is_instant() -> None:
-    heavy = {"torch", "diffusers", "transformers", "pyvips", "numpy", "rich", "huggingface_hub", "safetensors"}
+    heavy = {
+        "torch",
+        "diffusers",
+        "transformers",
+        "pyvips",
+        "numpy",
+        "rich",
+        "huggingface_hub",
+        "safetensors",
+        "pydantic",
+    }
     code = f"from handscroll.cli.main import run; run(['generate', '--help']); print({heavy} & set(sys.modules))"
     ran = _python("-c", f"import sys; {code}")
     assert ran.stdout.endswith("set()\n"), ran

@@ -31,6 +31,7 @@ INTERRUPTED = 130
 
 app = typer.Typer(
     add_completion=False,
+    add_help_option=False,  # the program's own below has a default, which typer need not convert: 0.1 s of `--help`
     rich_markup_mode=None,
     context_settings={"help_option_names": ["--help", "-h"], "max_content_width": 100},
 )
@@ -42,11 +43,21 @@ def _print_version(wanted: bool) -> None:
         raise typer.Exit
 
 
+def _print_help(context: typer.Context, wanted: bool) -> None:
+    if wanted:
+        print(context.get_help())
+        raise typer.Exit
+
+
 @app.callback(invoke_without_command=True)
 def handscroll(
     context: typer.Context,
     version: Annotated[
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and leave.")
+    ] = False,
+    help: Annotated[
+        bool,
+        typer.Option("--help", "-h", callback=_print_help, is_eager=True, help="Show this message and exit."),
     ] = False,
 ) -> None:
     """Pictures of any size from text, row by row, exactly, in the memory you have.
