@@ -25,7 +25,7 @@ def _quick(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(benchmark, "RATE_SECONDS", 0.0)
     monkeypatch.setattr(benchmark, "ROUNDS", 2)
     monkeypatch.setattr(rates, "_measure_rates", lambda device: Rates())
-    for name in ("_convolution_rate", "_matrix_rate"):
+    for name in ("convolution_rate", "matrix_rate"):
         monkeypatch.setattr(benchmark, name, lambda dtype, device: 100.0)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -100,4 +100,4 @@ def test_a_rate_is_the_best_of_several_runs(monkeypatch: pytest.MonkeyPatch) -> 
     clock = iter([0.0, 1.0, 1.0, 1.0, 1.5, 1.5, 1.5, 1.75, 99.0])  # a first run, then one of 0.5 s and one of 0.25 s
     monkeypatch.setattr(benchmark, "RATE_SECONDS", 1.0)
     monkeypatch.setattr(benchmark.time, "perf_counter", lambda: next(clock))
-    assert benchmark._best_gflops(lambda: None, 10**9, "cpu") == 4.0
+    assert benchmark.best_gflops(lambda: None, 10**9, "cpu") == 4.0

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import pytest
@@ -66,8 +66,8 @@ def test_every_field_but_the_prompt_is_an_option() -> None:
 def test_words_are_declared_once() -> None:
     choices = {each.name: each.choices for each in options_of(Request) if each.choices}
     assert choices == {"precision": ("auto", "fp32", "bf16", "fp16"), "decode": ("rows", "whole", "tiled", "patch")}
-    assert choices["precision"] == PrecisionName.__args__
-    assert choices["decode"] == DecodeName.__args__
+    assert choices["precision"] == get_args(PrecisionName)
+    assert choices["decode"] == get_args(DecodeName)
 
 
 # Who has it

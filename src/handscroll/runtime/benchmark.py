@@ -161,8 +161,8 @@ def measure(
             processor=_processor(device),
             threads=torch.get_num_threads(),
             torch=torch.__version__,
-            convolution_gflops=_convolution_rate(decoding, device),
-            matrix_gflops=_matrix_rate(transforming, device),
+            convolution_gflops=convolution_rate(decoding, device),
+            matrix_gflops=matrix_rate(transforming, device),
             stages=stages,
         )
 
@@ -352,23 +352,23 @@ def _median(rounds: list[dict[str, Way]], name: str, key: str) -> float:
 
 
 # The device
-def _convolution_rate(dtype: torch.dtype, device: str) -> float:
+def convolution_rate(dtype: torch.dtype, device: str) -> float:
     """Of a 3x3 convolution of 128 channels, channels last, as most of a decode is; 1e9 operations a second."""
     side = 256 if device == "cpu" else 1024
     like: Any = {"dtype": dtype, "device": device}
     image = torch.ones(1, 128, side, side, **like).contiguous(memory_format=torch.channels_last)
     weight = torch.ones(128, 128, 3, 3, **like).contiguous(memory_format=torch.channels_last)
-    return _best_gflops(lambda: F.conv2d(image, weight, padding=1), 2 * 9 * 128 * 128 * side * side, device)
+    return best_gflops(lambda: F.conv2d(image, weight, padding=1), 2 * 9 * 128 * 128 * side * side, device)
 
 
-def _matrix_rate(dtype: torch.dtype, device: str) -> float:
+def matrix_rate(dtype: torch.dtype, device: str) -> float:
     """Of a product of square matrices; 1e9 operations a second."""
     side = 2048 if device == "cpu" else 8192
     left, right = (torch.ones(side, side, dtype=dtype, device=device) for _ in range(2))
-    return _best_gflops(lambda: torch.mm(left, right), 2 * side**3, device)
+    return best_gflops(lambda: torch.mm(left, right), 2 * side**3, device)
 
 
-def _best_gflops(run: Callable[[], object], flop: int, device: str) -> float:
+def best_gflops(run: Callable[[], object], flop: int, device: str) -> float:
     best = float("inf")
     until = None
     while until is None or time.perf_counter() < until:
