@@ -19,6 +19,7 @@ from handscroll.cli.bench import bench
 from handscroll.cli.decode import decode
 from handscroll.cli.doctor import doctor
 from handscroll.cli.generate import generate
+from handscroll.cli.info import info
 from handscroll.cli.models import models
 from handscroll.cli.output import to_json
 from handscroll.cli.plan import plan
@@ -74,7 +75,7 @@ def handscroll(
         print(context.get_help())
 
 
-for command in (generate, decode, plan, resume, models, doctor, bench):
+for command in (generate, decode, plan, resume, info, models, doctor, bench):
     app.command()(command)
 
 

@@ -11,7 +11,8 @@ from handscroll.errors import CheckpointError, FormatError, OutputError
 
 if TYPE_CHECKING:
     from torch import Tensor
-from handscroll.weights.tensor_file import read_tensors, write_tensors
+from handscroll.weights.header import read_header, read_metadata
+from handscroll.weights.tensor_file import CHECKSUM, read_tensors, write_tensors
 
 TENSOR_NAME = "latent"
 
@@ -32,6 +33,17 @@ def save_latent(path: Path, latent: Tensor, facts: Mapping[str, str], *, part: P
         write_tensors(path, {TENSOR_NAME: latent.float()}, facts, part=part)
     except OSError as error:
         raise OutputError(f"{path}: cannot be written: {error.strerror}") from error
+
+
+def describe_latent(path: Path) -> tuple[tuple[int, ...], dict[str, str]] | None:
+    """The shape and the facts of a latent's file, from its header alone; None for a file that holds no latent.
+
+    Raises CheckpointError for a file that is no whole safetensors file.
+    """
+    for entry in read_header(path):
+        if entry.name == TENSOR_NAME and len(entry.shape) == 4:
+            return entry.shape, {name: value for name, value in read_metadata(path).items() if name != CHECKSUM}
+    return None
 
 
 def load_latent(path: Path) -> tuple[Tensor, dict[str, str]]:
