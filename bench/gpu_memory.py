@@ -25,14 +25,16 @@ import torch
 
 import child
 import report
+from handscroll.cli.plan import plan_table
 from handscroll.errors import BudgetError, HandscrollError
 from handscroll.models.opening import open_checkpoint
 from handscroll.plan.inputs import Hardware, PlanInputs, Rates
 from handscroll.plan.search import make_plan, minimum_bytes
-from handscroll.plan.table import plan_dict, plan_table
-from handscroll.request import Request, parse_bytes
+from handscroll.plan.table import plan_dict
+from handscroll.request import Request
 from handscroll.runtime.modules import load_tokenizer
 from handscroll.runtime.text import count_tokens, instruction_of
+from handscroll.units import parse_bytes
 from memory import PROMPT, difference, fresh_cache, load_miniatures, mib, say, size, yes
 
 TIME_BOUND = 1.15

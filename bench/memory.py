@@ -29,7 +29,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pyvips
@@ -42,8 +42,9 @@ from handscroll.jobs.latent_file import save_latent
 from handscroll.models.checkpoint import CheckpointSpec
 from handscroll.models.opening import open_checkpoint
 from handscroll.plan.search import make_plan, minimum_bytes
-from handscroll.request import PRECISIONS, Request, parse_bytes, parse_size
+from handscroll.request import PrecisionName, Request
 from handscroll.runtime.probe import probe
+from handscroll.units import parse_bytes, parse_size
 
 PROMPT = "a quiet lake at dusk"
 MODES = ("generate", "decode", "draws")
@@ -87,7 +88,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     mode.add_argument("--size", type=size, default=(4096, 4096))
     mode.add_argument("--steps", type=int, default=1)
     mode.add_argument("--budgets", type=budgets, default=budgets("4GiB,2GiB,least"), help="4GiB,2GiB,least,none")
-    mode.add_argument("--precision", choices=PRECISIONS, default="auto")
+    mode.add_argument("--precision", choices=get_args(PrecisionName), default="auto")
 
     mode = modes.add_parser("decode", parents=[shared], help="decoding alone, beside diffusers' tiling")
     mode.add_argument("folder", type=Path, help="a checkpoint folder")

@@ -38,8 +38,8 @@ import one_run
 import report
 import stages
 from handscroll.errors import HandscrollError
-from handscroll.request import parse_size
 from handscroll.system import available_bytes
+from handscroll.units import parse_size
 from stages import DTYPES, MODES, Settings, Size, Stage
 
 DEFAULT_MODELS = {"generate": "tiny-landscape"}

@@ -33,6 +33,7 @@ from rich.console import Console
 
 from handscroll import pipeline
 from handscroll.cli import main as cli
+from handscroll.cli import work
 from handscroll.cli.progress import progress_bars
 from handscroll.errors import BudgetError
 from handscroll.events import OnEvent, Progress, ignore, notice
@@ -160,7 +161,17 @@ def _refused(shell: Shell, *arguments: object, exit_code: int, stdin: bytes = b"
 
 
 def test_help_is_instant() -> None:
-    heavy = {"torch", "diffusers", "transformers", "pyvips", "numpy", "rich", "huggingface_hub", "safetensors"}
+    heavy = {
+        "torch",
+        "diffusers",
+        "transformers",
+        "pyvips",
+        "numpy",
+        "rich",
+        "huggingface_hub",
+        "safetensors",
+        "pydantic",
+    }
     code = f"from handscroll.cli.main import run; run(['generate', '--help']); print({heavy} & set(sys.modules))"
     ran = _python("-c", f"import sys; {code}")
     assert ran.stdout.endswith("set()\n"), ran
@@ -263,7 +274,7 @@ def test_every_option_reaches_the_pipeline(shell: Shell, asked: list[dict[str, A
         "path": Path("a.jpg"),
         "save_latent": None,
         "quality": 70,
-        "on_event": cli._print_notice,
+        "on_event": work.print_notice,
     }
 
 
@@ -284,7 +295,7 @@ def test_every_option_of_decode_reaches_the_pipeline(shell: Shell, asked: list[d
             "strip_rows": 2,
             "memory_bytes": 2 * 2**30,
             "quality": 70,
-            "on_event": cli._print_notice,
+            "on_event": work.print_notice,
         }
     ]
 
@@ -463,7 +474,7 @@ def test_a_full_disk_leaves_the_finished_latent(tiny: tuple[object, ...], tmp_pa
 
 HALF_WAY = """
 import contextlib, pathlib, sys, time
-from handscroll.cli import main as cli
+from handscroll.cli import main as cli, work
 
 def wait(event):
     if event.stage == "decode" and event.done:
@@ -471,7 +482,7 @@ def wait(event):
         while not pathlib.Path(sys.argv[1], "go").exists():
             time.sleep(0.01)
 
-cli._watching = lambda *_: contextlib.nullcontext(wait)
+work.watching = lambda *_: contextlib.nullcontext(wait)
 sys.exit(cli.run(sys.argv[2:]))
 """
 
@@ -600,7 +611,7 @@ def test_control_c_keeps_what_is_finished(
         yield interrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(cli, "_watching", watching)
+        patch.setattr(work, "watching", watching)
         ran = shell("generate", "a", *tiny, "-o", "a.png")
     note = f"; `handscroll resume a.png.run` goes on {from_where}" if from_where else ""
     assert ran == Ran(130, "", f"interrupted{note}\n")
@@ -742,7 +753,7 @@ def test_bars_are_for_those_who_watch_and_notices_for_all_but_the_quiet(
     stderr = io.StringIO()
     monkeypatch.setattr(stderr, "isatty", lambda: terminal, raising=False)
     monkeypatch.setattr(sys, "stderr", stderr)
-    with cli._watching(quiet) as on_event:
+    with work.watching(quiet) as on_event:
         assert (on_event is ignore) == quiet
         on_event(notice("mind\nthe step"))
         on_event(Progress("denoise", 1, 20))

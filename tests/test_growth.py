@@ -23,11 +23,11 @@ from handscroll.plan.growth import first_step
 from handscroll.plan.inputs import MIB, Hardware, PlanInputs
 from handscroll.plan.plan import Plan
 from handscroll.plan.search import make_plan, minimum_bytes
-from handscroll.request import parse_compose
 from handscroll.runtime import denoise
 from handscroll.runtime.sampling.noise import starting_noise
 from handscroll.runtime.session import Session, Transformer
 from handscroll.runtime.text import instruction_of
+from handscroll.units import parse_compose
 
 Miniature = Callable[..., Path]
 PROMPT = "Snowy Mountains at dusk, a red sun"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,14 +14,15 @@ from torch import Tensor
 from handscroll.events import OnEvent, ignore
 from handscroll.jobs.recovery import Recovery
 from handscroll.models.checkpoint import CheckpointSpec
-from handscroll.models.opening import open_checkpoint
+from handscroll.models.opening import on_fetch, open_checkpoint
+from handscroll.options import fields_of
 from handscroll.pictures.targets import check_target
-from handscroll.pipeline import encode_stage, on_fetch, write_picture
+from handscroll.pipeline import encode_stage, write_picture
 from handscroll.plan.inputs import PlanInputs
 from handscroll.plan.plan import Plan
 from handscroll.plan.search import make_plan, replan
 from handscroll.plan.stages import DECODE, DENOISE
-from handscroll.request import DEFAULT_MODEL, Request, parse_bytes, random_seed
+from handscroll.request import DEFAULT_MODEL, Request, random_seed
 from handscroll.runtime.decode import decode_rows, whole_picture
 from handscroll.runtime.denoise import denoise_picture
 from handscroll.runtime.device import scratch_folder
@@ -44,57 +46,27 @@ class Handscroll:
 
     @classmethod
     def from_pretrained(
-        cls,
-        model: str | Path = DEFAULT_MODEL,
-        *,
-        device: str = "auto",
-        precision: str = "auto",
-        memory: str | int | None = None,
-        on_event: OnEvent = ignore,
+        cls, model: str | Path = DEFAULT_MODEL, *, on_event: OnEvent = ignore, **options: Any
     ) -> Handscroll:
         """A model by short name, checkpoint folder or hub id, fetched first if need be.
 
-        memory: the budget, in bytes or as '2GiB': on a CPU of the whole process, so that what it holds already counts;
-        on a CUDA device of what PyTorch reserves. Raises HandscrollError.
+        options: those that open a model: revision, device, precision, and memory='2GiB', the budget: on a CPU of the
+        whole process, so that what it holds already counts; on a CUDA device of what PyTorch reserves. Raises
+        HandscrollError.
         """
-        memory_bytes = parse_bytes(memory) if isinstance(memory, str) else memory
-        return cls(open_checkpoint(model, on_progress=on_fetch(on_event)), device, precision, memory_bytes)
+        fields = fields_of(Request, options, "from_pretrained")
+        spec = open_checkpoint(model, fields.pop("revision", None), on_progress=on_fetch(on_event))
+        return cls(spec, **fields)
 
-    def __call__(
-        self,
-        prompt: str,
-        *,
-        width: int | None = None,
-        height: int | None = None,
-        negative: str = "",
-        steps: int | None = None,
-        guidance: float | None = None,
-        seed: int | None = None,
-        decode: str = "rows",
-        strip_rows: int | None = None,
-        compose: int | None = None,
-        on_event: OnEvent = ignore,
-    ) -> Picture:
+    def __call__(self, prompt: str, *, on_event: OnEvent = ignore, **options: Any) -> Picture:
         """Denoises a prompt; the rows are decoded when the picture is saved or read.
 
-        compose: a much larger picture is composed at about this size squared, in pixels, and grows from there; 0 for
-        never, None as the checkpoint does. Raises HandscrollError, of which BudgetError before anything is read.
+        options: those of `handscroll generate` that describe one picture, as size='1024x512' or width=1024, height=512,
+        steps, guidance, negative, seed, compose, decode. Raises HandscrollError, of which BudgetError before anything
+        is read.
         """
-        request = Request(
-            prompt,
-            negative=negative,
-            width=width,
-            height=height,
-            steps=steps,
-            guidance=guidance,
-            seed=seed,
-            precision=self.precision,
-            device=self.device,
-            decode=decode,
-            strip_rows=strip_rows,
-            memory_bytes=self.memory_bytes,
-            compose_px=compose,
-        )
+        own: dict[str, Any] = {"precision": self.precision, "device": self.device, "memory_bytes": self.memory_bytes}
+        request = Request(prompt, **own, **fields_of(Request, options, "scroll"))
         inputs = probe(self.spec, request)
         plan = make_plan(self.spec, request, inputs, random_seed())
         enforce(plan.device, plan.budget_bytes)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,8 @@ from handscroll.jobs.recovery import Recovery
 from handscroll.jobs.result import Result, latent_facts, made_as, picture_facts
 from handscroll.jobs.store import RunFolder
 from handscroll.models.checkpoint import CheckpointSpec
-from handscroll.models.opening import open_checkpoint
+from handscroll.models.opening import on_fetch, open_checkpoint
+from handscroll.options import fields_of
 from handscroll.pictures.metadata import parameters_text
 from handscroll.pictures.targets import Target, check_target
 from handscroll.pictures.writing import write_image
@@ -49,7 +49,7 @@ def generate(
     until the pictures are written: the same request goes on from there, another starts over (`must_go_on` refuses to).
     Seconds and memory in the results are this session's. Raises HandscrollError.
     """
-    spec = open_checkpoint(request.model, on_progress=on_fetch(on_event))
+    spec = open_checkpoint(request.model, request.revision, on_progress=on_fetch(on_event))
     inputs = probe(spec, request, path)
     plan = make_plan(spec, request, inputs, random_seed())
     targets = _targets(path, plan)
@@ -112,11 +112,13 @@ def decode_latent(
 ) -> Result:
     """Decodes a latent that `generate` saved to a picture file, without denoising again.
 
-    options: those of a `Request` that decoding heeds. Raises HandscrollError.
+    options: those of `handscroll decode`, as memory='1GiB', strip_rows=4. Left out, the model is the file's. Raises
+    HandscrollError.
     """
+    wanted = fields_of(Request, options, "decode")
     tensor, facts = load_latent(latent)
-    request = request_of_latent(latent, facts, **options)
-    spec = open_checkpoint(request.model, on_progress=on_fetch(on_event))
+    request = request_of_latent(latent, facts, wanted)
+    spec = open_checkpoint(request.model, request.revision, on_progress=on_fetch(on_event))
     request = with_size_of(latent, tensor, request, spec)
     inputs = probe(spec, request, path, prompts=False)
     # A few-step model refuses a negative prompt, which the file may still name.
@@ -141,7 +143,7 @@ def plan_of(
 
     No weight is read, or fetched. Raises as `generate` does before it begins, BudgetError included.
     """
-    spec = open_checkpoint(request.model, on_progress=on_fetch(on_event), weights_too=False)
+    spec = open_checkpoint(request.model, request.revision, on_progress=on_fetch(on_event), weights_too=False)
     inputs = probe(spec, request, path)
     plan = make_plan(spec, request, inputs, random_seed())
     return spec, plan, minimum_bytes(plan, spec, inputs)
@@ -210,13 +212,6 @@ def write_picture(
         beside=plan.device.startswith("cuda"),
     )
     on_event(Progress("write", 1, 1, index))
-
-
-def on_fetch(on_event: OnEvent) -> Callable[[Any], None]:
-    """Tells a listener of a checkpoint that is fetched."""
-    return lambda progress: on_event(
-        Progress("fetch", progress.done_bytes, progress.total_bytes, detail=progress.hub_id)
-    )
 
 
 def _targets(path: Path, plan: Plan) -> list[Target]:

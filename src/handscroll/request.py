@@ -1,29 +1,60 @@
-"""What a user asks for: one frozen `Request`, checked as far as it can be without a model."""
+"""What a user asks for: one frozen `Request`, which is also the table of options, checked without a model."""
 
 from __future__ import annotations
 
 import re
-import secrets
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Literal, Self
 
-from handscroll.errors import PromptError, SizeError, UsageError
+from handscroll.errors import PromptError, UsageError
+from handscroll.options import MAKING, check_fields, fields_of, option, within
+from handscroll.units import (
+    MAX_SIDE_PX,
+    MIN_COMPOSE_PX,
+    check_range,
+    check_side,
+    parse_bytes,
+    parse_compose,
+    parse_size,
+)
 
-PRECISIONS = ("auto", "fp32", "bf16", "fp16")
-DECODES = ("rows", "whole", "tiled", "patch")
+PrecisionName = Literal["auto", "fp32", "bf16", "fp16"]
+DecodeName = Literal["rows", "whole", "tiled", "patch"]
 MAX_PROMPT_CHARACTERS = 20_000
-MIN_SIDE_PX, MAX_SIDE_PX = 32, 131_072
-MIN_COMPOSE_PX = 64
 MAX_SEED = 2**63 - 1
 
 DEFAULT_MODEL = "tiny-landscape"
 
 
+def check_negative(name: str, text: str) -> None:
+    """Raises PromptError as `check_text`."""
+    check_text("negative prompt", text)
+
+
+def check_device(name: str, device: str) -> None:
+    """Raises UsageError for a device of another form than auto, cpu, cuda or cuda:N."""
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", device):
+        raise UsageError(f"{name} {device!r} is not known; use auto, cpu, cuda or cuda:N")
+
+
+def check_compose(name: str, side_px: int) -> None:
+    """Raises UsageError for a side that nothing is composed at; 0 stands for never."""
+    if side_px:
+        check_range(name, side_px, MIN_COMPOSE_PX, MAX_SIDE_PX)
+
+
+# Beside those that make a picture (`MAKING`): what opens a model, and what turns a latent into a picture.
+OPENING = ("generate", "plan", "decode", "bench", "from_pretrained")
+DECODING = ("generate", "decode", "scroll")
+
+
 @dataclass(frozen=True)
 class Request:
-    """A picture, or `count` pictures of consecutive seeds, from one prompt.
+    """A picture, or `count` pictures of consecutive seeds, from one prompt. Every field but the prompt is an option.
 
-    None stands for the checkpoint's own default (size, steps, guidance) or a random choice (seed). Sizes are pixels:
+    None stands for the checkpoint's own default (size, steps, guidance) or a random choice (seed). `revision` is that
+    of a model from the hub, which may also be given as `owner/name@REV`; None is the branch `main`. Sizes are pixels:
     those that are no multiple of the autoencoder's factor are rendered larger and cropped. `patches` is the number of
     row patches of decode='patch'. `strip_rows` is the strip height of decode='rows', None lets the size decide.
     `memory_bytes` is the budget that the run has to stay within; None takes what is fastest on this machine.
@@ -32,45 +63,109 @@ class Request:
     """
 
     prompt: str
-    negative: str = ""
-    model: str = DEFAULT_MODEL
-    width: int | None = None
-    height: int | None = None
-    steps: int | None = None
-    guidance: float | None = None
-    seed: int | None = None
-    count: int = 1
-    precision: str = "auto"
-    device: str = "auto"
-    decode: str = "rows"
-    patches: int = 32
-    strip_rows: int | None = None
-    memory_bytes: int | None = None
-    compose_px: int | None = None
+    negative: str = option("", "What the picture should not show.", metavar="TEXT", check=check_negative)
+    model: str = option(
+        DEFAULT_MODEL,
+        "What `models` lists, or yours.",
+        metavar="NAME|FOLDER|HUB_ID",
+        commands=("generate", "plan", "bench"),
+        left_to={"decode": "Whose autoencoder to use. Left out, the one in the file."},
+    )
+    revision: str | None = option(None, "Of a hub model: branch, tag or commit.", metavar="REV", commands=OPENING)
+    width: int | None = option(
+        None,
+        "Pixels: 4096x2048, or 4096 for a square. Left out, the model's.",
+        name="size",
+        metavar="WxH",
+        check=check_side,
+        parse=parse_size,
+        commands=(*MAKING, "bench"),
+    )
+    height: int | None = option(None, name="size", check=check_side)
+    steps: int | None = option(None, "Denoising steps. Left out, the model's.", metavar="N", check=within(1, 1000))
+    guidance: float | None = option(
+        None,
+        "How closely to follow the prompt; above 1, each step takes two forwards. Left out, the model's.",
+        metavar="F",
+        check=within(0, 1000),
+    )
+    seed: int | None = option(
+        None,
+        "Same seed, same picture. Left out, random.",
+        metavar="N",
+        check=within(0, MAX_SEED),
+        commands=("generate", "scroll"),
+    )
+    count: int = option(
+        1,
+        "Pictures of consecutive seeds: FILE-1, FILE-2, ...",
+        metavar="N",
+        check=within(1, 10_000),
+        commands=("generate",),
+    )
+    precision: PrecisionName = option("auto", "What to compute in.", commands=OPENING)
+    device: str = option(
+        "auto",
+        "What to compute on.",
+        metavar="auto|cpu|cuda|cuda:N",
+        check=check_device,
+        commands=OPENING,
+        left_to={"resume": "What to compute on. Left out, as before."},
+    )
+    decode: DecodeName = option(
+        "rows",
+        "From latent to pixels: by rows, exact in little memory; or as others do it, to compare: whole, exact; in "
+        "blended tiles, inexact; with each convolution cut in patches, exact.",
+        commands=DECODING,
+    )
+    patches: int = option(32, "Patches of --decode patch.", metavar="N", check=within(1, 65_536), commands=DECODING)
+    strip_rows: int | None = option(
+        None,
+        "Height of the strips of --decode rows: fewer take less memory. Left out, the size decides.",
+        metavar="N",
+        check=within(1, 1_000_000),
+        commands=(*MAKING, "decode"),
+    )
+    memory_bytes: int | None = option(
+        None,
+        "Stay within 6GiB, 800MiB, ...: the whole process on a CPU, what PyTorch reserves on a GPU. Left out, as is "
+        "fastest on this machine.",
+        name="memory",
+        metavar="SIZE",
+        check=within(1, 2**60),
+        parse=parse_bytes,
+        commands=("generate", "plan", "decode", "from_pretrained"),
+        left_to={"resume": "Stay within it. Left out, as before."},
+    )
+    compose_px: int | None = option(
+        None,
+        "Lay a much larger picture out at about this size squared, and let it grow from there: fewer things multiply, "
+        "and it takes less time. auto: as the model does, off: at full size from the first step.",
+        name="compose",
+        metavar="auto|off|PIXELS",
+        check=check_compose,
+        parse=parse_compose,
+        shown="auto",
+    )
+
+    @classmethod
+    def of(cls, prompt: str, **options: Any) -> Self:
+        """A request from options as the command line calls them: memory='2GiB', size='4096x2048', compose='off'.
+
+        Values may be texts or Python's own, and the fields' names do too. Raises UsageError, also for a name that is
+        not known.
+        """
+        return cls(prompt, **fields_of(cls, options))
 
     def __post_init__(self) -> None:
         check_prompt(self.prompt)
-        check_text("negative prompt", self.negative)
-        check_side("width", self.width)
-        check_side("height", self.height)
-        check_range("steps", self.steps, 1, 1000)
-        check_range("guidance", self.guidance, 0, 1000)
-        check_range("seed", self.seed, 0, MAX_SEED)
-        check_range("count", self.count, 1, 10_000)
+        check_fields(self)
         if self.seed is not None:
             check_range("the last picture's seed", self.seed + self.count - 1, 0, MAX_SEED)
-        check_range("patches", self.patches, 1, 65_536)
-        check_range("strip rows", self.strip_rows, 1, 1_000_000)
-        check_range("memory", self.memory_bytes, 1, 2**60)
         if self.memory_bytes is not None and self.decode != "rows":
             raise UsageError(
                 f"a memory budget is kept by --decode rows alone; leave out --memory or --decode {self.decode}"
             )
-        if self.compose_px:
-            check_range("compose", self.compose_px, MIN_COMPOSE_PX, MAX_SIDE_PX)
-        check_choice("precision", self.precision, PRECISIONS)
-        check_choice("decode", self.decode, DECODES)
-        check_device(self.device)
 
 
 def check_prompt(prompt: str) -> None:
@@ -93,71 +188,13 @@ def check_text(what: str, text: str) -> None:
         raise PromptError(f"the {what} is not valid UTF-8 text") from None
 
 
-def check_side(name: str, side_px: int | None) -> None:
-    """Raises SizeError for a side that no picture has."""
-    if side_px is not None and not MIN_SIDE_PX <= side_px <= MAX_SIDE_PX:
-        raise SizeError(f"{name} {side_px} is out of range; use {MIN_SIDE_PX} to {MAX_SIDE_PX} pixels")
+def random_seed() -> int:
+    """A seed for those who gave none, short enough to be typed again: the seeds that other image tools take too."""
+    import secrets
 
-
-def check_range(name: str, value: float | None, least: float, most: float) -> None:
-    """Raises UsageError for a number outside its range, NaN included."""
-    if value is not None and not least <= value <= most:
-        raise UsageError(f"{name} {value} is out of range; use {least} to {most}")
-
-
-def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
-    """Raises UsageError for a word that is not one of the choices."""
-    if value not in choices:
-        raise UsageError(f"{name} {value!r} is not known; use one of {', '.join(choices)}")
-
-
-def check_device(device: str) -> None:
-    """Raises UsageError for a device name of another form than auto, cpu, cuda or cuda:N."""
-    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", device):
-        raise UsageError(f"device {device!r} is not known; use auto, cpu, cuda or cuda:N")
-
-
-def parse_size(text: str) -> tuple[int, int]:
-    """`4096x2048` or `4096` -> (width, height) in pixels. Raises SizeError."""
-    found = re.fullmatch(r"\s*(\d{1,9})(?:\s*[xX×*]\s*(\d{1,9}))?\s*", text)
-    if found is None:
-        raise SizeError(
-            f"size {text!r} is not a size; write WIDTHxHEIGHT such as 4096x2048, or one number for a square"
-        )
-    width, height = int(found[1]), int(found[2] or found[1])
-    check_side("width", width)
-    check_side("height", height)
-    return width, height
-
-
-def parse_compose(text: str) -> int | None:
-    """`auto`, `off` or pixels -> None, 0 or the pixels. Raises UsageError."""
-    match text.strip().lower():
-        case "auto":
-            return None
-        case "off":
-            return 0
-        case digits if re.fullmatch(r"[0-9]{1,9}", digits):
-            check_range("compose", int(digits), MIN_COMPOSE_PX, MAX_SIDE_PX)
-            return int(digits)
-    raise UsageError(f"compose {text!r} is not known; use auto, off or a side in pixels such as 1024")
-
-
-def parse_bytes(text: str) -> int:
-    """`6GiB`, `800MiB`, `1.5 GB`, `123456` -> bytes. Raises UsageError."""
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(?:([kmgt]i?)?b)?\s*", text, re.IGNORECASE)
-    if found is None:
-        raise UsageError(f"memory {text!r} is not an amount; write it as 6GiB or 800MiB")
-    unit = (found[2] or "").lower()
-    base = 1024 if unit.endswith("i") else 1000
-    return int(float(found[1]) * base ** " kmgt".index(unit[:1] or " "))
+    return secrets.randbelow(2**32)
 
 
 def indexed(path: Path, index: int, count: int) -> Path:
     """Where picture `index` of `count` goes: the path itself for a single one, else `name-1.png`, `name-2.png`, ..."""
     return path if count == 1 else path.with_name(f"{path.stem}-{index + 1}{path.suffix}")
-
-
-def random_seed() -> int:
-    """A seed for those who gave none, short enough to be typed again."""
-    return secrets.randbelow(2**32)

@@ -15,7 +15,8 @@ from handscroll.models.checkpoint import CheckpointSpec
 from handscroll.plan.inputs import Hardware, PlanInputs
 from handscroll.plan.precision import Precision, resolve_precision
 from handscroll.plan.search import make_plan
-from handscroll.request import MAX_SEED, Request, parse_bytes, parse_size
+from handscroll.request import MAX_SEED, Request
+from handscroll.units import parse_bytes, parse_size
 
 Miniature = Callable[..., Path]
 CPU = PlanInputs(Hardware("cpu"), tokens=20)

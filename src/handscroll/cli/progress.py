@@ -9,8 +9,11 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from handscroll import events
+from handscroll.plan.stages import BY_NAME, Stage
 
-TITLES = {"fetch": "fetching", "text": "reading the prompt", "denoise": "painting", "decode": "unrolling"}
+# Before the first stage of the table.
+FETCH = Stage("fetch", "fetching", (), "MiB", per_picture=False)
+SHOWN = {FETCH.name: FETCH, **BY_NAME}
 
 
 @contextmanager
@@ -39,34 +42,30 @@ class _Bars:
         self._shown: dict[str, tuple[TaskID, int]] = {}  # stage -> its bar, and the picture it is at
 
     def __call__(self, event: events.Progress) -> None:
-        if event.stage not in TITLES:
+        if event.stage not in SHOWN:
             return
         self._progress.update(self._loading, visible=False)
         bar, picture = self._shown.get(event.stage) or (self._progress.add_task("", amount=""), event.picture)
         if picture != event.picture:
             self._progress.reset(bar)
         self._shown[event.stage] = bar, event.picture
-        unknown = event.stage == "text" and event.done == 0
+        stage = SHOWN[event.stage]
+        unknown = stage.unit == "prompts" and event.done == 0
         self._progress.update(
             bar,
-            description=self._title(event),
+            description=self._title(stage, event),
             completed=event.done,
             total=None if unknown else event.total,
-            amount=_amount(event),
+            amount=_amount(stage, event),
         )
 
-    def _title(self, event: events.Progress) -> str:
-        of_one = self._pictures > 1 and event.stage in ("denoise", "decode")
+    def _title(self, stage: Stage, event: events.Progress) -> str:
+        of_one = self._pictures > 1 and stage.per_picture
         which = f" {event.picture + 1}/{self._pictures}" if of_one else ""
-        return f"{TITLES[event.stage]}{which}{f' ({event.detail})' if event.detail else ''}"
+        return f"{stage.title}{which}{f' ({event.detail})' if event.detail else ''}"
 
 
-def _amount(event: events.Progress) -> str:
-    match event.stage:
-        case "fetch":
-            return f"{event.done / 2**20:,.0f}/{event.total / 2**20:,.0f} MiB"
-        case "denoise":
-            return f"{event.done:,}/{event.total:,} steps"
-        case "decode":
-            return f"{event.done:,}/{event.total:,} rows"
-    return ""
+def _amount(stage: Stage, event: events.Progress) -> str:
+    if stage is FETCH:
+        return f"{event.done / 2**20:,.0f}/{event.total / 2**20:,.0f} MiB"
+    return f"{event.done:,}/{event.total:,} {stage.unit}" if stage.per_picture else ""

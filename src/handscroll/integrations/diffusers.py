@@ -18,9 +18,9 @@ from handscroll.models.autoencoder import AutoencoderSpec
 from handscroll.plan.decode import decode_stages
 from handscroll.plan.decoder_shape import DecoderShape
 from handscroll.plan.encoder_shape import EncoderShape
-from handscroll.plan.inputs import MIB, Hardware
-from handscroll.request import check_range, parse_bytes
+from handscroll.plan.inputs import Hardware
 from handscroll.runtime.memory import trim
+from handscroll.units import check_range, gibibytes, parse_bytes
 
 _METHODS = ("_decode", "_encode")
 
@@ -119,8 +119,8 @@ def _route_within(
         least_bytes = int(min(candidate.peak_bytes for candidate in candidates) / _HEAP_SHARE) + 1
         factor = autoencoder.spatial_compression_ratio
         raise BudgetError(
-            f"a picture of {columns * factor}x{rows * factor} needs at least {-(-least_bytes // MIB)} MiB above "
-            f"weights, input and result; {memory_bytes / MIB:.0f} MiB were allowed",
+            f"a picture of {columns * factor}x{rows * factor} needs at least {gibibytes(least_bytes)} above weights, "
+            f"input and result; {gibibytes(memory_bytes)} were allowed",
             least_bytes,
         )
     best = min(fitting, key=lambda candidate: candidate.seconds)

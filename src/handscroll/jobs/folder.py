@@ -22,6 +22,16 @@ from handscroll.jobs.job import FORMAT
 _OURS = re.compile(r"job\.json|lock|(state|latent)-\d+(\.previous)?\.safetensors|[a-z]+\.(part|rows)")
 
 
+def latent_path(folder: Path, index: int) -> Path:
+    """Of picture `index`, counted from 0, when it is denoised."""
+    return folder / f"latent-{index + 1}.safetensors"
+
+
+def state_paths(folder: Path, index: int) -> tuple[Path, Path]:
+    """The newest state of picture `index`, and the one before."""
+    return folder / f"state-{index + 1}.safetensors", folder / f"state-{index + 1}.previous.safetensors"
+
+
 # The folder itself
 def take_folder(folder: Path) -> int | None:
     """Makes the folder if need be, and locks it. Returns the lock's descriptor, or None where there are no locks."""

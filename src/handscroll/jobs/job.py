@@ -115,6 +115,7 @@ class Job:
             device=device or (kind if self.request.device == "auto" else self.request.device),
             precision=precisions.pop() if len(precisions) == 1 else self.request.precision,
             memory_bytes=memory_bytes or self.request.memory_bytes,
+            revision=self.latents.get("model revision"),
         )
 
 

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 from handscroll.errors import CheckpointError, FormatError, OutputError, SizeError
 from handscroll.models.checkpoint import CheckpointSpec
 from handscroll.request import Request
-from handscroll.weights.tensor_file import read_tensors, write_tensors
+from handscroll.weights.header import read_header, read_metadata
+from handscroll.weights.tensor_file import CHECKSUM, read_tensors, write_tensors
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -37,6 +38,17 @@ def save_latent(path: Path, latent: Tensor, facts: Mapping[str, str], *, part: P
         raise OutputError(f"{path}: cannot be written: {error.strerror}") from error
 
 
+def describe_latent(path: Path) -> tuple[tuple[int, ...], dict[str, str]] | None:
+    """The shape and the facts of a latent's file, from its header alone; None for a file that holds no latent.
+
+    Raises CheckpointError for a file that is no whole safetensors file.
+    """
+    for entry in read_header(path):
+        if entry.name == TENSOR_NAME and len(entry.shape) == 4:
+            return entry.shape, {name: value for name, value in read_metadata(path).items() if name != CHECKSUM}
+    return None
+
+
 def load_latent(path: Path) -> tuple[Tensor, dict[str, str]]:
     """The latent [1, C, h, w] fp32 of a file, and its facts. Raises CheckpointError naming the file."""
     if not path.is_file():
@@ -50,18 +62,19 @@ def load_latent(path: Path) -> tuple[Tensor, dict[str, str]]:
     return latent.float(), facts
 
 
-def request_of_latent(file: Path, facts: Mapping[str, str], model: str | None = None, **options: Any) -> Request:
-    """The request that a saved latent came from, to be decoded as is now asked for by a request's other `options`.
+def request_of_latent(file: Path, facts: Mapping[str, str], wanted: Mapping[str, Any]) -> Request:
+    """The request that a saved latent came from, with the fields in `wanted` as they are now asked for.
 
     Raises CheckpointError where the file does not say which model made it, or its metadata is broken; UsageError.
     """
-    named = model or facts.get("model")
+    named = wanted.get("model") or facts.get("model")
     if named is None:
         raise CheckpointError(f"{file}: does not say which model made it; name it with --model")
     try:
         made = {
             "prompt": facts.get("prompt") or "unknown",
             "negative": facts.get("negative", ""),
+            "model": named,
             "width": int(facts["width"]) if "width" in facts else None,
             "height": int(facts["height"]) if "height" in facts else None,
             "steps": int(facts["steps"]) if "steps" in facts else None,
@@ -70,7 +83,9 @@ def request_of_latent(file: Path, facts: Mapping[str, str], model: str | None = 
         }
     except ValueError as error:
         raise CheckpointError(f"{file}: its metadata is broken: {error}") from error
-    return Request(**{**made, "model": named, **options})
+    if "model" not in wanted:
+        made["revision"] = facts.get("revision") or None
+    return Request(**{**made, **wanted})
 
 
 def with_size_of(file: Path, latent: Tensor, request: Request, spec: CheckpointSpec) -> Request:

@@ -25,9 +25,12 @@ from handscroll.plan.precision import Precision
 from handscroll.plan.search import replan_in_precision, shrink
 from handscroll.plan.stages import Stage
 from handscroll.runtime.session import Session
+from handscroll.units import one_line
 
 # When a stage takes the least already, only another program can make room: it is given some time to.
 LAST_TRIES, WAIT_SECONDS = 3, 1.0
+
+MAX_LINE = 120  # of what a library says of an error, in characters
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +46,7 @@ class Fault:
         if isinstance(error, NumericsError):
             return cls(str(error), error.component or stage.components[0])
         if isinstance(error, Exception) and is_out_of_memory(error):
-            return cls(_one_line(error))
+            return cls(one_line(error, MAX_LINE))
         return None
 
 
@@ -122,8 +125,3 @@ class Recovery:
 
     def _in_precision(self, plan: Plan, stage: Stage, precision: Precision) -> Plan:
         return replan_in_precision(plan, self.session.spec, self.inputs, stage.name, precision)
-
-
-def _one_line(error: BaseException) -> str:
-    line = " ".join(str(error).split()) or type(error).__name__
-    return line if len(line) <= 120 else f"{line[:117]}..."

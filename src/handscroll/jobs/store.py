@@ -29,7 +29,6 @@ from handscroll.errors import CheckpointError, OutputError, RunFolderError
 from handscroll.events import OnEvent, ignore, notice
 from handscroll.files import write_whole
 from handscroll.jobs.latent_file import load_latent, save_latent
-from handscroll.request import indexed
 from handscroll.version import __version__
 from handscroll.weights.tensor_file import read_tensors, write_tensors
 
@@ -37,8 +36,18 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from handscroll.runtime.sampling.state import SamplerState
-from handscroll.jobs.folder import clear_folder, leave_folder, take_folder, tidy_folder, unlink, unlock_folder
+from handscroll.jobs.folder import (
+    clear_folder,
+    latent_path,
+    leave_folder,
+    state_paths,
+    take_folder,
+    tidy_folder,
+    unlink,
+    unlock_folder,
+)
 from handscroll.jobs.job import FORMAT, FORMAT_VERSION, Job, job_of, place_of, read_facts, run_folder_of
+from handscroll.jobs.status import id_and_done, where_it_goes_on, written
 
 
 class RunFolder:
@@ -78,7 +87,7 @@ class RunFolder:
                 job = dataclasses.replace(job, request=request, first_seed=older_job.first_seed)
                 if older_job.pictures != job.pictures:
                     done = set()
-                run = cls(folder, job, run_id, done & _written(job), lock, on_event)
+                run = cls(folder, job, run_id, done & written(job), lock, on_event)
                 if run._is_worth_keeping():
                     on_event(notice(f"{folder} goes on {run._where()}"))
             elif reason and must_go_on:
@@ -217,17 +226,12 @@ class RunFolder:
 
     def _where(self) -> str:
         """`from step 12 of 20`, and for which picture where there are several."""
-        left = self.to_decode()
-        if not left:
-            return "and finds all done"
-        without_latent = self.to_denoise()
-        index = without_latent[0] if without_latent else left[0]
-        which = f"with picture {index + 1} of {self.count}, " if self.count > 1 else ""
-        if not without_latent:
-            return f"{which}from the finished latent"
-        states = (self._read_state(path) for path in self._state_paths(index))
-        steps_done = next((state.total_done for state in states if state is not None), 0)
-        return f"{which}from step {steps_done} of {self.job.steps}"
+
+        def steps_done(index: int) -> int:
+            states = (self._read_state(path) for path in self._state_paths(index))
+            return next((state.total_done for state in states if state is not None), 0)
+
+        return where_it_goes_on(self.job, self.to_denoise(), self.to_decode(), steps_done)
 
     # Files
 
@@ -235,14 +239,11 @@ class RunFolder:
         return self.folder / f"{name}.part"
 
     def _latent_path(self, index: int) -> Path:
-        return self.folder / f"latent-{index + 1}.safetensors"
+        return latent_path(self.folder, index)
 
     def _state_paths(self, index: int) -> tuple[Path, Path]:
         """The newest state, and the one before."""
-        return (
-            self.folder / f"state-{index + 1}.safetensors",
-            self.folder / f"state-{index + 1}.previous.safetensors",
-        )
+        return state_paths(self.folder, index)
 
     def _holds_latent(self, index: int) -> bool:
         path = self._latent_path(index)
@@ -329,16 +330,8 @@ def _older_run(folder: Path, job: Job) -> tuple[tuple[Job, str, set[int]] | None
     try:
         facts = read_facts(folder)
         older = job_of(folder, facts)
-        run_id, done = str(facts["id"]), {int(number) - 1 for number in facts["done"]}
-    except (KeyError, TypeError, ValueError):
-        return None, "its job.json is broken"
+        run_id, done = id_and_done(folder, facts)
     except RunFolderError as error:
         return None, str(error).partition(": ")[2]
     difference = job.difference(older)
     return (None, difference) if difference else ((older, run_id, done), "")
-
-
-def _written(job: Job) -> set[int]:
-    """The pictures whose files are still there."""
-    count = job.request.count
-    return {index for index in range(count) if indexed(job.output, index, count).exists()}

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from handscroll.errors import CheckpointError
+from handscroll.units import one_line
 
 Spec = TypeVar("Spec")
 
@@ -27,7 +28,7 @@ def read_config(file: Path) -> dict[str, Any]:
     except OSError as error:
         raise CheckpointError(f"{file}: cannot be read: {error.strerror}") from error
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{file}: broken JSON: {_one_line(error)}") from error
+        raise CheckpointError(f"{file}: broken JSON: {one_line(error)}") from error
     if not isinstance(value, dict):
         raise CheckpointError(f"{file}: expected a JSON object, found {type(value).__name__}")
     return value
@@ -37,7 +38,7 @@ def build_spec(cls: type[Spec], file: Path, config: dict[str, Any]) -> Spec:
     try:
         return getattr(cls, "from_config", functools.partial(spec_from_config, cls))(config)
     except ValueError as error:
-        raise CheckpointError(f"{file}: {_one_line(error)}") from error
+        raise CheckpointError(f"{file}: {one_line(error)}") from error
 
 
 # From JSON values to typed fields. Fields that a config lacks take the dataclass's default; what it has besides the
@@ -96,7 +97,3 @@ def thaw(value: Any) -> Any:
 def shown(value: Any) -> str:
     text = repr(value)
     return text if len(text) <= 40 else text[:37] + "..."
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())

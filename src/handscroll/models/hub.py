@@ -35,6 +35,7 @@ from handscroll.errors import CheckpointError, FetchError, HandscrollError, Unkn
 from handscroll.files import write_whole
 from handscroll.models.checkpoint import CheckpointSpec
 from handscroll.models.folder import COMPONENTS, LAYOUT
+from handscroll.units import first_line, gibibytes
 from handscroll.weights.folder import PICKLE_SUFFIXES, candidates
 
 TIMEOUT_SECONDS = 20.0
@@ -293,8 +294,8 @@ def _check_room(hub_id: str, needed_bytes: int) -> None:
     free_bytes = shutil.disk_usage(place).free
     if needed_bytes > free_bytes:
         raise FetchError(
-            f"{hub_id} needs {_gib(needed_bytes)} more on disk and {constants.HF_HUB_CACHE} has {_gib(free_bytes)} "
-            "free; make room or point HF_HOME elsewhere"
+            f"{hub_id} needs {gibibytes(needed_bytes)} more on disk and {constants.HF_HUB_CACHE} has "
+            f"{gibibytes(free_bytes)} free; make room or point HF_HOME elsewhere"
         )
 
 
@@ -324,18 +325,10 @@ def _told(hub_id: str, error: BaseException) -> HandscrollError | None:
     if isinstance(error, HTTPError | LocalEntryNotFoundError | OfflineModeIsEnabled | ConnectionError | TimeoutError):
         return FetchError(f"no connection to {constants.ENDPOINT} ({type(error).__name__}); {_where_to_look(hub_id)}")
     if isinstance(error, OSError | RuntimeError):
-        return FetchError(f"fetching {hub_id} failed: {_first_line(error)}; run again to go on from here")
+        return FetchError(f"fetching {hub_id} failed: {first_line(error)}; run again to go on from here")
     return None
 
 
 def _where_to_look(hub_id: str) -> str:
     partly = " (there in part)" if _repository_folder(hub_id).is_dir() else ""
     return f"looked in {_repository_folder(hub_id)}{partly}; `handscroll models` lists what is here"
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
-def _gib(n_bytes: int) -> str:
-    return f"{n_bytes / 2**30:.1f} GiB"

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from handscroll.errors import CheckpointError, UsageError
+from handscroll.events import OnEvent, Progress
 from handscroll.models.checkpoint import CheckpointSpec
 from handscroll.models.hub import COMMIT, FetchProgress, fetch, find_local
 from handscroll.models.registry import Entry, resolve, split_revision
@@ -56,3 +57,10 @@ def _fetched(hub_id: str, revision: str | None, on_progress: OnProgress | None, 
     is_whole = weights_too or find_local(hub_id, revision) is not None
     spec = CheckpointSpec.from_folder(folder) if is_whole else CheckpointSpec.from_configs(folder)
     return dataclasses.replace(spec, commit=folder.name if COMMIT.fullmatch(folder.name) else None)
+
+
+def on_fetch(on_event: OnEvent) -> OnProgress:
+    """Tells a listener of a checkpoint that is fetched."""
+    return lambda progress: on_event(
+        Progress("fetch", progress.done_bytes, progress.total_bytes, detail=progress.hub_id)
+    )

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import struct
 import zlib
 from pathlib import Path
 from typing import Any
 
 from handscroll.errors import FormatError
-from handscroll.pictures.formats import DZI, FORMATS, PNG, TIFF
+from handscroll.pictures.formats import DZI, FORMATS, PNG, TIFF, Format
 from handscroll.pictures.vips import load_vips
 
 EXIF_TEXT_UNITS = 32_000  # UTF-16 code units of a JPEG or WebP comment: one JPEG segment is at most 65533 bytes
@@ -71,23 +72,45 @@ def read_parameters(path: Path) -> str:
     Raises FormatError for a file that is not a picture of a known suffix, OSError where it cannot be opened.
     """
     path = Path(path)
-    known = FORMATS.get(path.suffix.lower())
-    if known is None:
-        raise FormatError(f"cannot read {path}: use one of {' '.join(FORMATS)}")
+    known = _format_of(path)
     with open(path, "rb") as file:
         if known is PNG:
             return _read_png_text(path, file)
     if known is DZI:
         text = path.with_name(f"{path.stem}_files") / f"{KEYWORD}.txt"
         return text.read_bytes().decode("utf-8", "replace") if text.exists() else ""
-    vips = load_vips()
-    try:
-        image = vips.Image.new_from_file(str(path), access="sequential", revalidate=True)
-    except vips.Error as error:
-        raise FormatError(f"cannot read {path}: not a {known.title} picture, or a damaged one") from error
+    image = _opened(path, known)
     if known is TIFF:
         return image.get("image-description") if image.get_typeof("image-description") else ""
     return _read_user_comment(image.get("exif-data")) if image.get_typeof("exif-data") else ""
+
+
+def read_size(path: Path) -> tuple[int, int]:
+    """Width and height of a picture's file in pixels; no pixel is read. Raises as `read_parameters`."""
+    known = _format_of(path)
+    if known is not DZI:
+        image = _opened(path, known)
+        return image.width, image.height
+    index = path.read_bytes()[:4096]
+    sides = [re.search(rb'\b%s="(\d{1,9})"' % side, index) for side in (b"Width", b"Height")]
+    if sides[0] is None or sides[1] is None:
+        raise FormatError(f"cannot read {path}: not the index of a Deep Zoom picture")
+    return int(sides[0][1]), int(sides[1][1])
+
+
+def _format_of(path: Path) -> Format:
+    known = FORMATS.get(path.suffix.lower())
+    if known is None:
+        raise FormatError(f"cannot read {path}: use one of {' '.join(FORMATS)}")
+    return known
+
+
+def _opened(path: Path, known: Format) -> Any:
+    vips = load_vips()
+    try:
+        return vips.Image.new_from_file(str(path), access="sequential", revalidate=True)
+    except vips.Error as error:
+        raise FormatError(f"cannot read {path}: not a {known.title} picture, or a damaged one") from error
 
 
 def _read_png_text(path: Path, file: Any) -> str:

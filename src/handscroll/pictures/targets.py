@@ -14,6 +14,7 @@ from pathlib import Path
 
 from handscroll.errors import FormatError, OutputError, SizeError
 from handscroll.pictures.formats import FORMATS, Format
+from handscroll.units import gibibytes, one_line
 
 EXCHANGING = ".exchanging"  # in a folder of Deep Zoom tiles: its index is gone, or not there yet
 
@@ -122,7 +123,7 @@ def check_files_folder(target: Target, index: Path) -> None:
 def _check_free(path: Path, folder: Path, needed_bytes: int) -> None:
     free_bytes = shutil.disk_usage(folder).free
     if free_bytes < needed_bytes:
-        figures = f"needs {_human(needed_bytes)} in {folder}, {_human(free_bytes)} is free"
+        figures = f"needs {gibibytes(needed_bytes)} in {folder}, {gibibytes(free_bytes)} is free"
         raise OutputError(f"not enough disk to write {path}: {figures}; free some space or choose another folder")
 
 
@@ -155,9 +156,9 @@ def output_errors(target: Target, *library_errors: type[Exception]) -> Iterator[
 
 def _reason(target: Target, error: Exception) -> str:
     """One line on what went wrong. libvips passes the system's reasons on as text only."""
-    path, folder, needed = target.path, target.path.parent, _human(target.needed_bytes)
+    path, folder, needed = target.path, target.path.parent, gibibytes(target.needed_bytes)
     number = error.errno if isinstance(error, OSError) else None
-    text = " ".join(str(error).split())
+    text = one_line(error)
 
     def is_about(*numbers: int) -> bool:
         return number in numbers or (number is None and any(os.strerror(each) in text for each in numbers))
@@ -171,10 +172,3 @@ def _reason(target: Target, error: Exception) -> str:
     if is_about(errno.EACCES, errno.EPERM, errno.EROFS):
         return f"cannot write {path}: no permission to write it; change that or choose another folder"
     return f"cannot write {path}: {(error.strerror if isinstance(error, OSError) else None) or text}"
-
-
-def _human(size_bytes: float) -> str:
-    unit = 0
-    while size_bytes >= 1024 and unit < 4:
-        size_bytes, unit = size_bytes / 1024, unit + 1
-    return f"{size_bytes:.{min(unit, 1)}f} {('bytes', 'KiB', 'MiB', 'GiB', 'TiB')[unit]}"

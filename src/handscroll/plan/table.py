@@ -1,4 +1,4 @@
-"""A plan as a person reads it, and as a program does."""
+"""A plan as programs read it."""
 
 from __future__ import annotations
 
@@ -6,12 +6,7 @@ import dataclasses
 from typing import Any
 
 from handscroll.models.checkpoint import CheckpointSpec
-from handscroll.plan.decode import DecodeStage
-from handscroll.plan.denoise import DenoiseStage
-from handscroll.plan.plan import PartPlan, Plan
-from handscroll.plan.text import TextStage
-
-PLACES = {"memory": "in memory", "host": "in the host's memory", "disk": "on disk"}
+from handscroll.plan.plan import Plan
 
 
 def plan_dict(spec: CheckpointSpec, plan: Plan, minimum_bytes: int | None) -> dict[str, Any]:
@@ -46,71 +41,3 @@ def plan_dict(spec: CheckpointSpec, plan: Plan, minimum_bytes: int | None) -> di
         "growth": growth,
         "seconds": round(sum(plan.planned_seconds.values()), 1),
     }
-
-
-def plan_table(spec: CheckpointSpec, plan: Plan, minimum_bytes: int | None) -> str:
-    """A heading, a line a stage, and what it comes to."""
-    budget = "no budget" if plan.budget_bytes is None else f"budget {_gibibytes(plan.budget_bytes)}"
-    heading = (
-        f"{spec.name}, {plan.width}x{plan.height}, {_steps(plan)}, guidance {plan.guidance:g}, {plan.precision} "
-        f"on {plan.device}, {budget}"
-    )
-    rows = [("STAGE", "PEAK", "ABOUT", "HOW")]
-    for name, stage in plan.own_parts.items():
-        if name == "encode":
-            rows += [_row_on_the_way(size) for size in plan.sizes[:-1]]
-        rows.append((name, _gibibytes(stage.peak_bytes), _seconds(stage.seconds), _how(stage, spec)))
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
-    total_seconds = sum(plan.planned_seconds.values())
-    peak = "" if plan.planned_peak_bytes is None else f"peak {_gibibytes(plan.planned_peak_bytes)}, "
-    least = "" if minimum_bytes is None else f"; the least that would do is --memory {minimum_bytes // 2**20}MiB"
-    return "\n".join([heading, "", *lines, "", f"{peak}about {_seconds(total_seconds)} a picture{least}"])
-
-
-def _steps(plan: Plan) -> str:
-    return f"{plan.steps} steps" if plan.smaller is None else f"{plan.steps_here} of {plan.steps} steps"
-
-
-def _row_on_the_way(size: Plan) -> tuple[str, str, str, str]:
-    """One line for all parts of a smaller picture."""
-    parts = size.own_parts.values()
-    peak_bytes, seconds = max(part.peak_bytes for part in parts), sum(part.seconds for part in parts)
-    name, what = ("compose", "composed") if size.smaller is None else ("grow", "grown")
-    steps = f"{size.steps_here} step{'s' * (size.steps_here != 1)}"
-    how = f"{what} at {size.width}x{size.height} in {steps}, decoded and enlarged"
-    return name, _gibibytes(peak_bytes), _seconds(seconds), how
-
-
-def _how(stage: PartPlan, spec: CheckpointSpec) -> str:
-    match stage:
-        case TextStage():
-            return f"{stage.tokens} tokens, layers read one at a time"
-        case DenoiseStage():
-            layers = spec.transformer.num_layers
-            streamed = layers - stage.resident_layers
-            weights = f"{layers} layers in memory" if not streamed else f"{streamed} of {layers} layers read every step"
-            residual = "" if stage.residual == "memory" else f", token maps {PLACES[stage.residual]}"
-            weights += " and laid out one at a time" if stage.lay_out else ""
-            residual += "" if stage.together else ", one forward after the other"
-            return f"bands of {_rows(stage.band_rows)}, {weights}{residual}"
-        case DecodeStage():
-            heights = [sweep.strip_rows for sweep in stage.sweeps]
-            spilled = {sweep.store for sweep in stage.sweeps[1:] if sweep.store in ("host", "disk")}
-            remarks = [f"{sum(s.store == where for s in stage.sweeps)} maps {PLACES[where or '']}" for where in spilled]
-            if stage.recomputed:
-                remarks.append(f"{sum(sweep.store is None for sweep in stage.sweeps)} maps recomputed")
-            span = f"{min(heights)} to {max(heights)} rows" if len(set(heights)) > 1 else _rows(heights[0])
-            return ", ".join([f"{len(heights)} sweeps in strips of {span}", *(remarks or ["maps in memory"])])
-
-
-def _rows(count: int) -> str:
-    return "1 row" if count == 1 else f"{count} rows"
-
-
-def _gibibytes(n_bytes: int) -> str:
-    return f"{n_bytes / 2**30:.2f} GiB" if n_bytes >= 2**30 else f"{n_bytes / 2**20:.0f} MiB"
-
-
-def _seconds(seconds: float) -> str:
-    return f"{seconds:.1f} s" if seconds < 100 else f"{seconds / 60:.0f} min" if seconds > 600 else f"{seconds:.0f} s"

@@ -9,9 +9,9 @@ from __future__ import annotations
 import gc
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -21,14 +21,15 @@ from handscroll.banded.autoencoder import decode_rows
 from handscroll.banded.transformer import Branch, predict
 from handscroll.events import OnEvent, Progress, ignore
 from handscroll.models.checkpoint import CheckpointSpec
-from handscroll.models.hub import FetchProgress
-from handscroll.models.opening import open_checkpoint
+from handscroll.models.opening import on_fetch, open_checkpoint
 from handscroll.plan.precision import BYTES, resolve_precision
+from handscroll.plan.stages import DECODE, DENOISE, TEXT
 from handscroll.runtime.device import find_hardware
 from handscroll.runtime.memory import Meter, release, resident_bytes, trim
 from handscroll.runtime.modules import Component, load_module, load_tokenizer
 from handscroll.runtime.text import encode_prompt, instruction_of
 from handscroll.system import available_bytes, processor_name
+from handscroll.units import gibibytes
 from handscroll.weights.dtypes import DTYPES
 
 PROMPT = "snowy mountains at dusk, a red sun over a quiet lake"
@@ -60,9 +61,6 @@ DECODER_ELEMENT_BYTES, TRANSFORMER_ELEMENT_BYTES = 19, 11
 MIB = 2**20
 
 
-StageName = Literal["text", "denoise", "decode"]
-
-
 @dataclass(frozen=True)
 class Way:
     """What a stage took one way: medians of all rounds. `peak_bytes` is above what was held with the model loaded."""
@@ -78,7 +76,7 @@ class StageResult:
     `max_difference` is the largest between the two results. What is None was not measured; `note` says why.
     """
 
-    stage: StageName
+    stage: str
     handscroll: Way | None = None
     whole: Way | None = None
     seconds_over_whole: float | None = None
@@ -122,46 +120,11 @@ class Benchmark:
             "decode_bytes_per_pixel": self.decode_bytes_per_pixel,
         }
 
-    def as_text(self) -> str:
-        """The same for people to read."""
-        return "\n".join(self._lines())
-
-    def _lines(self) -> Iterator[str]:
-        yield f"{self.model}, {self.width}x{self.height}, {self.precision}; {self.processor}, torch {self.torch}"
-        yield (
-            f"this device: convolution {self.convolution_gflops:.0f} GFLOP/s, matrix product {self.matrix_gflops:.0f} "
-            "GFLOP/s"
-        )
-        yield ""
-        yield f"{'':<8} {'handscroll':^18} {'whole':^18} {'handscroll / whole':^18} {'largest':>11}"
-        yield f"{'':<8}" + f" {'seconds':>9} {'MiB':>8}" * 2 + f" {'seconds':>9} {'MiB':>8} {'difference':>11}"
-        for stage in self.stages:
-            cells = [*_cells(stage.handscroll), *_cells(stage.whole)]
-            cells += [_cell(stage.seconds_over_whole, "9.2f"), _cell(stage.peak_bytes_over_whole, "8.2f")]
-            cells += [_cell(stage.max_difference, "11.1e")]
-            yield f"{stage.stage:<8} {' '.join(cells)}{f'  {stage.note}' if stage.note else ''}".rstrip()
-        if self.decode_seconds_per_megapixel is not None and self.decode_bytes_per_pixel is not None:
-            yield ""
-            yield (
-                f"decoding takes {self.decode_seconds_per_megapixel:.2f} s per megapixel and "
-                f"{self.decode_bytes_per_pixel:.0f} bytes per pixel"
-            )
-        yield "memory is what a way takes above the loaded model; seconds are medians"
-
-
-def _cells(way: Way | None) -> tuple[str, str]:
-    if way is None:
-        return _cell(None, "9.3f"), _cell(None, "8.0f")
-    return _cell(way.seconds, "9.3f"), _cell(way.peak_bytes / MIB, "8.0f")
-
-
-def _cell(value: float | None, layout: str) -> str:
-    return format("-", f">{layout.partition('.')[0]}") if value is None else format(value, f">{layout}")
-
 
 def measure(
     model: str,
     *,
+    revision: str | None = None,
     width: int | None = None,
     height: int | None = None,
     precision: str = "auto",
@@ -170,11 +133,11 @@ def measure(
 ) -> Benchmark:
     """Measures text encoding, one denoising step under guidance, and decoding, both ways each.
 
-    model, precision and device as in a `Request`; width and height in pixels, by default the model's, rounded up to
+    model, revision, precision and device as in a `Request`; width and height in pixels, by default the model's, rounded up to
     what its latent holds. A stage whose model does not fit into memory is left out, and so is the whole way where it
     would not. Raises HandscrollError.
     """
-    spec = open_checkpoint(model, on_progress=_on_fetch(on_event))
+    spec = open_checkpoint(model, revision, on_progress=on_fetch(on_event))
     hardware = find_hardware(device, precision)
     precisions = resolve_precision(spec, precision, hardware.device, hardware.bf16_is_faster)
     factor = spec.autoencoder.spatial_compression_ratio * spec.transformer.patch_size
@@ -197,14 +160,10 @@ def measure(
             processor=_processor(device),
             threads=torch.get_num_threads(),
             torch=torch.__version__,
-            convolution_gflops=_convolution_rate(decoding, device),
-            matrix_gflops=_matrix_rate(transforming, device),
+            convolution_gflops=convolution_rate(decoding, device),
+            matrix_gflops=matrix_rate(transforming, device),
             stages=stages,
         )
-
-
-def _on_fetch(on_event: OnEvent) -> Callable[[FetchProgress], None]:
-    return lambda fetched: on_event(Progress("fetch", fetched.done_bytes, fetched.total_bytes, detail=fetched.hub_id))
 
 
 # The stages
@@ -219,7 +178,7 @@ class _Bench:
         spec, instruction = self.spec, instruction_of(self.spec)
         weights_bytes = spec.text_encoder.parameter_count * BYTES[precision]
         if why := self._why_not(weights_bytes):
-            return StageResult("text", note=why)
+            return StageResult(TEXT.name, note=why)
         encoder = self._load("text_encoder", precision)
         tokenizer = load_tokenizer(spec)
 
@@ -237,7 +196,7 @@ class _Bench:
             return embeddings[:, mask[0].bool()]
 
         return self._both_ways(
-            "text",
+            TEXT.name,
             lambda prompt: encode_prompt(spec, encoder, tokenizer, prompt, instruction).embeddings,
             whole,
             PROMPT,
@@ -250,7 +209,7 @@ class _Bench:
         branches = 1 if self.spec.is_sprint or self.spec.default_guidance <= 1 else 2
         weights_bytes = spec.parameter_count * BYTES[precision]
         if why := self._why_not(weights_bytes):
-            return StageResult("denoise", note=why)
+            return StageResult(DENOISE.name, note=why)
         transformer = self._load("transformer", precision)
         lengths = [PROMPT_TOKENS, NEGATIVE_TOKENS][:branches]
         padded = max(self.spec.max_prompt_tokens, PROMPT_TOKENS)
@@ -282,13 +241,13 @@ class _Bench:
         small = max(WARM_UP_SIDE, spec.patch_size)
         given = self._noise(precision, 1, spec.in_channels, self.rows, self.columns)
         warm_up = self._noise(precision, 1, spec.in_channels, small, small)
-        return self._both_ways("denoise", ours, whole, given, warm_up, whole_bytes)
+        return self._both_ways(DENOISE.name, ours, whole, given, warm_up, whole_bytes)
 
     def decode(self, precision: str) -> StageResult:
         """Latent to pixels, which stay in memory both ways."""
         spec = self.spec.autoencoder
         if why := self._why_not(spec.decoder_parameter_count * BYTES[precision]):
-            return StageResult("decode", note=why)
+            return StageResult(DECODE.name, note=why)
         autoencoder = self._load("vae", precision, part="decoder")
         ratio = spec.spatial_compression_ratio
 
@@ -308,7 +267,7 @@ class _Bench:
         given = self._noise(precision, 1, spec.latent_channels, self.rows, self.columns)
         warm_up = self._noise(precision, 1, spec.latent_channels, WARM_UP_SIDE, WARM_UP_SIDE)
         whole_bytes = round(DECODER_ELEMENT_BYTES * widest * pixels)
-        return self._both_ways("decode", ours, whole, given, warm_up, whole_bytes)
+        return self._both_ways(DECODE.name, ours, whole, given, warm_up, whole_bytes)
 
     def _noise(self, precision: str, *shape: int) -> Tensor:
         noise = torch.randn(*shape, generator=torch.Generator().manual_seed(1))
@@ -323,11 +282,11 @@ class _Bench:
         room_bytes = torch.cuda.mem_get_info(self.device)[0] if on_cuda else available_bytes()
         if room_bytes is None or n_bytes <= 0.9 * room_bytes:
             return ""
-        return f"needs about {n_bytes / 2**30:.1f} GiB, and {room_bytes / 2**30:.1f} are free"
+        return f"needs about {gibibytes(n_bytes)}, and {gibibytes(room_bytes)} are free"
 
     def _both_ways(
         self,
-        stage: StageName,
+        stage: str,
         ours: Callable[[Any], Tensor],
         whole: Callable[[Any], Tensor],
         given: Any,
@@ -388,23 +347,23 @@ def _median(rounds: list[dict[str, Way]], name: str, key: str) -> float:
 
 
 # The device
-def _convolution_rate(dtype: torch.dtype, device: str) -> float:
+def convolution_rate(dtype: torch.dtype, device: str) -> float:
     """Of a 3x3 convolution of 128 channels, channels last, as most of a decode is; 1e9 operations a second."""
     side = 256 if device == "cpu" else 1024
     like: Any = {"dtype": dtype, "device": device}
     image = torch.ones(1, 128, side, side, **like).contiguous(memory_format=torch.channels_last)
     weight = torch.ones(128, 128, 3, 3, **like).contiguous(memory_format=torch.channels_last)
-    return _best_gflops(lambda: F.conv2d(image, weight, padding=1), 2 * 9 * 128 * 128 * side * side, device)
+    return best_gflops(lambda: F.conv2d(image, weight, padding=1), 2 * 9 * 128 * 128 * side * side, device)
 
 
-def _matrix_rate(dtype: torch.dtype, device: str) -> float:
+def matrix_rate(dtype: torch.dtype, device: str) -> float:
     """Of a product of square matrices; 1e9 operations a second."""
     side = 2048 if device == "cpu" else 8192
     left, right = (torch.ones(side, side, dtype=dtype, device=device) for _ in range(2))
-    return _best_gflops(lambda: torch.mm(left, right), 2 * side**3, device)
+    return best_gflops(lambda: torch.mm(left, right), 2 * side**3, device)
 
 
-def _best_gflops(run: Callable[[], object], flop: int, device: str) -> float:
+def best_gflops(run: Callable[[], object], flop: int, device: str) -> float:
     best = float("inf")
     until = None
     while until is None or time.perf_counter() < until:

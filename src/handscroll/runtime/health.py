@@ -17,6 +17,7 @@ from typing import Any
 
 from handscroll.models.registry import BY_NAME
 from handscroll.request import DEFAULT_MODEL
+from handscroll.units import first_line, gibibytes
 from handscroll.version import __version__
 
 # The package to import -> what pip installs for it (as in pyproject.toml), and what is used of it.
@@ -68,32 +69,6 @@ class Health:
         problems = [vars(problem) for problem in self.problems]
         return {"ok": self.ok, **vars(self), "problems": problems}
 
-    def as_text(self) -> str:
-        """The same for people to read."""
-        return "\n".join(self._lines())
-
-    def _lines(self) -> Iterator[str]:
-        yield from (f"{name:<16} {version or 'missing'}" for name, version in self.versions.items())
-        yield f"{'platform':<16} {self.platform}"
-        yield ""
-        for device in self.devices:
-            bf16 = "with bf16" if device["bf16"] else "no bf16"
-            if device["device"] == "cpu":
-                yield f"{'cpu':<16} {device['name']}, {device['cores']} cores, {device['threads']} threads, {bf16}"
-            else:
-                room = f"{_gib(device['free_bytes'])} of {_gib(device['total_bytes'])} free"
-                yield f"{device['device']:<16} {device['name']}, {room}, {bf16}"
-        yield f"{'memory':<16} {_gib(self.memory['available_bytes'])} of {_gib(self.memory['total_bytes'])} available"
-        for name, place in self.disk.items():
-            yield f"{'disk, ' + name:<16} {_gib(place['free_bytes'])} free at {place['path']}"
-        yield f"{'hub cache':<16} {self.hub['cache']}{', offline: nothing is fetched' if self.hub['offline'] else ''}"
-        yield ""
-        for problem in self.problems:
-            yield f"{'BROKEN' if problem.needed else 'missing'}: {problem.part}: {problem.message}"
-            yield f"    {problem.mend}"
-        if not self.problems:
-            yield "nothing is missing"
-
 
 def examine() -> Health:
     """Look at everything once. Takes a few seconds, most of them to import torch and diffusers."""
@@ -119,8 +94,7 @@ def _try(package: str) -> Problem | None:
         for name in names:
             getattr(module, name)
     except Exception as error:  # a broken package may raise anything
-        first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
-        return Problem(package, True, first_line, f'pip install --force-reinstall "{requirement}"')
+        return Problem(package, True, first_line(error), f'pip install --force-reinstall "{requirement}"')
     return None
 
 
@@ -136,7 +110,7 @@ def _optional(broken: set[str], disk: dict[str, dict[str, Any]]) -> Iterator[Pro
         yield Problem("torch with CUDA", False, message, f'pip install --force-reinstall "{NEEDED["torch"][0]}"')
     for place in disk.values():
         if place["free_bytes"] < LITTLE_DISK_BYTES:
-            message = f"only {_gib(place['free_bytes'])} free at {place['path']}"
+            message = f"only {gibibytes(place['free_bytes'])} free at {place['path']}"
             yield Problem("disk", False, message, f"du -xh --max-depth=1 {place['path']} | sort -h")
 
 
@@ -241,7 +215,3 @@ def _text(path: str) -> str:
         return Path(path).read_text()
     except OSError:
         return ""
-
-
-def _gib(n_bytes: int | None) -> str:
-    return "unknown" if n_bytes is None else f"{n_bytes / 2**30:.1f} GiB"

@@ -21,6 +21,7 @@ from handscroll.errors import OutputError
 from handscroll.limits import MAP_CHUNK_BYTES
 from handscroll.plan.decode import DecodeStage
 from handscroll.plan.store import Store
+from handscroll.units import gibibytes
 
 # A strip that is not contiguous is written in pieces of about this size, and never copied as a whole.
 COPY_BYTES = 2**20
@@ -136,7 +137,7 @@ class DiskMap(RowMap):
         if error.errno in _FULL:
             return OutputError(
                 f"the scratch folder {self.folder} is full: a map needs {self.map_bytes} bytes "
-                f"({self.map_bytes / 2**30:.2f} GiB) there; make room or name another folder"
+                f"({gibibytes(self.map_bytes, decimals=2)}) there; make room or name another folder"
             )
         return OutputError(f"the scratch file in {self.folder} failed: {error.strerror or error}")
 

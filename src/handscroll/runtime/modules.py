@@ -18,6 +18,7 @@ from torch import nn
 from handscroll.errors import CheckpointError
 from handscroll.models.checkpoint import CheckpointSpec
 from handscroll.models.config import read_config
+from handscroll.units import first_line
 from handscroll.weights.dtypes import DTYPES
 from handscroll.weights.files import read_rows
 from handscroll.weights.folder import WeightFiles
@@ -123,7 +124,7 @@ def load_tokenizer(spec: CheckpointSpec) -> Any:
             folder, local_files_only=True, trust_remote_code=False, padding_side="right"
         )
     except Exception as error:  # the library raises whatever its parsers raise
-        raise CheckpointError(f"{folder}: cannot be read as a tokenizer: {_first_line(error)}") from error
+        raise CheckpointError(f"{folder}: cannot be read as a tokenizer: {first_line(error)}") from error
 
 
 def load_scheduler(spec: CheckpointSpec) -> Any:
@@ -135,7 +136,7 @@ def load_scheduler(spec: CheckpointSpec) -> Any:
     try:
         return getattr(importlib.import_module(SCHEDULERS[name]), name).from_config(spec.scheduler.config)
     except (TypeError, ValueError, NotImplementedError) as error:
-        raise CheckpointError(f"{file}: {_first_line(error)}") from error
+        raise CheckpointError(f"{file}: {first_line(error)}") from error
 
 
 # Building: the classes' own submodules, so that no pipeline is imported.
@@ -158,7 +159,7 @@ def _build(spec: CheckpointSpec, component: Component) -> nn.Module:
 
                 return Gemma2Model(Gemma2Config.from_dict(config))
     except (TypeError, ValueError, KeyError, AssertionError) as error:
-        raise CheckpointError(f"{file}: describes no {component}: {_first_line(error)}") from error
+        raise CheckpointError(f"{file}: describes no {component}: {first_line(error)}") from error
     raise ValueError(f"no component {component!r}")
 
 
@@ -244,7 +245,3 @@ def _computed(module: Any, dtype: torch.dtype) -> dict[str, torch.Tensor]:
 
 def _shape(shape: tuple[int, ...]) -> str:
     return "x".join(map(str, shape)) or "scalar"
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

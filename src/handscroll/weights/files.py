@@ -12,6 +12,7 @@ from torch import Tensor
 
 from handscroll.errors import CheckpointError
 from handscroll.limits import STAGING_BYTES
+from handscroll.units import first_line
 from handscroll.weights.dtypes import DTYPES, is_mappable, wanted_dtype
 from handscroll.weights.header import TensorEntry, read_header
 from handscroll.weights.layout import Layout, tensor_at
@@ -187,7 +188,7 @@ def _ranges(entries: Iterable[TensorEntry]) -> list[tuple[Path, int, int]]:
 
 
 def _unreadable(entry: TensorEntry, error: Exception) -> CheckpointError:
-    reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+    reason = getattr(error, "strerror", None) or first_line(error)
     return CheckpointError(f"{entry.file}: the tensor {entry.name} cannot be read: {reason}")
 
 

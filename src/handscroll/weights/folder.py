@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections import Counter
 from collections.abc import Iterable
@@ -48,12 +49,22 @@ class WeightFiles:
         return sum(entry.n_bytes for entry in self.tensors)
 
     @property
-    def dtype(self) -> str:
-        """The dtype that most bytes are in: `fp32`, `bf16` or `fp16` for everything published so far."""
+    def n_parameters(self) -> int:
+        """Numbers in all tensors."""
+        return sum(math.prod(entry.shape) for entry in self.tensors)
+
+    @property
+    def dtype_bytes(self) -> dict[str, int]:
+        """The bytes in each dtype, most first."""
         held: Counter[str] = Counter()
         for entry in self.tensors:
             held[entry.dtype] += entry.n_bytes
-        return held.most_common(1)[0][0] if held else "fp32"
+        return dict(held.most_common())
+
+    @property
+    def dtype(self) -> str:
+        """The dtype that most bytes are in: `fp32`, `bf16` or `fp16` for everything published so far."""
+        return next(iter(self.dtype_bytes), "fp32")
 
 
 NO_WEIGHTS = WeightFiles((), ())

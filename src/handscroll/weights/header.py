@@ -51,6 +51,27 @@ def read_header(file: Path) -> tuple[TensorEntry, ...]:
 
     Raises CheckpointError naming the file when it is shorter than its header promises or is no safetensors file.
     """
+    header, first_byte, size = _read_json(file)
+    entries = [_entry(file, name, value, first_byte) for name, value in header.items() if name != "__metadata__"]
+    entries.sort(key=lambda entry: entry.start)
+    end = max((entry.start + entry.n_bytes for entry in entries), default=first_byte)
+    if end > size:
+        raise CheckpointError(
+            f"{file}: truncated: the header promises {end} bytes and the file has {size}; fetch it again"
+        )
+    return tuple(entries)
+
+
+def read_metadata(file: Path) -> dict[str, str]:
+    """What a safetensors file says about itself, beside its tensors. Raises CheckpointError as `read_header`."""
+    found = _read_json(file)[0].get("__metadata__", {})
+    if not isinstance(found, dict):
+        raise CheckpointError(f"{file}: the header's metadata is not a table")
+    return {name: str(value) for name, value in found.items()}
+
+
+def _read_json(file: Path) -> tuple[dict[str, Any], int, int]:
+    """The header, the position of the first tensor's first byte, and the size of the file in bytes."""
     try:
         size = file.stat().st_size
         with file.open("rb") as stream:
@@ -70,17 +91,9 @@ def read_header(file: Path) -> tuple[TensorEntry, ...]:
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{file}: not a safetensors file: its header is not JSON") from error
 
-    first_byte = 8 + header_bytes
     if not isinstance(header, dict):
         raise CheckpointError(f"{file}: not a safetensors file: its header is not a table of tensors")
-    entries = [_entry(file, name, value, first_byte) for name, value in header.items() if name != "__metadata__"]
-    entries.sort(key=lambda entry: entry.start)
-    end = max((entry.start + entry.n_bytes for entry in entries), default=first_byte)
-    if end > size:
-        raise CheckpointError(
-            f"{file}: truncated: the header promises {end} bytes and the file has {size}; fetch it again"
-        )
-    return tuple(entries)
+    return header, 8 + header_bytes, size
 
 
 def _entry(file: Path, name: str, value: Any, first_byte: int) -> TensorEntry:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from handscroll.errors import CheckpointError
+from handscroll.units import first_line
 from handscroll.weights.header import DTYPES, TensorEntry, read_header
 
 if TYPE_CHECKING:
@@ -65,7 +66,7 @@ def read_tensors(path: Path, *names: str) -> tuple[dict[str, Tensor], dict[str, 
         wanted = [entry for entry in stored if not names or entry.name in names]
         tensors = {entry.name: _read_tensor(entry) for entry in wanted}
     except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path}: not a whole safetensors file: {str(error).splitlines()[0]}") from error
+        raise CheckpointError(f"{path}: not a whole safetensors file: {first_line(error)}") from error
     expected, checksum = metadata.pop(CHECKSUM, None), 0
     for _, tensor in sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0])):
         checksum = zlib.crc32(_bytes_of(tensor), checksum)

@@ -11,6 +11,7 @@ from torch import Tensor
 from handscroll.errors import RunFolderError, UsageError
 from handscroll.runtime.sampling.job import Sampling
 from handscroll.runtime.sampling.state import SamplerState
+from handscroll.units import first_line
 
 # A state is worth saving when this much would be lost without it, and saving takes no more than this share of the time.
 SAVE_AFTER_SECONDS = 10.0
@@ -23,7 +24,7 @@ def set_timesteps(scheduler: Any, steps: int, **options: Any) -> Tensor:
     try:
         scheduler.set_timesteps(steps, **options)
     except (ValueError, AssertionError) as error:
-        raise UsageError(f"{steps} steps do not suit this model's scheduler: {str(error).splitlines()[0]}") from error
+        raise UsageError(f"{steps} steps do not suit this model's scheduler: {first_line(error)}") from error
     if hasattr(scheduler, "set_begin_index"):
         scheduler.set_begin_index(0)  # many steps repeat timesteps, and looking one up would then skip a step
     return scheduler.timesteps

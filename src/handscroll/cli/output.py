@@ -1,0 +1,52 @@
+"""What commands print: results on stdout, a summary on stderr."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from handscroll.units import duration, gibibytes
+
+if TYPE_CHECKING:
+    from handscroll.pipeline import Result
+
+
+def print_results(results: Sequence[Result], as_json: bool, quiet: bool) -> None:
+    if as_json:
+        found = [result.as_dict() for result in results]
+        print(to_json(found[0] if len(found) == 1 else {"pictures": found}))
+        return
+    for result in results:
+        print(result.path)
+    if not quiet:
+        sys.stdout.flush()
+        for note in {result.note for result in results if result.note}:
+            print(f"note: {note}", file=sys.stderr)
+        print(_summary(results), file=sys.stderr)
+
+
+def _summary(results: Sequence[Result]) -> str:
+    """`4096x4096, 12.4 min, peak 1.7 GiB (planned 1.8, budget 2.0 GiB), seed 7`; several pictures share a line."""
+    first, last = results[0], results[-1]
+    pictures = f"{len(results)} pictures of " if len(results) > 1 else ""
+    shared_seconds = first.seconds.get("text", 0.0)  # one prompt, encoded once, counted with each picture
+    seconds = sum(result.seconds["total"] - shared_seconds for result in results) + shared_seconds
+    peak_bytes = max(result.memory["measured_peak_bytes"] or 0 for result in results)
+    seeds = f"seed {first.seed}" if len(results) == 1 else f"seeds {first.seed} to {last.seed}"
+    memory = f"peak {gibibytes(peak_bytes)}"
+    if first.memory["budget_bytes"] is not None:
+        planned_bytes = max(result.memory["planned_peak_bytes"] or 0 for result in results)
+        memory += f" (planned {gibibytes(planned_bytes)}, budget {gibibytes(first.memory['budget_bytes'])})"
+    return f"{pictures}{first.width}x{first.height}, {duration(seconds)}, {memory}, {seeds}"
+
+
+def columns(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Lines in which the cells of every column stand below each other, two spaces apart."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
+
+
+def to_json(value: object) -> str:
+    return json.dumps(value, indent=2)

@@ -1,0 +1,110 @@
+"""`handscroll plan`: what `generate` would run, and in how much memory."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from handscroll.cli import work
+from handscroll.cli.options import Json, Quiet, output_option, takes_options
+from handscroll.cli.output import columns, to_json
+from handscroll.models.registry import resolve
+from handscroll.request import Request
+from handscroll.units import budget_text, duration, gibibytes
+
+if TYPE_CHECKING:
+    from handscroll.models.checkpoint import CheckpointSpec
+    from handscroll.plan.plan import PartPlan, Plan
+
+PLACES = {"memory": "in memory", "host": "in the host's memory", "disk": "on disk"}
+
+
+@takes_options("plan")
+def plan(
+    prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="As for `generate`.")] = "a landscape",
+    output: Annotated[Path | None, output_option("Formats differ in what writing them takes. Left out, .png.")] = None,
+    *,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    **options: Any,
+) -> None:
+    """Show what `generate` would run, where, and in how much memory. Reads no weights.
+
+    \b
+      handscroll plan --size 4096
+      handscroll plan --model sana-1.6b-4k --size 16384 --memory 4GiB --json
+
+    Seconds are estimates from a measurement of this machine.
+    """
+    request = Request.of(prompt, seed=0, **options)
+    resolve(request.model)
+    with work.watching(quiet) as on_event:
+        from handscroll import pipeline
+        from handscroll.plan.table import plan_dict
+
+        spec, found, minimum_bytes = pipeline.plan_of(request, output, on_event)
+    print(to_json(plan_dict(spec, found, minimum_bytes)) if as_json else plan_table(spec, found, minimum_bytes))
+
+
+def plan_table(spec: CheckpointSpec, plan: Plan, minimum_bytes: int | None) -> str:
+    """A heading, a line a stage, and what it comes to."""
+    budget = "no budget" if plan.budget_bytes is None else f"budget {gibibytes(plan.budget_bytes, decimals=2)}"
+    heading = (
+        f"{spec.name}, {plan.width}x{plan.height}, {_steps(plan)}, guidance {plan.guidance:g}, {plan.precision} "
+        f"on {plan.device}, {budget}"
+    )
+    rows = [("STAGE", "PEAK", "ABOUT", "HOW")]
+    for name, stage in plan.own_parts.items():
+        if name == "encode":
+            rows += [_row_on_the_way(size) for size in plan.sizes[:-1]]
+        rows.append((name, gibibytes(stage.peak_bytes, decimals=2), duration(stage.seconds), _how(stage, spec)))
+    total_seconds = sum(plan.planned_seconds.values())
+    peak = "" if plan.planned_peak_bytes is None else f"peak {gibibytes(plan.planned_peak_bytes, decimals=2)}, "
+    least = "" if minimum_bytes is None else f"; the least that would do is --memory {budget_text(minimum_bytes)}"
+    return "\n".join([heading, "", *columns(rows), "", f"{peak}about {duration(total_seconds)} a picture{least}"])
+
+
+def _steps(plan: Plan) -> str:
+    return f"{plan.steps} steps" if plan.smaller is None else f"{plan.steps_here} of {plan.steps} steps"
+
+
+def _row_on_the_way(size: Plan) -> tuple[str, str, str, str]:
+    """One line for all parts of a smaller picture."""
+    parts = size.own_parts.values()
+    peak_bytes, seconds = max(part.peak_bytes for part in parts), sum(part.seconds for part in parts)
+    name, what = ("compose", "composed") if size.smaller is None else ("grow", "grown")
+    steps = f"{size.steps_here} step{'s' * (size.steps_here != 1)}"
+    how = f"{what} at {size.width}x{size.height} in {steps}, decoded and enlarged"
+    return name, gibibytes(peak_bytes, decimals=2), duration(seconds), how
+
+
+def _how(stage: PartPlan, spec: CheckpointSpec) -> str:
+    from handscroll.plan.decode import DecodeStage
+    from handscroll.plan.denoise import DenoiseStage
+    from handscroll.plan.text import TextStage
+
+    match stage:
+        case TextStage():
+            return f"{stage.tokens} tokens, layers read one at a time"
+        case DenoiseStage():
+            layers = spec.transformer.num_layers
+            streamed = layers - stage.resident_layers
+            weights = f"{layers} layers in memory" if not streamed else f"{streamed} of {layers} layers read every step"
+            residual = "" if stage.residual == "memory" else f", token maps {PLACES[stage.residual]}"
+            weights += " and laid out one at a time" if stage.lay_out else ""
+            residual += "" if stage.together else ", one forward after the other"
+            return f"bands of {_rows(stage.band_rows)}, {weights}{residual}"
+        case DecodeStage():
+            heights = [sweep.strip_rows for sweep in stage.sweeps]
+            spilled = {sweep.store for sweep in stage.sweeps[1:] if sweep.store in ("host", "disk")}
+            remarks = [f"{sum(s.store == where for s in stage.sweeps)} maps {PLACES[where or '']}" for where in spilled]
+            if stage.recomputed:
+                remarks.append(f"{sum(sweep.store is None for sweep in stage.sweeps)} maps recomputed")
+            span = f"{min(heights)} to {max(heights)} rows" if len(set(heights)) > 1 else _rows(heights[0])
+            return ", ".join([f"{len(heights)} sweeps in strips of {span}", *(remarks or ["maps in memory"])])
+
+
+def _rows(count: int) -> str:
+    return "1 row" if count == 1 else f"{count} rows"

@@ -1,0 +1,45 @@
+"""`handscroll resume`: an unfinished run goes on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from handscroll.cli import work
+from handscroll.cli.options import Json, Quiet, takes_options
+from handscroll.cli.output import print_results
+from handscroll.models.registry import resolve
+from handscroll.options import fields_of
+from handscroll.request import Request
+
+
+@takes_options("resume")
+def resume(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="The run folder, such as dusk.png.run, or its picture.")],
+    *,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    **options: Any,
+) -> None:
+    """Go on with a run that was interrupted, to the same picture.
+
+    \b
+      handscroll resume dusk.png.run
+      handscroll resume dusk.png --json
+
+    While a picture is made, what is finished of it is kept beside it. `handscroll generate` with the same options goes
+    on too. The folder goes once the picture is written.
+    """
+    from handscroll.jobs.job import find_run, read_job
+
+    wanted = fields_of(Request, options, "resume")
+    job = read_job(find_run(run))
+    resolve(job.request.model)
+    with work.watching(quiet, job.request.count) as on_event:
+        from handscroll import pipeline
+
+        with work.imports_set_aside():
+            results = pipeline.resume(run, on_event=on_event, **wanted)
+    print_results(results, as_json, quiet)

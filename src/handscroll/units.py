@@ -1,0 +1,101 @@
+"""Amounts, sizes and times as text, both ways, and one line out of any text."""
+
+from __future__ import annotations
+
+import re
+
+from handscroll.errors import SizeError, UsageError
+
+MIN_SIDE_PX, MAX_SIDE_PX = 32, 131_072
+MIN_COMPOSE_PX = 64
+
+
+# What users write
+
+
+def parse_size(text: str) -> tuple[int, int]:
+    """`4096x2048` or `4096` -> (width, height) in pixels. Raises SizeError."""
+    found = re.fullmatch(r"\s*(\d{1,9})(?:\s*[xX×*]\s*(\d{1,9}))?\s*", text)
+    if found is None:
+        raise SizeError(
+            f"size {text!r} is not a size; write WIDTHxHEIGHT such as 4096x2048, or one number for a square"
+        )
+    width, height = int(found[1]), int(found[2] or found[1])
+    check_side("width", width)
+    check_side("height", height)
+    return width, height
+
+
+def parse_compose(text: str) -> int | None:
+    """`auto`, `off` or pixels -> None, 0 or the pixels. Raises UsageError."""
+    match text.strip().lower():
+        case "auto":
+            return None
+        case "off":
+            return 0
+        case digits if re.fullmatch(r"[0-9]{1,9}", digits):
+            check_range("compose", int(digits), MIN_COMPOSE_PX, MAX_SIDE_PX)
+            return int(digits)
+    raise UsageError(f"compose {text!r} is not known; use auto, off or a side in pixels such as 1024")
+
+
+def parse_bytes(text: str) -> int:
+    """`6GiB`, `800MiB`, `1.5 GB`, `123456` -> bytes. Raises UsageError."""
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(?:([kmgt]i?)?b)?\s*", text, re.IGNORECASE)
+    if found is None:
+        raise UsageError(f"memory {text!r} is not an amount; write it as 6GiB or 800MiB")
+    unit = (found[2] or "").lower()
+    base = 1024 if unit.endswith("i") else 1000
+    return int(float(found[1]) * base ** " kmgt".index(unit[:1] or " "))
+
+
+def check_side(name: str, side_px: int) -> None:
+    """Raises SizeError for a side that no picture has."""
+    if not MIN_SIDE_PX <= side_px <= MAX_SIDE_PX:
+        raise SizeError(f"{name} {side_px} is out of range; use {MIN_SIDE_PX} to {MAX_SIDE_PX} pixels")
+
+
+def check_range(name: str, value: float | None, least: float, most: float) -> None:
+    """Raises UsageError for a number outside its range, NaN included."""
+    if value is not None and not least <= value <= most:
+        raise UsageError(f"{name} {value} is out of range; use {least} to {most}")
+
+
+# What users read
+
+
+def gibibytes(n_bytes: float, decimals: int = 1) -> str:
+    """`2.9 GiB`, `85 MiB`, `1.5 MiB`, `12 KiB` or `96 bytes`: in the largest unit that is filled.
+
+    `decimals` are those of GiB and TiB. A smaller unit shows one below 10, and else none.
+    """
+    for unit, unit_bytes in (("TiB", 2**40), ("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if n_bytes >= unit_bytes:
+            amount = n_bytes / unit_bytes
+            shown = decimals if unit_bytes >= 2**30 else int(amount < 10)
+            return f"{amount:.{shown}f} {unit}"
+    return f"{n_bytes:.0f} bytes"
+
+
+def budget_text(n_bytes: int) -> str:
+    """`768MiB`: a budget as `--memory` takes it, whole MiB that hold so many bytes."""
+    return f"{-(-n_bytes // 2**20)}MiB"
+
+
+def duration(seconds: float) -> str:
+    """`4.2 s`, `250 s`, or from ten minutes on `12.4 min`."""
+    amount, unit = (seconds / 60, "min") if seconds >= 600 else (seconds, "s")
+    return f"{amount:.{int(amount < 100)}f} {unit}"
+
+
+def one_line(said: str | BaseException, most: int | None = None) -> str:
+    """A text, or what an error says (its kind where that is nothing), on one line of at most `most` characters."""
+    line = " ".join(str(said).split())
+    if not line and isinstance(said, BaseException):
+        line = type(said).__name__
+    return line if most is None or len(line) <= most else f"{line[: most - 3]}..."
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of what an error says, for libraries that go on for many; its kind where it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
