@@ -18,9 +18,10 @@ from torch import Tensor, nn
 from handscroll.errors import CheckpointError
 from handscroll.models.checkpoint import CheckpointSpec
 from handscroll.runtime import text
-from handscroll.runtime.memory import resident_bytes, trim
+from handscroll.runtime.memory import trim
 from handscroll.runtime.modules import load_module, load_tokenizer, open_module
 from handscroll.runtime.text import encode_prompt, open_text_encoder
+from handscroll.system import resident_bytes
 from handscroll.weights import files
 from handscroll.weights.buffers import SLOTS
 from handscroll.weights.header import read_header

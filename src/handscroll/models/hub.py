@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import errno
 import io
-import shutil
 import threading
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -32,6 +31,7 @@ from tqdm.std import tqdm
 from handscroll.errors import CheckpointError, FetchError, HandscrollError, UnknownModelError
 from handscroll.models.checkpoint import CheckpointSpec
 from handscroll.models.folder import COMPONENTS, LAYOUT
+from handscroll.system import free_disk_bytes
 from handscroll.weights.folder import PICKLE_SUFFIXES, candidates
 
 TIMEOUT_SECONDS = 20.0
@@ -232,7 +232,7 @@ def _check_room(hub_id: str, needed_bytes: int) -> None:
     place = Path(constants.HF_HUB_CACHE)
     while not place.exists():
         place = place.parent
-    free_bytes = shutil.disk_usage(place).free
+    free_bytes = free_disk_bytes(place)
     if needed_bytes > free_bytes:
         raise FetchError(
             f"{hub_id} needs {_gib(needed_bytes)} more on disk and {constants.HF_HUB_CACHE} has {_gib(free_bytes)} "

@@ -24,10 +24,10 @@ from handscroll.models.hub import FetchProgress
 from handscroll.models.opening import open_checkpoint
 from handscroll.plan.precision import BYTES, resolve_precision
 from handscroll.runtime.device import find_hardware
-from handscroll.runtime.memory import Meter, release, resident_bytes, trim
+from handscroll.runtime.memory import Meter, release, trim
 from handscroll.runtime.modules import Component, load_module, load_tokenizer
 from handscroll.runtime.text import encode_prompt, instruction_of
-from handscroll.system import available_bytes, processor_name
+from handscroll.system import available_bytes, processor_name, resident_bytes
 from handscroll.weights.dtypes import DTYPES
 
 PROMPT = "snowy mountains at dusk, a red sun over a quiet lake"
