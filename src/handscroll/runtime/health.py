@@ -30,6 +30,7 @@ NEEDED: dict[str, tuple[str, ...]] = {
     "numpy": ("ndarray",),
     "pyvips": ("Image",),
     "psutil": ("Process", "virtual_memory"),
+    "platformdirs": ("user_cache_path",),
     "typer": ("Typer",),
     "rich": ("print",),
 }
