@@ -2,26 +2,27 @@
 
 from __future__ import annotations
 
-import os
 import platform
 import re
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import diffusers
 import torch
 
+from handscroll.system import memory, processor_name, usable_cores
+
 RATE_SECONDS = 2.0
 
 
 def describe() -> dict[str, Any]:
+    total_bytes = memory().total_bytes
     description: dict[str, Any] = {
         "processor": processor_name(),
         "cores": usable_cores(),
         "threads": torch.get_num_threads(),
-        "memory_gib": memory_gib(),
+        "memory_gib": None if total_bytes is None else round(total_bytes / 2**30, 1),
         "system": platform.system(),
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -30,25 +31,6 @@ def describe() -> dict[str, Any]:
     if torch.cuda.is_available():
         description["gpu"] = torch.cuda.get_device_name()
     return description
-
-
-def processor_name() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        found = re.search(r"^model name\s*:\s*(.+)$", cpuinfo.read_text(), re.MULTILINE)
-        if found:
-            return found.group(1).strip()
-    return platform.processor() or platform.machine()
-
-
-def usable_cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def memory_gib() -> float | None:
-    if "SC_PHYS_PAGES" not in getattr(os, "sysconf_names", {}):
-        return None
-    return round(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30, 1)
 
 
 def slug(description: dict[str, Any]) -> str:

@@ -130,7 +130,9 @@ def test_a_module_is_read_in_one_sitting(file: Path) -> None:
     assert lines <= MOST_LINES or "triton" in file.parts
     for node in ast.walk(ast.parse(file.read_text())):
         if isinstance(node, ast.FunctionDef):
-            assert (node.end_lineno or 0) - node.lineno < MOST_FUNCTION_LINES, f"{node.name} is too long"
+            is_kernel = any("kernel" in ast.unparse(each).lower() for each in node.decorator_list)
+            lines = (node.end_lineno or 0) - node.lineno
+            assert lines < MOST_FUNCTION_LINES or is_kernel, f"{node.name} is too long"
 
 
 def test_no_room_is_called_utils() -> None:
@@ -148,7 +150,7 @@ ONCE = {
     "GiB as text": (r"/ (2\*\*30|2\*\*20|MIB):", {"units.py"}),
     "one line of an error": (r"def _?(one|first)_line", {"units.py"}),
     "atomic writes": (r"os\.replace|\.part\b.*\.replace\(", {"files.py", "jobs/store.py", "pictures/writing.py"}),
-    "locks": (r"import fcntl|filelock", {"files.py"}),
+    "locks": (r"import fcntl|flock", {"files.py"}),
     "this machine": (r"/proc/(cpuinfo|meminfo)|/sys/fs/cgroup|import psutil", {"system.py"}),
     "a map's chunk": (r"^\w*CHUNK_BYTES = ", {"limits.py"}),
     "slabs": (r"^\w*SLAB_\w+.* = ", {"limits.py"}),

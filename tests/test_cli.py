@@ -720,9 +720,44 @@ def test_doctor_names_what_is_broken_and_the_command_that_mends_it(
     assert "BROKEN: pyvips: libvips.so.42" in ran.stdout
 
 
+def test_doctor_still_tells_the_rest_where_memory_cannot_be_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "psutil", None)
+    found = health.examine()
+    assert [problem.part for problem in found.problems if problem.needed] == ["psutil"]
+    assert found.memory == {"total_bytes": None, "available_bytes": None}
+    assert found.devices[0]["cores"] >= 1
+    assert "unknown of unknown available" in found.as_text()
+
+
 def test_doctor_knows_what_the_package_depends_on() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    assert [requirement for requirement, _ in health.NEEDED.values()] == project["dependencies"]
+    assert [re.split(r"[\[<>=]", requirement)[0] for requirement in project["dependencies"]] == list(health.NEEDED)
+
+
+@pytest.mark.parametrize(
+    ("package", "expected"),
+    [
+        ("torch", "torch<2.14,>=2.9"),
+        ("huggingface_hub", "huggingface-hub<3,>=1.0"),
+        ("pyvips", "pyvips[binary]>=3.0"),
+        ("triton", "triton"),
+    ],
+)
+def test_doctor_asks_the_installation_what_to_install(
+    package: str, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told = ["pytest>=8.0; extra == 'dev'", "triton>=3.4; (sys_platform == 'linux') and extra == 'dev'"]
+    told += ["huggingface-hub<3,>=1.0", "pyvips[binary]>=3.0", "torch<2.14,>=2.9"]
+    monkeypatch.setattr(health.metadata, "requires", lambda name: told if name == "handscroll" else None)
+    assert health.requirement_of(package) == expected
+
+
+def test_doctor_names_a_package_where_handscroll_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(name: str) -> None:
+        raise health.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(health.metadata, "requires", missing)
+    assert health.requirement_of("torch") == "torch"
 
 
 # Progress bars

@@ -168,18 +168,14 @@ for name in sys.argv[2:]:
 
 
 def test_too_little_disk_is_refused_with_both_figures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    usage = type("Usage", (), {"free": 3 << 19})
-    monkeypatch.setattr(targets.shutil, "disk_usage", lambda folder: usage)
+    monkeypatch.setattr(targets, "free_disk_bytes", lambda folder: 3 << 19)
     with pytest.raises(OutputError, match=r"needs 80 MiB in .*, 1\.5 MiB is free; free some space"):
         check_target(tmp_path / "out.png", 4096, 4096)
     assert names(tmp_path) == set()
 
 
 def test_the_temporary_folder_must_hold_a_large_pyramid(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def disk_usage(folder: Path) -> object:
-        return type("Usage", (), {"free": 1 << 40 if folder == tmp_path else 1 << 20})
-
-    monkeypatch.setattr(targets.shutil, "disk_usage", disk_usage)
+    monkeypatch.setattr(targets, "free_disk_bytes", lambda folder: 1 << 40 if folder == tmp_path else 1 << 20)
     check_target(tmp_path / "out.tif", 4096, 4096)
     with pytest.raises(OutputError, match=r"needs 1\.0 GiB in .*, 1\.0 MiB is free"):
         check_target(tmp_path / "out.tif", 32768, 32768)

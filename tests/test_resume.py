@@ -82,7 +82,7 @@ slow(store, "write_tensors", 0.02)
 slow(writing.os, "write", 0.03)
 slow(writing, "encode_picture", 0.1)
 slow(writing, "_publish", 0.1)
-slow(folder, "unlink", 0.02)
+slow(folder, "discard", 0.02)
 """
 )
 

@@ -1,26 +1,28 @@
-"""Files that appear whole or not at all."""
+"""Files that appear whole or not at all, locks against other processes, and the user's cache folder."""
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import secrets
+import shutil
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    pass
+from typing import Self
 
 
-def write_whole(path: Path, pieces: Iterable[bytes | memoryview], *, part: Path | None = None) -> None:
+def write_whole(
+    path: Path, pieces: Iterable[bytes | memoryview], *, part: Path | None = None, mode: int = 0o666
+) -> None:
     """Writes a file so that even a power cut leaves the older one or the new one. Raises OSError.
 
-    It is written as `part` first, on the same file system; left out, under a hidden name beside `path`.
+    It is written as `part` first, on the same file system; left out, under a hidden name beside `path`. A new file has
+    the permissions `mode`, less what the user's mask forbids.
     """
-    part = part or path.with_name(f".{path.name[:40]}.{os.getpid()}-{secrets.token_hex(4)}.part")
+    part = part or part_beside(path)
     try:
-        with open(part, "wb") as file:
+        with open(part, "wb", opener=lambda name, flags: os.open(name, flags, mode)) as file:
             for piece in pieces:
                 file.write(piece)
             file.flush()
@@ -32,6 +34,20 @@ def write_whole(path: Path, pieces: Iterable[bytes | memoryview], *, part: Path 
     sync_folder(path.parent)
 
 
+def part_beside(path: Path) -> Path:
+    """A hidden name beside a file, for it until it is whole; nobody else has it.
+
+    The file's own name is shortened in it, because the file system may hold no longer one.
+    """
+    return path.with_name(f".{path.name[:40]}.{os.getpid()}-{secrets.token_hex(6)}.part")
+
+
+def sync_file(path: Path) -> None:
+    """Makes what is in a file last through a power cut. Raises OSError."""
+    with open(path, "r+b") as file:
+        os.fsync(file.fileno())
+
+
 def sync_folder(folder: Path) -> None:
     """Makes the names in a folder last through a power cut, where the system can."""
     with contextlib.suppress(OSError):
@@ -40,3 +56,88 @@ def sync_folder(folder: Path) -> None:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
+
+
+def discard(path: Path) -> None:
+    """Removes a file, a link or a whole folder, as far as that can be done."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with contextlib.suppress(OSError):
+            path.unlink(missing_ok=True)
+
+
+class Lock:
+    """A file or a folder held against other processes, until it is released or this process ends.
+
+    It is the kernel's own lock on what is open, so nothing has to be removed after a process that was killed. Where the
+    file system has no locks it holds nothing, and work goes on without.
+    """
+
+    def __init__(self, descriptor: int | None = None) -> None:
+        self._descriptor = descriptor
+
+    def is_on(self, path: Path) -> bool:
+        """Whether that is what it holds, and not something of that name that was removed meanwhile."""
+        if self._descriptor is None:
+            return True
+        with contextlib.suppress(FileNotFoundError):
+            return os.path.samestat(os.stat(path), os.fstat(self._descriptor))
+        return False
+
+    def release(self) -> None:
+        """Lets go; a second time does nothing."""
+        descriptor, self._descriptor = self._descriptor, None
+        if descriptor is not None:
+            os.close(descriptor)  # no more than that: unlocking would end the hold of the process that forked this one
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
+
+
+def lock_file(path: Path) -> Lock:
+    """Holds a file, made if need be, at once or not at all. Its holder may remove it at the end.
+
+    Raises BlockingIOError where another process holds it, FileNotFoundError where it was removed while it was being
+    locked (a lock on a removed file keeps nobody out) or where its folder is gone, OSError where it cannot be made.
+    """
+    lock = _locked(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), wait=False)
+    if not lock.is_on(path):
+        lock.release()
+        raise FileNotFoundError(errno.ENOENT, "the lock was removed", str(path))
+    return lock
+
+
+def lock_folder(folder: Path) -> Lock:
+    """Holds a folder, once others have let it go. No file is put into it: it may be one of the user's own."""
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except OSError:
+        return Lock()
+    return _locked(descriptor, wait=True)
+
+
+def _locked(descriptor: int, *, wait: bool) -> Lock:
+    """A lock on what is open; where there are no locks, it is closed. Raises BlockingIOError."""
+    try:
+        import fcntl
+
+        fcntl.flock(descriptor, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BaseException as error:
+        os.close(descriptor)
+        if isinstance(error, ImportError | OSError) and not isinstance(error, BlockingIOError):
+            return Lock()
+        raise
+    return Lock(descriptor)
+
+
+def cache_folder() -> Path:
+    """Where what can be found again is kept: HANDSCROLL_CACHE, or `handscroll` in the user's cache folder."""
+    if own := os.environ.get("HANDSCROLL_CACHE"):
+        return Path(own)
+    from platformdirs import user_cache_path
+
+    return user_cache_path("handscroll")

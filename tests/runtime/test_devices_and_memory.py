@@ -11,8 +11,9 @@ import torch
 
 from handscroll.errors import UsageError
 from handscroll.runtime.device import find_hardware
-from handscroll.runtime.memory import Meter, peak_resident_bytes, release
+from handscroll.runtime.memory import Meter, release
 from handscroll.runtime.rates import remembered
+from handscroll.system import peak_resident_bytes
 
 
 def test_a_measurement_is_taken_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -59,6 +60,6 @@ def test_a_stage_is_measured_by_itself() -> None:
 
 def test_what_the_starting_process_held_is_not_counted() -> None:
     ours = torch.ones(600 * 2**20, dtype=torch.uint8)
-    code = "from handscroll.runtime.memory import peak_resident_bytes; print(peak_resident_bytes())"
+    code = "from handscroll.system import peak_resident_bytes; print(peak_resident_bytes())"
     child = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert 10 * 2**20 < int(child.stdout) < ours.nbytes < peak_resident_bytes()

@@ -188,8 +188,7 @@ def state(steps_done: int) -> SamplerState:
 
 def leave(run: RunFolder) -> None:
     """As a killed process does."""
-    if run._lock is not None:
-        os.close(run._lock)
+    run._lock.release()
 
 
 def notices(events: list[Progress]) -> list[str]:

@@ -104,7 +104,7 @@ def test_a_cache_that_cannot_be_written_is_none(cache: Path, monkeypatch: pytest
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(Path, "replace", full)
+        patch.setattr(os, "replace", full)
         save_text(KEY, a_text())
     assert list(cache.iterdir()) == []
     save_text("", a_text())

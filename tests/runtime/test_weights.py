@@ -19,10 +19,11 @@ from handscroll.errors import CheckpointError
 from handscroll.limits import SLOTS
 from handscroll.models.checkpoint import CheckpointSpec
 from handscroll.runtime import text
-from handscroll.runtime.memory import resident_bytes, trim
+from handscroll.runtime.memory import trim
 from handscroll.runtime.modules import load_module, load_tokenizer, open_module
 from handscroll.runtime.text import encode_prompt
 from handscroll.runtime.text_encoder import open_text_encoder
+from handscroll.system import resident_bytes
 from handscroll.weights import files
 from handscroll.weights.header import read_header
 from handscroll.weights.stream import WeightStream

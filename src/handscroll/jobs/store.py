@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Self
 
 from handscroll.errors import CheckpointError, OutputError, RunFolderError
 from handscroll.events import OnEvent, ignore, notice
-from handscroll.files import write_whole
+from handscroll.files import Lock, discard, write_whole
 from handscroll.jobs.latent_file import load_latent, save_latent
 from handscroll.version import __version__
 from handscroll.weights.tensor_file import read_tensors, write_tensors
@@ -43,8 +43,6 @@ from handscroll.jobs.folder import (
     state_paths,
     take_folder,
     tidy_folder,
-    unlink,
-    unlock_folder,
 )
 from handscroll.jobs.job import FORMAT, FORMAT_VERSION, Job, job_of, place_of, read_facts, run_folder_of
 from handscroll.jobs.status import id_and_done, where_it_goes_on, written
@@ -57,9 +55,7 @@ class RunFolder:
     user is told once and the run goes on: latents are then kept in memory.
     """
 
-    def __init__(
-        self, folder: Path, job: Job, run_id: str, done: set[int], lock: int | None, on_event: OnEvent
-    ) -> None:
+    def __init__(self, folder: Path, job: Job, run_id: str, done: set[int], lock: Lock, on_event: OnEvent) -> None:
         self.folder, self.job = folder, job
         self.count = job.request.count
         self._id, self._done, self._lock, self._on_event = run_id, done, lock, on_event
@@ -177,7 +173,7 @@ class RunFolder:
         self._latents.add(index)
         if self._try(lambda: save_latent(path, latent, {**facts, "run": self._id}, part=self._part("latent"))):
             for state in self._state_paths(index):
-                unlink(state)
+                discard(state)
         else:
             self._held[index] = latent, dict(facts)
 
@@ -212,10 +208,10 @@ class RunFolder:
         if error is not None and self._is_worth_keeping():
             with contextlib.suppress(MemoryError):  # it may be what has just happened
                 error.add_note(f"`handscroll resume {shlex.quote(str(self.folder))}` goes on {self._where()}")
-            unlock_folder(self._lock)
+            self._lock.release()
             return
         clear_folder(self.folder)
-        unlink(self.folder / "job.json")
+        discard(self.folder / "job.json")
         leave_folder(self.folder, self._lock)
 
     def _is_worth_keeping(self) -> bool:

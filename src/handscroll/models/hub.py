@@ -10,7 +10,6 @@ from __future__ import annotations
 import errno
 import io
 import re
-import shutil
 import threading
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -35,6 +34,7 @@ from handscroll.errors import CheckpointError, FetchError, HandscrollError, Unkn
 from handscroll.files import write_whole
 from handscroll.models.checkpoint import CheckpointSpec
 from handscroll.models.folder import COMPONENTS, LAYOUT
+from handscroll.system import free_disk_bytes
 from handscroll.units import first_line, gibibytes
 from handscroll.weights.folder import PICKLE_SUFFIXES, candidates
 
@@ -291,7 +291,7 @@ def _check_room(hub_id: str, needed_bytes: int) -> None:
     place = Path(constants.HF_HUB_CACHE)
     while not place.exists():
         place = place.parent
-    free_bytes = shutil.disk_usage(place).free
+    free_bytes = free_disk_bytes(place)
     if needed_bytes > free_bytes:
         raise FetchError(
             f"{hub_id} needs {gibibytes(needed_bytes)} more on disk and {constants.HF_HUB_CACHE} has "

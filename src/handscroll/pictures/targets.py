@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-import shutil
 import stat
 import tempfile
 from collections.abc import Iterator
@@ -13,7 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from handscroll.errors import FormatError, OutputError, SizeError
+from handscroll.files import lock_folder
 from handscroll.pictures.formats import FORMATS, Format
+from handscroll.system import free_disk_bytes
 from handscroll.units import gibibytes, one_line
 
 EXCHANGING = ".exchanging"  # in a folder of Deep Zoom tiles: its index is gone, or not there yet
@@ -96,7 +97,7 @@ def _check_place(target: Target) -> None:
         raise OutputError(f"cannot write {path}: the folder {folder} {what}")
     with contextlib.suppress(FileNotFoundError):
         os.lstat(target.files_folder if target.format == "dzi" else path)  # a name too long shows here
-    with folder_lock(folder):
+    with lock_folder(folder):
         if path.is_dir():
             raise OutputError(f"cannot write {path}: it is a folder; choose another name")
         if path.exists():
@@ -121,28 +122,10 @@ def check_files_folder(target: Target, index: Path) -> None:
 
 
 def _check_free(path: Path, folder: Path, needed_bytes: int) -> None:
-    free_bytes = shutil.disk_usage(folder).free
+    free_bytes = free_disk_bytes(folder)
     if free_bytes < needed_bytes:
         figures = f"needs {gibibytes(needed_bytes)} in {folder}, {gibibytes(free_bytes)} is free"
         raise OutputError(f"not enough disk to write {path}: {figures}; free some space or choose another folder")
-
-
-@contextlib.contextmanager
-def folder_lock(folder: Path) -> Iterator[int | None]:
-    """Hold the folder against other writers of handscroll; where folders cannot be locked, carry on without."""
-    try:
-        import fcntl
-
-        descriptor = os.open(folder, os.O_RDONLY)
-    except (ImportError, OSError):
-        yield None
-        return
-    try:
-        with contextlib.suppress(OSError):
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield descriptor
-    finally:
-        os.close(descriptor)
 
 
 @contextlib.contextmanager

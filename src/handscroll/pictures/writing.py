@@ -15,8 +15,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import secrets
-import shutil
 import struct
 import threading
 import zlib
@@ -27,9 +25,10 @@ from typing import Any, Self
 
 import numpy as np
 
+from handscroll.files import discard, lock_folder, part_beside, sync_file, sync_folder
 from handscroll.pictures.encoding import encode_picture
 from handscroll.pictures.metadata import png_chunk
-from handscroll.pictures.targets import EXCHANGING, Target, check_files_folder, folder_lock, output_errors
+from handscroll.pictures.targets import EXCHANGING, Target, check_files_folder, output_errors
 from handscroll.pictures.vips import load_vips
 
 
@@ -60,15 +59,14 @@ def write_image(
         raise ValueError(f"quality is 1 to 100, not {quality}")
     vips = load_vips()
     final = target.final_path
-    # The name is shortened because the file system may hold no longer one than the target's own.
-    part = part or final.with_name(f".{final.name[:40]}.{os.getpid()}-{secrets.token_hex(6)}.part")
+    part = part or part_beside(final)
     parameters = parameters.replace("\0", "").encode("utf-8", "replace").decode()
     with contextlib.ExitStack() as cleanup:
         with output_errors(target):
             for leftover in (part, part.with_suffix(".rows")):
-                _discard(leftover)
+                discard(leftover)
         if beside:
-            cleanup.callback(_discard, part)
+            cleanup.callback(discard, part)
             encoder = _Encoder(target, lambda image: encode_picture(image, target, part, parameters, quality))
             with encoder:
                 _receive(target, strips, encoder.write, on_rows)
@@ -76,7 +74,7 @@ def write_image(
             with output_errors(target):
                 scratch, scratch_name = _open_scratch(part.with_suffix(".rows"), cleanup)
             _receive(target, strips, lambda strip: _write_all(scratch, strip), on_rows)
-            cleanup.callback(_discard, part)
+            cleanup.callback(discard, part)
             with output_errors(target, vips.Error):
                 encode_picture(_picture(scratch_name, target), target, part, parameters, quality)
         with output_errors(target, vips.Error):
@@ -90,7 +88,7 @@ def _open_scratch(path: Path, cleanup: contextlib.ExitStack) -> tuple[int, str]:
     Where the system names open files, it is unlinked at once, so that not even a killed process leaves it behind.
     """
     scratch = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
-    cleanup.callback(_discard, path)
+    cleanup.callback(discard, path)
     cleanup.callback(os.close, scratch)
     by_descriptor = f"/proc/self/fd/{scratch}"
     if not os.path.exists(by_descriptor):
@@ -191,17 +189,13 @@ def _picture(scratch_name: str, target: Target) -> Any:
 
 
 def _publish(target: Target, part: Path, final: Path) -> None:
-    index = part / "picture.dzi" if target.format == "dzi" else part
-    with open(index, "r+b") as file:
-        os.fsync(file.fileno())
-    with folder_lock(final.parent) as folder:
+    sync_file(part / "picture.dzi" if target.format == "dzi" else part)
+    with lock_folder(final.parent):
         if target.format == "dzi":
             _publish_pair(target, part, final)
         else:
             os.replace(part, final)
-        if folder is not None:
-            with contextlib.suppress(OSError):
-                os.fsync(folder)
+        sync_folder(final.parent)
 
 
 def _publish_pair(target: Target, part: Path, final: Path) -> None:
@@ -228,11 +222,3 @@ def _publish_pair(target: Target, part: Path, final: Path) -> None:
                 undo.callback(os.rename, destination, source)
         undo.pop_all()
     (files / EXCHANGING).unlink()
-
-
-def _discard(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        with contextlib.suppress(OSError):
-            path.unlink(missing_ok=True)

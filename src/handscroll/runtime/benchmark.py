@@ -25,10 +25,10 @@ from handscroll.models.opening import on_fetch, open_checkpoint
 from handscroll.plan.precision import BYTES, resolve_precision
 from handscroll.plan.stages import DECODE, DENOISE, TEXT
 from handscroll.runtime.device import find_hardware
-from handscroll.runtime.memory import Meter, release, resident_bytes, trim
+from handscroll.runtime.memory import Meter, release, trim
 from handscroll.runtime.modules import Component, load_module, load_tokenizer
 from handscroll.runtime.text import encode_prompt, instruction_of
-from handscroll.system import available_bytes, processor_name
+from handscroll.system import available_bytes, processor_name, resident_bytes
 from handscroll.units import gibibytes
 from handscroll.weights.dtypes import DTYPES
 
@@ -133,9 +133,9 @@ def measure(
 ) -> Benchmark:
     """Measures text encoding, one denoising step under guidance, and decoding, both ways each.
 
-    model, revision, precision and device as in a `Request`; width and height in pixels, by default the model's, rounded up to
-    what its latent holds. A stage whose model does not fit into memory is left out, and so is the whole way where it
-    would not. Raises HandscrollError.
+    model, revision, precision and device as in a `Request`; width and height in pixels, by default the model's,
+    rounded up to what its latent holds. A stage whose model does not fit into memory is left out, and so is the whole
+    way where it would not. Raises HandscrollError.
     """
     spec = open_checkpoint(model, revision, on_progress=on_fetch(on_event))
     hardware = find_hardware(device, precision)

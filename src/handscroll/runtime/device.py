@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import os
-import shutil
 import tempfile
 from pathlib import Path
 
@@ -12,9 +11,8 @@ import torch
 
 from handscroll.errors import UsageError
 from handscroll.plan.inputs import Hardware
-from handscroll.runtime.memory import resident_bytes
 from handscroll.runtime.rates import cpu_bf16_is_faster, rates_of
-from handscroll.system import available_bytes
+from handscroll.system import available_bytes, free_disk_bytes, resident_bytes
 
 HOST_SHARE = 0.7  # of the host's free memory, for maps that a device has no room for
 
@@ -80,7 +78,7 @@ def _free_disk_bytes(folder: Path) -> int:
     """Room for a scratch file; none where there can be no file. Raises UsageError for a folder that the user named."""
     try:
         with tempfile.TemporaryFile(dir=folder):
-            return shutil.disk_usage(folder).free
+            return free_disk_bytes(folder)
     except OSError as error:
         if os.environ.get("HANDSCROLL_SCRATCH"):
             raise UsageError(f"no file can be made in HANDSCROLL_SCRATCH {folder}: {error.strerror}") from error

@@ -6,9 +6,8 @@ Every part is really imported, since a package that is installed may still be br
 from __future__ import annotations
 
 import importlib
-import os
 import platform
-import shutil
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import metadata
@@ -17,21 +16,24 @@ from typing import Any
 
 from handscroll.models.registry import BY_NAME
 from handscroll.request import DEFAULT_MODEL
+from handscroll.system import Memory, free_disk_bytes, memory, processor_name, usable_cores
 from handscroll.units import first_line, gibibytes
 from handscroll.version import __version__
 
-# The package to import -> what pip installs for it (as in pyproject.toml), and what is used of it.
-NEEDED: dict[str, tuple[str, tuple[str, ...]]] = {
-    "torch": ("torch>=2.9,<2.14", ("nn",)),
-    "diffusers": ("diffusers>=0.36", ("AutoencoderDC", "SanaTransformer2DModel", "DPMSolverMultistepScheduler")),
-    "transformers": ("transformers>=5.4", ("Gemma2Model", "AutoTokenizer")),
-    "tokenizers": ("tokenizers>=0.21", ("Tokenizer",)),
-    "safetensors": ("safetensors>=0.5", ("safe_open",)),
-    "huggingface_hub": ("huggingface_hub>=1.0", ("snapshot_download",)),
-    "numpy": ("numpy>=2.0", ("ndarray",)),
-    "pyvips": ("pyvips[binary]>=3.0", ("Image",)),
-    "typer": ("typer>=0.15", ("Typer",)),
-    "rich": ("rich>=13.9", ("print",)),
+# The package to import, and what is used of it. Which versions of it will do stands in pyproject.toml alone.
+NEEDED: dict[str, tuple[str, ...]] = {
+    "torch": ("nn",),
+    "diffusers": ("AutoencoderDC", "SanaTransformer2DModel", "DPMSolverMultistepScheduler"),
+    "transformers": ("Gemma2Model", "AutoTokenizer"),
+    "tokenizers": ("Tokenizer",),
+    "safetensors": ("safe_open",),
+    "huggingface_hub": ("snapshot_download",),
+    "numpy": ("ndarray",),
+    "pyvips": ("Image",),
+    "psutil": ("Process", "virtual_memory"),
+    "platformdirs": ("user_cache_path",),
+    "typer": ("Typer",),
+    "rich": ("print",),
 }
 
 
@@ -80,7 +82,7 @@ def examine() -> Health:
         versions=_versions(broken),
         platform=f"{platform.system()} {platform.release()} {platform.machine()}",
         devices=_devices() if "torch" not in broken else [],
-        memory=_memory(),
+        memory=vars(memory() if "psutil" not in broken else Memory()),
         disk=disk,
         hub={"cache": str(cache) if cache else None, "offline": offline},
         problems=problems + list(_optional(broken, disk)),
@@ -88,14 +90,27 @@ def examine() -> Health:
 
 
 def _try(package: str) -> Problem | None:
-    requirement, names = NEEDED[package]
     try:
         module = importlib.import_module(package)
-        for name in names:
+        for name in NEEDED[package]:
             getattr(module, name)
     except Exception as error:  # a broken package may raise anything
-        return Problem(package, True, first_line(error), f'pip install --force-reinstall "{requirement}"')
+        return Problem(package, True, first_line(error), f'pip install --force-reinstall "{requirement_of(package)}"')
     return None
+
+
+def requirement_of(package: str) -> str:
+    """What pip installs for a package to import, as handscroll's own installation asks for it: `torch<2.14,>=2.9`."""
+    try:
+        requirements = metadata.requires("handscroll") or []
+    except metadata.PackageNotFoundError:  # run from its source
+        requirements = []
+    for requirement in requirements:
+        wanted, _, only_where = requirement.partition(";")
+        name = re.match(r"[\w.-]*", wanted)
+        if name and re.sub(r"[-.]", "_", name[0]).lower() == package and "extra" not in only_where:
+            return wanted.strip()
+    return package
 
 
 def _optional(broken: set[str], disk: dict[str, dict[str, Any]]) -> Iterator[Problem]:
@@ -107,7 +122,7 @@ def _optional(broken: set[str], disk: dict[str, dict[str, Any]]) -> Iterator[Pro
         yield Problem("hf_xet", False, "large checkpoints are fetched more slowly without it", "pip install hf_xet")
     if "torch" not in broken and Path("/proc/driver/nvidia/version").exists() and not _cuda_is_built():
         message = "there is an NVIDIA driver here, but this torch cannot use it"
-        yield Problem("torch with CUDA", False, message, f'pip install --force-reinstall "{NEEDED["torch"][0]}"')
+        yield Problem("torch with CUDA", False, message, f'pip install --force-reinstall "{requirement_of("torch")}"')
     for place in disk.values():
         if place["free_bytes"] < LITTLE_DISK_BYTES:
             message = f"only {gibibytes(place['free_bytes'])} free at {place['path']}"
@@ -147,8 +162,8 @@ def _devices() -> list[dict[str, Any]]:
 
     cpu = {
         "device": "cpu",
-        "name": _cpu_name(),
-        "cores": _cores(),
+        "name": processor_name(),
+        "cores": usable_cores(),
         "threads": torch.get_num_threads(),
         "bf16": torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported(),
     }
@@ -170,48 +185,13 @@ def _cuda_device(index: int) -> dict[str, Any]:
     }
 
 
-def _cpu_name() -> str:
-    for line in _text("/proc/cpuinfo").splitlines():
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
-
-
-def _cores() -> int:
-    """Those that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-# Memory and disk
-def _memory() -> dict[str, int | None]:
-    """The machine's memory, or the container's where that is less."""
-    lines = (line.partition(":") for line in _text("/proc/meminfo").splitlines())
-    table = {name: int(value.split()[0]) * 1024 for name, _, value in lines if value.strip()}
-    total_bytes, available_bytes = table.get("MemTotal"), table.get("MemAvailable")
-    if total_bytes is None and "SC_PHYS_PAGES" in getattr(os, "sysconf_names", {}):
-        total_bytes = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    limit = _text("/sys/fs/cgroup/memory.max").strip()
-    if limit.isdecimal() and total_bytes is not None and int(limit) < total_bytes:
-        total_bytes = int(limit)
-        used = _text("/sys/fs/cgroup/memory.current").strip()
-        free_bytes = max(total_bytes - int(used), 0) if used.isdecimal() else total_bytes
-        available_bytes = free_bytes if available_bytes is None else min(available_bytes, free_bytes)
-    return {"total_bytes": total_bytes, "available_bytes": available_bytes}
-
-
+# Disk
 def _disk(place: Path) -> dict[str, Any]:
     existing = next(folder for folder in (place, *place.parents) if folder.exists())
-    return {"path": str(place), "free_bytes": shutil.disk_usage(existing).free}
+    return {"path": str(place), "free_bytes": free_disk_bytes(existing)}
 
 
 def _hub() -> tuple[Path, bool]:
     from huggingface_hub import constants
 
     return Path(constants.HF_HUB_CACHE).absolute(), bool(constants.HF_HUB_OFFLINE)
-
-
-def _text(path: str) -> str:
-    try:
-        return Path(path).read_text()
-    except OSError:
-        return ""

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import gc
-import os
-import resource
 import sys
 import threading
 import time
@@ -14,6 +11,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+
+from handscroll.system import peak_resident_bytes, resident_bytes
 
 SAMPLE_SECONDS = 0.01
 
@@ -58,26 +57,6 @@ def enforce(device: str, budget_bytes: int | None) -> None:
         mallopt(M_MMAP_THRESHOLD, MMAP_FROM_BYTES)
         mallopt(M_TRIM_THRESHOLD, MMAP_FROM_BYTES)
         mallopt(M_MMAP_MAX, 2**20)
-
-
-def resident_bytes() -> int:
-    """What this process holds in memory now; 0 where the system does not tell."""
-    try:
-        with open("/proc/self/statm", "rb") as file:
-            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    except OSError:
-        return 0
-
-
-def peak_resident_bytes() -> int:
-    """The most this process has held so far, as `/usr/bin/time -v` prints it."""
-    # Linux lets a new program inherit the usage of the process that started it, which may have held gigabytes.
-    with contextlib.suppress(OSError), open("/proc/self/status", "rb") as file:
-        for line in file:
-            if line.startswith(b"VmHWM:"):
-                return int(line.split()[1]) * 1024
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
 
 
 class Meter:

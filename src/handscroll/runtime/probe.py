@@ -9,9 +9,10 @@ from handscroll.models.checkpoint import CheckpointSpec
 from handscroll.plan.inputs import PlanInputs
 from handscroll.request import Request
 from handscroll.runtime.device import find_hardware, import_libraries, scratch_folder
-from handscroll.runtime.memory import release, resident_bytes
+from handscroll.runtime.memory import release
 from handscroll.runtime.modules import load_tokenizer
 from handscroll.runtime.text import count_tokens, instruction_of
+from handscroll.system import resident_bytes
 
 
 def probe(spec: CheckpointSpec, request: Request, output: Path | None = None, *, prompts: bool = True) -> PlanInputs:

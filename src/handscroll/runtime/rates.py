@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 
 import torch
 
+from handscroll.files import cache_folder, lock_folder, write_whole
 from handscroll.plan.inputs import Rates
 from handscroll.system import processor_name
 
@@ -92,30 +92,30 @@ def _convolution_seconds(dtype: torch.dtype, device: str, clock: Callable[[], fl
 
 
 # What was measured is remembered: a choice that flipped from run to run would change the picture.
-def cache_folder() -> Path:
-    """Where measurements of this machine are kept: HANDSCROLL_CACHE, or `handscroll` in the user's cache folder."""
-    if own := os.environ.get("HANDSCROLL_CACHE"):
-        return Path(own)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "handscroll"
-
-
 def remembered(name: str, measure: Callable[[], Any]) -> Any:
-    """A measurement of this machine under this torch, a JSON value: from the cache file, or taken and written there."""
+    """A measurement of this machine under this torch, a JSON value: from the cache file, or taken and written there.
+
+    Of processes that take it at the same time the first one is believed, and none loses what another has written.
+    """
     file = cache_folder() / "devices.json"
     key = f"{name}, {processor_name()}, torch {torch.__version__}"
+    if key in (known := _read_measurements(file)):
+        return known[key]
+    measured = measure()
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with lock_folder(file.parent):
+            known = _read_measurements(file)
+            if key not in known:
+                write_whole(file, [json.dumps(known | {key: measured}, indent=1).encode()])
+    except OSError:
+        return measured  # a machine without a writable cache measures again
+    return known.get(key, measured)
+
+
+def _read_measurements(file: Path) -> dict[str, Any]:
     try:
         known = json.loads(file.read_bytes())
     except (OSError, ValueError):
-        known = {}
-    if not isinstance(known, dict):
-        known = {}
-    if key not in known:
-        known[key] = measure()
-        try:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            part = file.with_name(f".{file.name}.{os.getpid()}.part")
-            part.write_text(json.dumps(known, indent=1))
-            part.replace(file)
-        except OSError:
-            return known[key]  # a machine without a writable cache measures again
-    return known[key]
+        return {}
+    return known if isinstance(known, dict) else {}

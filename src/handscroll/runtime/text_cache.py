@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import secrets
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,8 +17,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from handscroll.files import cache_folder, write_whole
 from handscroll.models.checkpoint import CheckpointSpec
-from handscroll.runtime.rates import cache_folder
 
 FORMAT = 1
 LIMIT_BYTES = 256 * 2**20
@@ -100,7 +99,6 @@ def save_text(key: str, text: Text) -> None:
     if not key:
         return
     file = _file(key)
-    part = file.with_name(f".{file.stem}.{os.getpid()}-{secrets.token_hex(4)}.part")
     tensors = {EMBEDDINGS: text.embeddings.detach().cpu().contiguous()}
     if text.mask is not None:
         tensors[MASK] = text.mask.cpu().contiguous()
@@ -109,12 +107,7 @@ def save_text(key: str, text: Text) -> None:
         return
     try:
         file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        try:
-            with open(part, "xb", opener=lambda path, flags: os.open(path, flags, 0o600)) as stream:
-                stream.write(data)
-            part.replace(file)
-        finally:
-            part.unlink(missing_ok=True)
+        write_whole(file, [data], mode=0o600)
         _make_room(file.parent)
     except OSError:
         return
