@@ -10,9 +10,10 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 
 from handscroll import events
 from handscroll.plan.stages import BY_NAME, Stage
+from handscroll.units import gibibytes
 
 # Before the first stage of the table.
-FETCH = Stage("fetch", "fetching", (), "MiB", per_picture=False)
+FETCH = Stage("fetch", "fetching", (), "bytes", per_picture=False)
 SHOWN = {FETCH.name: FETCH, **BY_NAME}
 
 
@@ -67,5 +68,5 @@ class _Bars:
 
 def _amount(stage: Stage, event: events.Progress) -> str:
     if stage is FETCH:
-        return f"{event.done / 2**20:,.0f}/{event.total / 2**20:,.0f} MiB"
+        return f"{gibibytes(event.done)} of {gibibytes(event.total)}"
     return f"{event.done:,}/{event.total:,} {stage.unit}" if stage.per_picture else ""
