@@ -774,7 +774,7 @@ def test_bars_show_every_stage() -> None:
             on_event(Progress("decode", 512, 4096, picture))
             on_event(Progress("write", 1, 1, picture))
     drawn = screen.getvalue()
-    for words in ("fetching (owner/model)", "1/3 MiB", "reading the prompt", "painting 2/2", "1/20 steps"):
+    for words in ("fetching (owner/model)", "1.0 MiB of 3.0 MiB", "reading the prompt", "denoising 2/2", "1/20 steps"):
         assert words in drawn
     assert "512/4,096 rows" in drawn
 
@@ -793,7 +793,7 @@ def test_bars_are_for_those_who_watch_and_notices_for_all_but_the_quiet(
         on_event(notice("mind\nthe step"))
         on_event(Progress("denoise", 1, 20))
     assert ("note: mind the step\n" in stderr.getvalue()) == (not quiet)
-    assert ("painting" in stderr.getvalue()) == drawn
+    assert ("denoising" in stderr.getvalue()) == drawn
 
 
 # Processes

@@ -81,8 +81,6 @@ class _GroupFiles:
 
 
 _NO_LIMIT_BYTES = 2**62  # version 1 has a number near 2**63 where there is none
-
-
 _GROUP_FILES = {
     1: _GroupFiles("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
     2: _GroupFiles("memory.max", "memory.current", "inactive_file"),

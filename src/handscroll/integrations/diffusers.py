@@ -23,8 +23,6 @@ from handscroll.runtime.memory import trim
 from handscroll.units import check_range, gibibytes, parse_bytes
 
 _METHODS = ("_decode", "_encode")
-
-
 # In somebody else's process the heap is left as it is, with holes between what is in use.
 _HEAP_SHARE = 0.7
 

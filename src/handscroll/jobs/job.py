@@ -24,8 +24,6 @@ if TYPE_CHECKING:
 
 
 FORMAT, FORMAT_VERSION = "handscroll run", 1
-
-
 MAX_NAME_BYTES = 255  # what common file systems hold
 
 

@@ -9,8 +9,6 @@ from handscroll.models.config import default_of, require_a_stage, require_known,
 from handscroll.models.parameters import convolution_parameters, linear_parameters
 
 BLOCK_TYPES = frozenset({"ResBlock", "EfficientViTBlock"})
-
-
 NORM_TYPES = frozenset({"rms_norm", "layer_norm", "batch_norm"})
 
 

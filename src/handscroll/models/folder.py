@@ -15,11 +15,7 @@ from handscroll.models.text_encoder import TextEncoderSpec
 from handscroll.models.transformer import TransformerSpec
 
 COMPONENTS = ("text_encoder", "transformer", "vae")
-
-
 LAYOUT = "model_index.json, tokenizer/, text_encoder/, transformer/, vae/ and scheduler/"
-
-
 PIPELINES = frozenset(
     {
         "SanaPipeline",
@@ -29,8 +25,6 @@ PIPELINES = frozenset(
         "SanaSprintImg2ImgPipeline",
     }
 )
-
-
 CLASSES = {
     "text_encoder": frozenset({"Gemma2Model", "Gemma2ForCausalLM"}),
     "transformer": frozenset({"SanaTransformer2DModel"}),

@@ -39,8 +39,6 @@ from handscroll.units import first_line, gibibytes
 from handscroll.weights.folder import PICKLE_SUFFIXES, candidates
 
 TIMEOUT_SECONDS = 20.0
-
-
 DEFAULT_REVISION = "main"
 COMMIT = re.compile(r"[0-9a-f]{40}")
 

@@ -13,8 +13,6 @@ from pathlib import Path
 from handscroll.errors import UnknownModelError, UsageError
 
 BUILTIN_FOLDER = Path(__file__).parents[1] / "builtin"
-
-
 # As the model cards state it: https://huggingface.co/Efficient-Large-Model/Sana_1600M_1024px_BF16_diffusers
 SANA_LICENCE = (
     "NVIDIA License (NSCL v2-custom): non-commercial, read the checkpoint's LICENSE.txt; "
@@ -68,18 +66,10 @@ ENTRIES: tuple[Entry, ...] = (
     _official("sana-sprint-0.6b", "Sana_Sprint_0.6B_1024px_diffusers", 1024, "bf16", "1 to 4 steps"),
     _official("sana-sprint-1.6b", "Sana_Sprint_1.6B_1024px_diffusers", 1024, "bf16", "1 to 4 steps"),
 )
-
-
 BY_NAME: dict[str, Entry] = {entry.name: entry for entry in ENTRIES}
-
-
 BY_HUB_ID: dict[str, Entry] = {entry.hub_id: entry for entry in ENTRIES if entry.hub_id}
-
-
 # The hub's own rule: letters, digits, `-`, `_` and `.`, not at either end, and none of the pairs `--` and `..`.
 _HUB_PART = r"(?!.*(?:--|\.\.))[A-Za-z0-9_](?:[\w.-]{0,94}[A-Za-z0-9_])?"
-
-
 _HUB_ID = re.compile(f"{_HUB_PART}/{_HUB_PART}", re.ASCII)
 
 

@@ -18,8 +18,6 @@ from handscroll.system import free_disk_bytes
 from handscroll.units import gibibytes, one_line
 
 EXCHANGING = ".exchanging"  # in a folder of Deep Zoom tiles: its index is gone, or not there yet
-
-
 TIFF_LEVEL_IN_MEMORY_BYTES = 100 << 20  # libvips keeps larger levels of a pyramid in the temporary folder
 
 

@@ -33,31 +33,15 @@ from handscroll.units import gibibytes
 from handscroll.weights.dtypes import DTYPES
 
 PROMPT = "snowy mountains at dusk, a red sun over a quiet lake"
-
-
 PROMPT_TOKENS, NEGATIVE_TOKENS = 100, 1  # of the noise that stands for prompts in a denoising step
-
-
 TIMESTEP = 500.0
-
-
 RATE_SECONDS = 1.0
-
-
 ROUNDS = 3
-
-
 STAGE_SECONDS = 10.0  # after which no further round begins
-
-
 WARM_UP_SIDE = 2  # of a latent
-
-
 # What a whole decode holds for each element of its widest map, and a whole step for each of its Mix-FFN's hidden ones;
 # in half precision less at a time, but norms and attentions are made in fp32. Of f32c32-sana and Sana 0.6B and 1.6B.
 DECODER_ELEMENT_BYTES, TRANSFORMER_ELEMENT_BYTES = 19, 11
-
-
 MIB = 2**20
 
 

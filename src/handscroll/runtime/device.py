@@ -15,8 +15,6 @@ from handscroll.runtime.rates import cpu_bf16_is_faster, rates_of
 from handscroll.system import available_bytes, free_disk_bytes, resident_bytes
 
 HOST_SHARE = 0.7  # of the host's free memory, for maps that a device has no room for
-
-
 # What the stages import when they first need it.
 LIBRARIES = (
     "diffusers.models.transformers.sana_transformer",

@@ -35,8 +35,6 @@ NEEDED: dict[str, tuple[str, ...]] = {
     "typer": ("Typer",),
     "rich": ("print",),
 }
-
-
 LITTLE_DISK_BYTES = 2**30
 
 

@@ -25,8 +25,6 @@ from handscroll.units import gibibytes
 
 # A strip that is not contiguous is written in pieces of about this size, and never copied as a whole.
 COPY_BYTES = 2**20
-
-
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 

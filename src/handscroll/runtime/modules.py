@@ -26,8 +26,6 @@ from handscroll.weights.header import TensorEntry
 from handscroll.weights.stream import WeightStream
 
 Component = Literal["transformer", "vae", "text_encoder"]
-
-
 SCHEDULERS = {
     "DPMSolverMultistepScheduler": "diffusers.schedulers.scheduling_dpmsolver_multistep",
     "FlowMatchEulerDiscreteScheduler": "diffusers.schedulers.scheduling_flow_match_euler_discrete",

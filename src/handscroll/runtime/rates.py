@@ -16,11 +16,7 @@ from handscroll.plan.inputs import Rates
 from handscroll.system import processor_name
 
 BF16_MUST_BE_FASTER = 1.3
-
-
 TIMINGS = 5
-
-
 CONVOLUTION_FLOP = 2 * 128 * 128 * 9 * 32 * 64
 
 

@@ -14,8 +14,6 @@ from handscroll.errors import CheckpointError
 from handscroll.weights.header import TensorEntry, read_header
 
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
-
-
 _FILE_NAME = re.compile(
     r"(?P<base>diffusion_pytorch_model|model)"
     r"(?:\.(?P<variant>(?!safetensors)[\w-]+?))??"

@@ -29,8 +29,6 @@ DTYPES: dict[str, tuple[str, int]] = {
     "U8": ("uint8", 1),
     "BOOL": ("bool", 1),
 }
-
-
 MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 
 

@@ -13,8 +13,6 @@ from handscroll.weights.dtypes import wanted_dtype
 from handscroll.weights.header import TensorEntry
 
 CPU_ALIGNMENT_BYTES = 64  # what PyTorch's own allocators give
-
-
 CUDA_ALIGNMENT_BYTES = 512
 
 

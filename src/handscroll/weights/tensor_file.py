@@ -21,11 +21,7 @@ from handscroll.files import write_whole
 
 # Safetensors, whole or not at all
 CHECKSUM = "crc32"  # in the metadata: a power cut can leave a file of the right length that holds zeros
-
-
 _DTYPE_NAMES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16", "float64": "F64", "int64": "I64", "uint8": "U8"}
-
-
 _TORCH_DTYPES = {DTYPES[stored][0]: name for name, stored in _DTYPE_NAMES.items()}  # by what `read_header` calls them
 
 

@@ -15,8 +15,6 @@ from handscroll.units import first_line
 
 # A state is worth saving when this much would be lost without it, and saving takes no more than this share of the time.
 SAVE_AFTER_SECONDS = 10.0
-
-
 SAVE_SHARE = 0.02
 
 

@@ -11,8 +11,6 @@ from handscroll.runtime.sampling.schedule import SamplerRun, set_timesteps
 
 # SanaSprintPipeline's defaults: the first timestep of the trigonometric flow, pi/2 rounded, and the one between two.
 SCM_MAX_TIMESTEP = 1.57080
-
-
 SCM_INTERMEDIATE_TIMESTEP = 1.3
 
 
