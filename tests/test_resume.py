@@ -34,6 +34,7 @@ import torch, pyvips, diffusers, transformers
 from diffusers import AutoencoderDC, DPMSolverMultistepScheduler, SanaTransformer2DModel, SCMScheduler
 from transformers import Gemma2Model, PreTrainedTokenizerFast
 from handscroll.cli import main as cli
+from handscroll.cli import work
 from handscroll import pipeline
 from handscroll.jobs import folder, store
 from handscroll.pictures import writing
@@ -76,7 +77,7 @@ def slow(module, name, seconds):
         return result
     setattr(module, name, slowed)
 slow(pipeline, "encode_prompts", 0.1)
-slow(schedule.Journey, "step_done", 0.03)
+slow(schedule.SamplerRun, "step_done", 0.03)
 slow(store, "write_whole", 0.02)
 slow(store, "write_tensors", 0.02)
 slow(writing.os, "write", 0.03)
@@ -321,12 +322,12 @@ def test_several_pictures_dying_at_every_file_operation(nursery: Nursery, option
 INTERRUPTED = """
 import signal
 def interrupt_at(stage, done):
-    emit = cli._print_notice
+    emit = work.print_notice
     def listen(event):
         emit(event)
         if (event.stage, event.done) == (stage, done):
             signal.raise_signal(signal.SIGINT)
-    cli._print_notice = listen
+    work.print_notice = listen
 interrupt_at(%r, %d)
 """
 
