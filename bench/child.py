@@ -18,6 +18,7 @@ import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 SOURCES = Path(__file__).parents[1] / "src"
 BUDGET_TOO_SMALL = 3
@@ -31,7 +32,7 @@ class Child:
         self.stdout, self.stderr = stdout, stderr
 
     @property
-    def answer(self) -> dict:
+    def answer(self) -> Any:
         """The JSON value that it printed, alone or as its last line; empty where there is none."""
         for text in (self.stdout, (self.stdout.splitlines() or [""])[-1]):
             try:

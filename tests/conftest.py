@@ -7,6 +7,7 @@ import signal
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 # Before anything imports huggingface_hub or diffusers, which read these once.
 _cache = tempfile.TemporaryDirectory(prefix="handscroll-tests-", ignore_cleanup_errors=True)
@@ -39,7 +40,7 @@ def miniature(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
 
     made: dict[str, Path] = {}
 
-    def folder_of(row: str = "1.6b", **options: object) -> Path:
+    def folder_of(row: str = "1.6b", **options: Any) -> Path:
         key = f"{row} {sorted(options.items())}"
         if key not in made:
             made[key] = miniatures.make_checkpoint(tmp_path_factory.mktemp(row) / row, row=row, **options)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import torch
 
 from handscroll.cli import main as cli
 from handscroll.cli.bench import benchmark_text
-from handscroll.events import ignore
+from handscroll.events import Progress, ignore
 from handscroll.plan.inputs import Rates
 from handscroll.runtime import benchmark, rates
 
@@ -35,7 +36,7 @@ def _quick(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @pytest.mark.parametrize("row", ["1.6b-4k", "sprint-0.6b"])
 def test_both_ways_of_every_stage_agree(miniature: Miniature, row: str) -> None:
-    events = []
+    events: list[Progress] = []
     found = benchmark.measure(str(miniature(row)), width=100, height=64, device="cpu", on_event=events.append)
     assert (found.width, found.height, found.precision, found.device) == (128, 64, "fp32", "cpu")
     assert [stage.stage for stage in found.stages] == ["text", "denoise", "decode"]
@@ -49,7 +50,9 @@ def test_both_ways_of_every_stage_agree(miniature: Miniature, row: str) -> None:
         assert stage.seconds_over_whole > 0
         assert stage.max_difference is not None
         assert stage.max_difference < 1e-3
-    assert found.decode_seconds_per_megapixel == pytest.approx(found.stages[-1].handscroll.seconds / 0.008192)
+    decoding = found.stages[-1].handscroll
+    assert decoding is not None
+    assert found.decode_seconds_per_megapixel == pytest.approx(decoding.seconds / 0.008192)
     assert [(event.stage, event.done, event.total) for event in events[:3]] == [
         ("text", 0, 2),
         ("text", 1, 2),
@@ -99,5 +102,5 @@ def test_what_cannot_be_is_refused(options: list[str], capsys: Any) -> None:
 def test_a_rate_is_the_best_of_several_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter([0.0, 1.0, 1.0, 1.0, 1.5, 1.5, 1.5, 1.75, 99.0])  # a first run, then one of 0.5 s and one of 0.25 s
     monkeypatch.setattr(benchmark, "RATE_SECONDS", 1.0)
-    monkeypatch.setattr(benchmark.time, "perf_counter", lambda: next(clock))
+    monkeypatch.setattr(time, "perf_counter", lambda: next(clock))
     assert benchmark.best_gflops(lambda: None, 10**9, "cpu") == 4.0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ def vae() -> Any:
 
 
 @pytest.fixture(autouse=True)
-def _no_grad():
+def _no_grad() -> Iterator[None]:
     with torch.no_grad():
         yield
 

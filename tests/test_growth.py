@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -24,6 +25,8 @@ from handscroll.plan.inputs import MIB, Hardware, PlanInputs
 from handscroll.plan.plan import Plan
 from handscroll.plan.search import make_plan, minimum_bytes
 from handscroll.runtime import denoise
+from handscroll.runtime.encode import enlarge_latent
+from handscroll.runtime.probe import probe
 from handscroll.runtime.sampling.noise import starting_noise
 from handscroll.runtime.session import Session, Transformer
 from handscroll.runtime.text import instruction_of
@@ -32,7 +35,7 @@ from handscroll.units import parse_compose
 Miniature = Callable[..., Path]
 PROMPT = "Snowy Mountains at dusk, a red sun"
 STEPS, SEED, GUIDANCE = 5, 3, 4.5
-WIDE = {"width": 256, "height": 128, "seed": SEED, "steps": STEPS, "guidance": GUIDANCE}
+WIDE: dict[str, Any] = {"width": 256, "height": 128, "seed": SEED, "steps": STEPS, "guidance": GUIDANCE}
 
 
 def pillows(pixels: np.ndarray, width: int, height: int) -> Tensor:
@@ -120,12 +123,11 @@ def test_a_small_picture_shows_what_the_large_one_will_be(
 ) -> None:
     begun: list[Tensor] = []
 
-    def enlarge_latent(session: Session, plan: Plan, latent: Tensor) -> Tensor:
+    def watched(session: Session, plan: Plan, latent: Tensor) -> Tensor:
         begun.append(latent)
-        return real(session, plan, latent)
+        return enlarge_latent(session, plan, latent)
 
-    real = denoise.enlarge_latent
-    monkeypatch.setattr(denoise, "enlarge_latent", enlarge_latent)
+    monkeypatch.setattr(denoise, "enlarge_latent", watched)
     scroll = Handscroll.from_pretrained(miniature("1.6b"))
     small = scroll(PROMPT, width=64, height=64, compose=64, seed=4, steps=3).latent
     assert not begun
@@ -139,10 +141,9 @@ def test_a_small_picture_shows_what_the_large_one_will_be(
 def test_the_picture_is_the_same_in_any_memory(miniature: Miniature, monkeypatch: pytest.MonkeyPatch) -> None:
     scroll = Handscroll.from_pretrained(miniature("1.6b"))
     roomy = scroll(PROMPT, compose=64, **WIDE)
-    real = api.probe
 
-    def cramped(*arguments: object, **options: object) -> object:
-        return dataclasses.replace(real(*arguments, **options), hardware=Hardware("cpu", free_bytes=MIB))  # type: ignore[arg-type]
+    def cramped(*arguments: Any, **options: Any) -> PlanInputs:
+        return dataclasses.replace(probe(*arguments, **options), hardware=Hardware("cpu", free_bytes=MIB))
 
     monkeypatch.setattr(api, "probe", cramped)
     tight = scroll(PROMPT, compose=64, **WIDE)
@@ -187,10 +188,10 @@ def test_what_a_size_begins_from_is_kept(miniature: Miniature, tmp_path: Path, m
     request = Request(PROMPT, model=str(miniature("1.6b")), compose_px=64, **WIDE)
     (whole,) = generate(request, tmp_path / "whole.png")
 
-    def cut(transformer: Transformer, branches: object) -> list[Tensor]:
+    def cut(transformer: Transformer, branches: Any) -> list[Tensor]:
         if transformer.plan.latent_height == 4:  # the last size, 256x128
             raise KeyboardInterrupt
-        return predict(transformer, branches)  # type: ignore[arg-type]
+        return predict(transformer, branches)
 
     predict = Transformer.predict
     with monkeypatch.context() as patch:

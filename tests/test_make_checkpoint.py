@@ -9,6 +9,7 @@ from types import ModuleType
 
 import pytest
 import torch
+from diffusers import AutoencoderDC
 
 from handscroll.models.checkpoint import CheckpointSpec
 from handscroll.runtime.modules import load_module, load_tokenizer
@@ -48,7 +49,8 @@ def test_it_loads(script: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path:
             fan_in = parameter[0].numel()
             assert 0.8 < parameter.std() * fan_in**0.5 < 1.2, name
     with torch.no_grad():
-        picture = load_module(spec, "vae", dtype=torch.float32, device="cpu").decode(torch.randn(1, 32, 4, 4)).sample
+        vae: AutoencoderDC = load_module(spec, "vae", dtype=torch.float32, device="cpu")
+        picture = vae.decode(torch.randn(1, 32, 4, 4)).sample
         text = load_module(spec, "text_encoder", dtype=torch.float32, device="cpu")(torch.arange(4, 20)[None])
     assert 0.05 < picture.std() < 20
     assert text.last_hidden_state.isfinite().all()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -39,7 +40,7 @@ def assert_same_picture(ours: np.ndarray, theirs: np.ndarray) -> None:
 
 
 def diffusers_picture(
-    folder: Path, width: int, height: int, seed: int, steps: int, guidance: float, **options
+    folder: Path, width: int, height: int, seed: int, steps: int, guidance: float, **options: Any
 ) -> np.ndarray:
     sprint = (folder / "model_index.json").read_text().find("SanaSprintPipeline") >= 0
     if sprint:

@@ -12,6 +12,7 @@ import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,7 +23,7 @@ from torch import Tensor, nn
 from training.linear_start import PatchPCA, fit_components, write_components
 from training.schedule import Average, autocast, learning_rate, load_checkpoint, pick_device, save_checkpoint
 
-CONFIG = {
+CONFIG: dict[str, Any] = {
     "in_channels": 3,
     "latent_channels": 32,
     "attention_head_dim": 32,
@@ -146,19 +147,15 @@ class AutoencoderTraining:
         gates = {id(p) for n, p in self.model.named_parameters() if ".norm" in n and id(p) not in last}
         encoder = [p for p in self.model.encoder.parameters() if id(p) not in gates]
         decoder = [p for p in self.model.decoder.parameters() if id(p) not in gates | last]
-        self.optimiser = torch.optim.AdamW(
-            [
-                {"params": encoder, "share": 0.5},
-                {"params": decoder},
-                # Residual branches end in these norms, which start at zero: nothing is learnt before they open.
-                {"params": [p for p in self.model.parameters() if id(p) in gates], "share": 3.0},
-                # These see the lifted channels: each of their weights moves the brightness of everything.
-                {"params": [p for p in self.model.parameters() if id(p) in last], "share": 0.2},
-            ],
-            lr=0.0,
-            betas=(0.9, 0.99),
-            weight_decay=0.0,
-        )
+        groups: list[dict[str, Any]] = [
+            {"params": encoder, "share": 0.5},
+            {"params": decoder},
+            # Residual branches end in these norms, which start at zero: nothing is learnt before they open.
+            {"params": [p for p in self.model.parameters() if id(p) in gates], "share": 3.0},
+            # These see the lifted channels: each of their weights moves the brightness of everything.
+            {"params": [p for p in self.model.parameters() if id(p) in last], "share": 0.2},
+        ]
+        self.optimiser = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.99), weight_decay=0.0)
         if self.checkpoint.exists():
             self.step = load_checkpoint(self.checkpoint, self.device, self.model, self.average, self.optimiser)
         self.stopping = False

@@ -191,8 +191,8 @@ def _water(scene: Scene, words: _Words) -> str:
         return words.pick(kinds if scene.relief == "alpine" else kinds[:6])
     if scene.water == "river":
         return words.pick(("a river", "a river", "a winding river", "a stream", "a river valley"))
-    kinds = ("the sea", "the ocean", "a blue sea", "the open sea", "sea waves")
-    return words.pick(kinds if scene.relief == "none" and scene.style == "natural" else kinds[:2])
+    seas = ("the sea", "the ocean", "a blue sea", "the open sea", "sea waves")
+    return words.pick(seas if scene.relief == "none" and scene.style == "natural" else seas[:2])
 
 
 def _land_and_water(scene: Scene, words: _Words) -> str:

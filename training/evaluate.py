@@ -21,7 +21,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import pyvips
@@ -53,8 +53,22 @@ SHEET_PROMPTS = (
 HELD_OUT_FROM = 10_000_000  # seeds that no training bucket reaches
 
 
+class Made(Protocol):
+    """A picture as `Handscroll` gives it."""
+
+    def numpy(self) -> Picture: ...
+
+
+class Painter(Protocol):
+    """A `Handscroll`, or what a test puts in its place."""
+
+    def __call__(
+        self, prompt: str, *, negative: str, width: int, height: int, seed: int, steps: int, guidance: float
+    ) -> Made: ...
+
+
 def generate(
-    scroll: Handscroll,
+    scroll: Painter,
     prompt: str,
     width: int,
     height: int,
@@ -165,7 +179,7 @@ Looks = Callable[[Sequence[Shot]], Iterable[Row]]
 class Onlooker:
     """Makes pictures and has them read. One for each process."""
 
-    def __init__(self, scroll: Handscroll, scorer: Scorer) -> None:
+    def __init__(self, scroll: Painter, scorer: Scorer) -> None:
         self.scroll = scroll
         self.scorer = scorer
 
@@ -214,9 +228,9 @@ def report_attributes(rows: Sequence[Row], size: int) -> None:
         for kind, by_name in shares.items():
             for name, kept in kept_claims(row["prompt"], row[kind]["labels"]).items():
                 by_name[name].append(kept)
-    for name, kept in sorted(shares["generated"].items()):
+    for name, outcomes in sorted(shares["generated"].items()):
         real = np.mean(shares["rendered"][name])
-        print(f"{name:16s} generated {np.mean(kept):.2f}, rendered {real:.2f}, of {len(kept)} claims")
+        print(f"{name:16s} generated {np.mean(outcomes):.2f}, rendered {real:.2f}, of {len(outcomes)} claims")
     for thing, count in (("light", "lights"), ("subject", "subjects")):
         ones = {
             kind: [row[kind]["labels"][count] == "one" for row in rows if row[kind]["labels"][thing] != "none"]
@@ -284,7 +298,7 @@ def negative_shots(shots: Sequence[Shot], rows: Sequence[Row]) -> list[tuple[Thi
     That other thing is neither asked for nor seen, and what it does is what any negative prompt does: a picture that is
     disturbed loses some of its things.
     """
-    found = []
+    found: list[tuple[Thing, Shot, Shot]] = []
     things = list(NAMES)
     for shot, row in zip(shots, rows, strict=True):
         labels, asked = row["generated"]["labels"], claims(shot.prompt)
@@ -293,8 +307,10 @@ def negative_shots(shots: Sequence[Shot], rows: Sequence[Row]) -> list[tuple[Thi
                 continue
             others = (*things[place + 1 :], *things[:place])
             other = next(thing for thing in others if thing[0] not in asked and labels[thing[0]] != thing[1])
-            against = (replace(shot, negative=NAMES[thing], scene=None) for thing in ((name, label), other))
-            found.append(((name, label), *against))
+            against_own, against_other = (
+                replace(shot, negative=NAMES[thing], scene=None) for thing in ((name, label), other)
+            )
+            found.append(((name, label), against_own, against_other))
     return found
 
 

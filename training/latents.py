@@ -77,7 +77,7 @@ class LatentFiles:
         self.bucket = bucket
         self.latents_path = folder / f"latents-{bucket.name}.f16"
         self.captions_path = folder / f"captions-{bucket.name}.txt"
-        self.shape = (32, bucket.height // DOWN, bucket.width // DOWN)
+        self.shape: tuple[int, ...] = (32, bucket.height // DOWN, bucket.width // DOWN)
 
     def scene(self, index: int) -> Scene:
         """What is in a picture of these files."""

@@ -8,6 +8,7 @@ convolution becomes the step's matrix minus what its shortcut adds, and every re
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -104,7 +105,8 @@ def write_components(model: AutoencoderDC, components: Components, constant: flo
     _write_decoder(model.decoder, components, constant, lift)
 
 
-def _write_encoder(encoder: nn.Module, components: Components) -> None:
+# diffusers' Encoder and Decoder are `Any` here: mypy does not follow diffusers, and an nn.Module's parts have no types.
+def _write_encoder(encoder: Any, components: Components) -> None:
     downs = [encoder.conv_in] + [
         stage[-1] for stage in encoder.down_blocks if len(stage) and hasattr(stage[-1], "stride")
     ]
@@ -125,7 +127,7 @@ def _write_encoder(encoder: nn.Module, components: Components) -> None:
     out.bias.copy_(torch.from_numpy(-components.mean))
 
 
-def _write_decoder(decoder: nn.Module, components: Components, constant: float, lift: float) -> None:
+def _write_decoder(decoder: Any, components: Components, constant: float, lift: float) -> None:
     back = (components.last / components.gain[:, None]).T
     first = decoder.conv_in
     rows, columns = first.weight.shape[:2]

@@ -104,7 +104,7 @@ def set_gradients(parameters: Sequence[nn.Parameter], gradients: Sequence[Sequen
 
 
 def save_checkpoint(
-    path: Path, step: int, model: nn.Module, average: Average, optimiser: torch.optim.Optimizer
+    path: Path, step: int, model: Model, average: Average[Model], optimiser: torch.optim.Optimizer
 ) -> None:
     """Writes all that a training goes on from; the file is replaced once it is whole."""
     part = path.with_suffix(".part")
@@ -119,7 +119,7 @@ def save_checkpoint(
 
 
 def load_checkpoint(
-    path: Path, device: torch.device, model: nn.Module, average: Average, optimiser: torch.optim.Optimizer
+    path: Path, device: torch.device, model: Model, average: Average[Model], optimiser: torch.optim.Optimizer
 ) -> int:
     """Puts a training back to where `save_checkpoint` left it. Returns the step."""
     saved = torch.load(path, map_location=device)

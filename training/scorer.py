@@ -13,7 +13,7 @@ import multiprocessing
 import signal
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass
 from itertools import pairwise
@@ -104,7 +104,7 @@ def draw(seed: int) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
     return np.stack(pictures), np.asarray(truths)
 
 
-def endless(first: int, processes: int) -> Iterator[tuple[Tensor, Tensor]]:
+def endless(first: int, processes: int) -> Generator[tuple[Tensor, Tensor], None, None]:
     """Batches of fresh renders, painted ahead by other processes."""
     # Spawned: a process forked from one that has used threads or a GPU may hang.
     with ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn")) as pool:

@@ -14,7 +14,7 @@ SCRIPT = Path(__file__).parents[2] / "bench" / "gpu.sh"
 
 def run(*arguments: str, python: str = sys.executable, results: Path) -> subprocess.CompletedProcess[str]:
     environment = os.environ | {"PYTHON": python, "RESULTS": str(results), "OMP_NUM_THREADS": "1"}
-    command = ["bash", SCRIPT, "--miniature", *arguments]
+    command = ["bash", str(SCRIPT), "--miniature", *arguments]
     return subprocess.run(command, capture_output=True, text=True, env=environment)
 
 

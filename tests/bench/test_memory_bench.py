@@ -111,9 +111,9 @@ def test_a_child_that_is_no_program(bench: Any) -> None:
 
 
 def test_the_least_budget_is_kept_by_a_process_of_its_own(miniature: Miniature, tmp_path: Path) -> None:
-    command = [sys.executable, BENCH / "memory.py", "generate", miniature("1.6b"), "--size", "128"]
+    command = [sys.executable, str(BENCH / "memory.py"), "generate", str(miniature("1.6b")), "--size", "128"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    command += ["--budgets", "least", "--scratch", tmp_path]
+    command += ["--budgets", "least", "--scratch", str(tmp_path)]
     finished = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert finished.returncode == 0, finished.stderr
     report = json.loads(finished.stdout.splitlines()[-1])

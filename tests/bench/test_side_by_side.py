@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,12 +20,13 @@ Report = dict[str, Any]
 def bench(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """bench/side_by_side.py as a module; what it sets for its children ends with the test."""
     monkeypatch.syspath_prepend(BENCH)
+    import report
     import side_by_side
 
     for name in ("HANDSCROLL_CACHE", "HANDSCROLL_TRITON", "TORCHINDUCTOR_CACHE_DIR", "TOKENIZERS_PARALLELISM"):
         monkeypatch.setenv(name, "")
-    monkeypatch.setattr(side_by_side.signal, "signal", lambda *_: None)
-    monkeypatch.setattr(side_by_side.report, "RESULTS", side_by_side.report.RESULTS)
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    monkeypatch.setattr(report, "RESULTS", report.RESULTS)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield side_by_side

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -118,7 +119,7 @@ def test_the_latent_holds_the_picture_and_no_more(width: int, height: int) -> No
         {"memory_bytes": 2**30, "decode": "tiled"},
     ],
 )
-def test_a_request_that_cannot_be_meant_is_refused(options: dict) -> None:
+def test_a_request_that_cannot_be_meant_is_refused(options: dict[str, Any]) -> None:
     with pytest.raises(UsageError) as refused:
         Request("a lake", **options)
     assert "\n" not in str(refused.value)

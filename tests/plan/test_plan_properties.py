@@ -168,7 +168,8 @@ def check_plan(draw: Draw, plan: Plan) -> None:
     hardware = draw.inputs.hardware
     assert plan.decoding is not None
     if draw.inputs.tokens is None:
-        assert plan.text is plan.denoise is None
+        assert plan.text is None
+        assert plan.denoise is None
     else:
         assert plan.denoise is not None
         assert 0 <= plan.denoise.resident_layers <= draw.spec.transformer.num_layers
@@ -227,7 +228,7 @@ def check_sweeps(half: type[DecoderShape], stage: DecodeStage, draw: Draw, plan:
         assert sweep.store != "host" or hardware.is_cuda
         assert sweep.seconds > 0
     assert stage.sweeps[0].store == "memory"
-    room = {"disk": hardware.scratch_bytes, "host": hardware.host_bytes}
+    room: dict[str | None, int] = {"disk": hardware.scratch_bytes, "host": hardware.host_bytes}
     for first, second in zip(stage.sweeps[:-1], stage.sweeps[1:], strict=True):
         index = stage.sweeps.index(second)
         for place in {first.store, second.store} & room.keys():

@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,10 +19,11 @@ import miniatures
 from handscroll.errors import CheckpointError, UnknownModelError
 from handscroll.models.checkpoint import CheckpointSpec
 from handscroll.models.opening import open_checkpoint
-from handscroll.runtime.modules import load_module, load_rows, load_scheduler, load_tokenizer, open_module
+from handscroll.runtime.modules import Component, load_module, load_rows, load_scheduler, load_tokenizer, open_module
+from handscroll.runtime.session import Half
 from handscroll.weights import files
 
-WEIGHTS = {
+WEIGHTS: dict[Component, str] = {
     "transformer": "diffusion_pytorch_model.safetensors",
     "vae": "diffusion_pytorch_model.safetensors",
     "text_encoder": "model.safetensors",
@@ -41,7 +43,7 @@ def spec_of(folder: Path) -> CheckpointSpec:
     return CheckpointSpec.from_folder(folder)
 
 
-def run_transformer(model: torch.nn.Module, dtype: torch.dtype) -> torch.Tensor:
+def run_transformer(model: SanaTransformer2DModel, dtype: torch.dtype) -> torch.Tensor:
     generator = torch.Generator().manual_seed(1)
     latent = torch.randn(2, 32, 4, 4, generator=generator).to(dtype)
     text = torch.randn(2, 9, 48, generator=generator).to(dtype)
@@ -51,13 +53,13 @@ def run_transformer(model: torch.nn.Module, dtype: torch.dtype) -> torch.Tensor:
         return model(latent, text, timestep, guidance=guidance).sample
 
 
-def run_autoencoder(model: torch.nn.Module, dtype: torch.dtype) -> torch.Tensor:
+def run_autoencoder(model: AutoencoderDC, dtype: torch.dtype) -> torch.Tensor:
     latent = torch.randn(1, 32, 3, 5, generator=torch.Generator().manual_seed(2)).to(dtype)
     with torch.no_grad():
         return model.decode(latent).sample
 
 
-def run_text_encoder(model: torch.nn.Module, dtype: torch.dtype) -> torch.Tensor:
+def run_text_encoder(model: Gemma2Model, dtype: torch.dtype) -> torch.Tensor:
     ids = torch.randint(4, 260, (2, 20), generator=torch.Generator().manual_seed(3))
     mask = torch.ones_like(ids)
     mask[1, 11:] = 0
@@ -142,7 +144,7 @@ def test_a_text_encoder_saved_as_a_language_model(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("options", [{"max_shard_size": "100KB"}, {"variant": "bf16"}, {"variant": "fp16"}])
-def test_shards_and_variants_hold_the_same(miniature: Miniature, tmp_path: Path, options: dict[str, str]) -> None:
+def test_shards_and_variants_hold_the_same(miniature: Miniature, tmp_path: Path, options: dict[str, Any]) -> None:
     folder = miniatures.make_checkpoint(tmp_path / "other", row="1.6b", **options)
     for component in WEIGHTS:
         plain = load_module(spec_of(miniature("1.6b")), component, dtype=torch.float32, device="cpu")
@@ -151,7 +153,7 @@ def test_shards_and_variants_hold_the_same(miniature: Miniature, tmp_path: Path,
 
 
 @pytest.mark.parametrize(("part", "absent"), [("decoder", "encoder"), ("encoder", "decoder")])
-def test_half_an_autoencoder(miniature: Miniature, part: str, absent: str) -> None:
+def test_half_an_autoencoder(miniature: Miniature, part: Half, absent: Half) -> None:
     spec = spec_of(miniature("1.6b"))
     half = load_module(spec, "vae", dtype=torch.float32, device="cpu", part=part)
     whole = load_module(spec, "vae", dtype=torch.float32, device="cpu")
@@ -176,7 +178,7 @@ def test_a_module_comes_ready_to_run(miniature: Miniature) -> None:
 def test_equal_dtypes_map_the_file_and_writing_does_not_reach_it(folder: Path) -> None:
     file = folder / "transformer" / WEIGHTS["transformer"]
     before = file.read_bytes()
-    module = load_module(spec_of(folder), "transformer", dtype=torch.float32, device="cpu")
+    module: SanaTransformer2DModel = load_module(spec_of(folder), "transformer", dtype=torch.float32, device="cpu")
     storages = {parameter.untyped_storage().data_ptr() for parameter in module.parameters()}
     assert len(storages) == 1
     with torch.no_grad():
@@ -196,8 +198,10 @@ def test_conversion_in_several_pieces(miniature: Miniature, monkeypatch: pytest.
 
 def test_tensors_that_are_left_stay_on_the_meta_device(miniature: Miniature) -> None:
     spec = spec_of(miniature("1.6b", dtype=torch.bfloat16))
-    whole = load_module(spec, "text_encoder", dtype=torch.float32, device="cpu")
-    lean = load_module(spec, "text_encoder", dtype=torch.float32, device="cpu", leave={"embed_tokens.weight"})
+    whole: Gemma2Model = load_module(spec, "text_encoder", dtype=torch.float32, device="cpu")
+    lean: Gemma2Model = load_module(
+        spec, "text_encoder", dtype=torch.float32, device="cpu", leave={"embed_tokens.weight"}
+    )
     assert lean.embed_tokens.weight.is_meta
     ids = torch.tensor([[2, 70, 80, 299, 70]])
     rows = load_rows(spec, "text_encoder", "embed_tokens.weight", ids)
@@ -208,8 +212,10 @@ def test_tensors_that_are_left_stay_on_the_meta_device(miniature: Miniature) -> 
         assert lean(inputs_embeds=rows).last_hidden_state.equal(whole(ids).last_hidden_state)
 
     spec = spec_of(miniature("1.6b-4k"))
-    lean = load_module(spec, "transformer", dtype=torch.float32, device="cpu", leave={"patch_embed.pos_embed"})
-    assert lean.patch_embed.pos_embed.is_meta
+    transformer: SanaTransformer2DModel = load_module(
+        spec, "transformer", dtype=torch.float32, device="cpu", leave={"patch_embed.pos_embed"}
+    )
+    assert transformer.patch_embed.pos_embed.is_meta
 
 
 @pytest.mark.parametrize("row", [300, -1])
@@ -223,6 +229,7 @@ def test_a_row_that_is_not_there(miniature: Miniature, row: int) -> None:
 def test_an_opened_module_has_shapes_and_no_memory(miniature: Miniature, monkeypatch: pytest.MonkeyPatch) -> None:
     spec = spec_of(miniature("1.6b-4k"))
     monkeypatch.setattr("diffusers.models.embeddings.get_2d_sincos_pos_embed", _refuse_what_is_real)
+    lean: SanaTransformer2DModel
     lean, stream = open_module(spec, "transformer", dtype=torch.bfloat16, device="cpu", leave={"patch_embed.pos_embed"})
     assert all(tensor.is_meta for tensor in (*lean.parameters(), *lean.buffers()))
     stream.keep(lean)
@@ -230,9 +237,10 @@ def test_an_opened_module_has_shapes_and_no_memory(miniature: Miniature, monkeyp
     assert not any(parameter.is_meta for parameter in lean.parameters())
     monkeypatch.undo()
 
+    table: SanaTransformer2DModel
     table, _ = open_module(spec, "transformer", dtype=torch.bfloat16, device="cpu")
     assert [name for name, tensor in table.named_buffers() if not tensor.is_meta] == ["patch_embed.pos_embed"]
-    whole = load_module(spec, "transformer", dtype=torch.bfloat16, device="cpu")
+    whole: SanaTransformer2DModel = load_module(spec, "transformer", dtype=torch.bfloat16, device="cpu")
     assert table.patch_embed.pos_embed.equal(whole.patch_embed.pos_embed)
 
 
@@ -242,7 +250,7 @@ def _refuse_what_is_real(*arguments: object, **options: object) -> torch.Tensor:
     return table
 
 
-def rewrite(folder: Path, component: str, change: Callable[[dict[str, torch.Tensor]], None]) -> None:
+def rewrite(folder: Path, component: Component, change: Callable[[dict[str, torch.Tensor]], None]) -> None:
     file = folder / component / WEIGHTS[component]
     tensors = load_file(file)
     change(tensors)
@@ -264,7 +272,7 @@ def rewrite(folder: Path, component: str, change: Callable[[dict[str, torch.Tens
     ],
 )
 def test_a_tensor_that_does_not_fit_is_named(
-    folder: Path, component: str, change: Callable[[dict[str, torch.Tensor]], None], says: list[str]
+    folder: Path, component: Component, change: Callable[[dict[str, torch.Tensor]], None], says: list[str]
 ) -> None:
     rewrite(folder, component, change)
     with pytest.raises(CheckpointError) as caught:

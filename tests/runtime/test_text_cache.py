@@ -43,8 +43,12 @@ def assert_same(ours: Text | None, theirs: Text) -> None:
     assert ours is not None
     assert ours.embeddings.dtype == theirs.embeddings.dtype
     assert ours.embeddings.equal(theirs.embeddings)
-    assert (ours.mask is None) == (theirs.mask is None)
-    assert ours.mask is None or (ours.mask.dtype is torch.bool and ours.mask.equal(theirs.mask))
+    if theirs.mask is None:
+        assert ours.mask is None
+    else:
+        assert ours.mask is not None
+        assert ours.mask.dtype is torch.bool
+        assert ours.mask.equal(theirs.mask)
 
 
 @pytest.mark.parametrize("masked", [False, True])

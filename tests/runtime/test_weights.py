@@ -14,23 +14,24 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from transformers import Gemma2Model
 
 from handscroll.errors import CheckpointError
 from handscroll.limits import SLOTS
 from handscroll.models.checkpoint import CheckpointSpec
-from handscroll.runtime import text
 from handscroll.runtime.memory import trim
-from handscroll.runtime.modules import load_module, load_tokenizer, open_module
+from handscroll.runtime.modules import Component, load_module, load_tokenizer, open_module
 from handscroll.runtime.text import encode_prompt
-from handscroll.runtime.text_encoder import open_text_encoder
+from handscroll.runtime.text_encoder import EMBEDDING_TABLE, open_text_encoder
 from handscroll.system import resident_bytes
 from handscroll.weights import files
+from handscroll.weights.buffers import InPlaceBuffer
 from handscroll.weights.header import read_header
 from handscroll.weights.stream import WeightStream
 from live_bytes import LiveBytes
 
 Miniature = Callable[..., Path]
-COMPONENTS = ("transformer", "vae", "text_encoder")
+COMPONENTS: tuple[Component, ...] = ("transformer", "vae", "text_encoder")
 MIB = 2**20
 
 
@@ -67,6 +68,8 @@ class HostTransfer:
 
 class Stack(nn.Module):
     """Equal linear layers and a buffer that is stored."""
+
+    count: Tensor
 
     def __init__(self, layers: int, width: int) -> None:
         super().__init__()
@@ -165,11 +168,12 @@ def test_half_an_autoencoder_and_what_is_left_out(miniature: Miniature, part: An
     assert stream.bytes_of(half) == sum(sizes)
     assert stream.bytes_of(half, but=[half.conv_in]) == sum(sizes) - stream.bytes_of(half.conv_in)
 
-    module, stream = open_module(spec, "text_encoder", dtype=torch.bfloat16, device="cpu", leave={"norm.weight"})
-    stream.keep(module)
-    assert module.norm.weight.is_meta
-    with stream.lend(module.norm):
-        assert module.norm.weight.is_meta
+    encoder: Gemma2Model
+    encoder, stream = open_module(spec, "text_encoder", dtype=torch.bfloat16, device="cpu", leave={"norm.weight"})
+    stream.keep(encoder)
+    assert encoder.norm.weight.is_meta
+    with stream.lend(encoder.norm):
+        assert encoder.norm.weight.is_meta
 
 
 def test_lent_weights_are_aligned_as_mapped_ones(tmp_path: Path) -> None:
@@ -250,6 +254,7 @@ def test_one_buffer_serves_layer_after_layer(tmp_path: Path) -> None:
     with LiveBytes() as live:
         places = set()
         for layer in module.layers:
+            assert isinstance(layer, nn.Linear)
             with stream.lend(layer):
                 places.add(layer.weight.untyped_storage().data_ptr())
                 gc.collect()
@@ -482,7 +487,8 @@ def test_a_text_encoder_runs_in_the_memory_of_one_layer(
 ) -> None:
     spec = CheckpointSpec.from_folder(miniature("1.6b", dtype=stored, text_encoder={"num_hidden_layers": 5}))
     tokenizer = load_tokenizer(spec)
-    whole = load_module(spec, "text_encoder", dtype=dtype, device="cpu", leave={text.EMBEDDING_TABLE})
+    whole = load_module(spec, "text_encoder", dtype=dtype, device="cpu", leave={EMBEDDING_TABLE})
+    encoder: Gemma2Model
     encoder, stream = open_text_encoder(spec, dtype=dtype, device="cpu")
     assert is_empty(encoder.layers)
     for prompt, instruction in (("a lake", "paint: "), ("", ""), ("x" * 400, "")):
@@ -491,6 +497,8 @@ def test_a_text_encoder_runs_in_the_memory_of_one_layer(
             ours = encode_prompt(spec, encoder, tokenizer, prompt, instruction)
         assert ours.embeddings.equal(expected.embeddings)
         assert is_empty(encoder.layers)
+    assert isinstance(stream._memory, InPlaceBuffer)
+    assert stream._memory._idle is not None
     assert stream._memory._idle.nbytes < 1.1 * stream.bytes_of(encoder.layers[0])
     stream.close()
 
@@ -498,6 +506,7 @@ def test_a_text_encoder_runs_in_the_memory_of_one_layer(
 def test_a_layer_that_cannot_be_read_ends_the_run(miniature: Miniature, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(miniature("1.6b"), tmp_path / "copy"))
     spec = CheckpointSpec.from_folder(folder)
+    encoder: Gemma2Model
     encoder, stream = open_text_encoder(spec, dtype=torch.float32, device="cpu")
     rows = torch.zeros(1, 3, 48)
     good = encoder(inputs_embeds=rows, use_cache=False).last_hidden_state
@@ -537,6 +546,7 @@ def test_layers_on_a_device_are_those_of_the_file(tmp_path: Path, dtype: torch.d
         for _ in range(3):
             hidden = x
             for index, layer in enumerate(module.layers):
+                assert isinstance(layer, nn.Linear)
                 with stream.lend(layer):
                     stream.prefetch(*module.layers[index + 1 : index + 2])
                     assert layer.weight.is_cuda

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -128,7 +129,7 @@ def test_a_meadow_has_the_colour_of_its_season(season: str, holds: Callable[[flo
         assert holds(*render(scene, 96, 96)[88:, 40:56].reshape(-1, 3).mean(axis=0))
 
 
-CHANGES: dict[str, tuple[Callable[[Scene], bool], dict[str, object]]] = {
+CHANGES: dict[str, tuple[Callable[[Scene], bool], dict[str, Any]]] = {
     "clouds": (lambda s: s.clouds == "many" and s.weather == "clear", {"clouds": "none"}),
     "rain": (lambda s: s.weather == "rain", {"weather": "clear"}),
     "snowfall": (lambda s: s.weather == "snowfall", {"weather": "clear"}),

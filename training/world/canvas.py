@@ -9,20 +9,20 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from .noise import Floats
+from .noise import Floats, Reals
 from .palettes import Colour, Palette, array
 from .scene import Scene
 
 Points = Sequence[tuple[float, float]]
 
 
-def ramp(values: Floats, start: float, end: float) -> Floats:
+def ramp(values: Reals, start: float, end: float) -> Floats:
     """0 below `start`, 1 above `end`, smooth between."""
     t = np.clip((values - np.float32(start)) / np.float32(end - start), 0, 1)
     return t * t * (3 - 2 * t)
 
 
-def lay(target: Floats, colour: Floats, alpha: Floats) -> None:
+def lay(target: Floats, colour: Reals, alpha: Reals) -> None:
     """Blend `colour` (one colour, or one a pixel) over `target` in place."""
     target += (colour - target) * alpha[..., None]
 

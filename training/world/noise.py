@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 Floats = NDArray[np.float32]
+Reals = NDArray[np.floating]  # of whatever precision a formula came out in
 LATTICE = 256
 
 

@@ -184,7 +184,7 @@ def sample_scene(rng: np.random.Generator) -> Scene:
     if subject != "none" and chance(0.25):
         subject = "none"
     near_tree_on_left = chance(0.5)
-    sides = ("left", "centre", "right")
+    sides: tuple[str, ...] = ("left", "centre", "right")
     if near_tree != "none":
         sides = ("centre", "right") if near_tree_on_left else ("left", "centre")
     subject_x = beside(pick(sides))
