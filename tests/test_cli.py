@@ -22,6 +22,7 @@ import tomllib
 import types
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ from rich.console import Console
 from handscroll import pipeline
 from handscroll.cli import main as cli
 from handscroll.cli import work
+from handscroll.cli.doctor import health_text
 from handscroll.cli.progress import progress_bars
 from handscroll.errors import BudgetError
 from handscroll.events import OnEvent, Progress, ignore, notice
@@ -125,7 +127,12 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
 
 
 def _result(path: Path, seed: int = 0) -> Result:
-    memory = {"budget_bytes": None, "planned_peak_bytes": None, "measured_peak_bytes": 3 << 30, "stages": {}}
+    memory: dict[str, Any] = {
+        "budget_bytes": None,
+        "planned_peak_bytes": None,
+        "measured_peak_bytes": 3 << 30,
+        "stages": {},
+    }
     return Result(path, 64, 32, seed, 20, 4.5, "tiny", "fp32", "rows", True, memory, {"total": 1.25})
 
 
@@ -428,7 +435,7 @@ def test_a_prompt_that_is_no_text_is_refused(shell: Shell) -> None:
 
 
 def test_a_closed_stdin_holds_no_prompt(shell: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cli.sys, "stdin", None)
+    monkeypatch.setattr(sys, "stdin", None)
     assert cli.run(["generate", "-"]) == 2
 
 
@@ -704,7 +711,7 @@ def test_doctor_names_what_is_broken_and_the_command_that_mends_it(
             raise OSError("libvips.so.42: cannot open shared object file\nmore")
         return import_module(name)
 
-    monkeypatch.setattr(health.importlib, "import_module", broken_import)
+    monkeypatch.setattr(importlib, "import_module", broken_import)
     ran = shell("doctor", "--json")
     assert ran.exit_code == 1
     assert ran.json["ok"] is False
@@ -726,7 +733,7 @@ def test_doctor_still_tells_the_rest_where_memory_cannot_be_asked_for(monkeypatc
     assert [problem.part for problem in found.problems if problem.needed] == ["psutil"]
     assert found.memory == {"total_bytes": None, "available_bytes": None}
     assert found.devices[0]["cores"] >= 1
-    assert "unknown of unknown available" in found.as_text()
+    assert "unknown of unknown available" in health_text(found)
 
 
 def test_doctor_knows_what_the_package_depends_on() -> None:
@@ -748,15 +755,15 @@ def test_doctor_asks_the_installation_what_to_install(
 ) -> None:
     told = ["pytest>=8.0; extra == 'dev'", "triton>=3.4; (sys_platform == 'linux') and extra == 'dev'"]
     told += ["huggingface-hub<3,>=1.0", "pyvips[binary]>=3.0", "torch<2.14,>=2.9"]
-    monkeypatch.setattr(health.metadata, "requires", lambda name: told if name == "handscroll" else None)
+    monkeypatch.setattr(metadata, "requires", lambda name: told if name == "handscroll" else None)
     assert health.requirement_of(package) == expected
 
 
 def test_doctor_names_a_package_where_handscroll_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     def missing(name: str) -> None:
-        raise health.metadata.PackageNotFoundError(name)
+        raise metadata.PackageNotFoundError(name)
 
-    monkeypatch.setattr(health.metadata, "requires", missing)
+    monkeypatch.setattr(metadata, "requires", missing)
     assert health.requirement_of("torch") == "torch"
 
 

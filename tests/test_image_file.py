@@ -13,6 +13,7 @@ import threading
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -42,7 +43,7 @@ def in_strips(pixels: np.ndarray, rows: int = 7) -> Iterator[np.ndarray]:
         yield pixels[top : top + rows]
 
 
-def save(path: Path, pixels: np.ndarray, parameters: str = "", **options: object) -> Path:
+def save(path: Path, pixels: np.ndarray, parameters: str = "", **options: Any) -> Path:
     target = check_target(path, pixels.shape[1], pixels.shape[0])
     return write_image(target, in_strips(pixels), parameters, **options)
 
@@ -388,7 +389,14 @@ def test_files_that_are_no_pictures(tmp_path: Path) -> None:
 
 
 def test_parameters_text_follows_the_convention() -> None:
-    known = {"steps": 20, "guidance": 4.5, "seed": 7, "width": 1024, "height": 512, "memory_mode": "rows"}
+    known: dict[str, Any] = {
+        "steps": 20,
+        "guidance": 4.5,
+        "seed": 7,
+        "width": 1024,
+        "height": 512,
+        "memory_mode": "rows",
+    }
     text = parameters_text(
         "a red sun\n", "blur, noise", sampler="DPM++", model="sana", version="0.1", exact=True, **known
     )
@@ -452,7 +460,7 @@ def test_a_failing_disk_leaves_the_older_file(
     def failing(*arguments: object) -> int:
         raise OSError(number, os.strerror(number))
 
-    monkeypatch.setattr(writing.os, call, failing)
+    monkeypatch.setattr(os, call, failing)
     expected = os.strerror(number) if number == errno.EIO else r"disk full while writing .* needs .* free in"
     with pytest.raises(OutputError, match=expected) as refusal:
         save(older, picture(16, 16), "newer")
@@ -488,7 +496,7 @@ def test_an_older_deep_zoom_pair_survives_a_failed_exchange(
             raise OSError(errno.EIO, "gone")
         rename(source, destination)
 
-    monkeypatch.setattr(writing.os, "rename", failing)
+    monkeypatch.setattr(os, "rename", failing)
     with pytest.raises(OutputError, match="gone"):
         save(path, picture(20, 20), "newer")
     assert names(tmp_path) == {"out.dzi", "out_files"}
@@ -675,7 +683,7 @@ def test_a_deep_zoom_exchange_that_was_killed_can_be_made_again(tmp_path: Path, 
 
 def test_systems_that_do_not_name_open_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     exists = os.path.exists
-    monkeypatch.setattr(writing.os.path, "exists", lambda p: not str(p).startswith("/proc") and exists(p))
+    monkeypatch.setattr(os.path, "exists", lambda p: not str(p).startswith("/proc") and exists(p))
     pixels = picture(30, 20)
     np.testing.assert_array_equal(load(save(tmp_path / "out.png", pixels)), pixels)
     assert names(tmp_path) == {"out.png"}

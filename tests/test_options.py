@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import inspect
 import json
 import subprocess
 import sys
@@ -16,10 +15,11 @@ import numpy as np
 import pytest
 import typer
 
-from handscroll import Handscroll, decode_latent, pipeline
+from handscroll import Handscroll, api, decode_latent
 from handscroll.cli.main import app
 from handscroll.cli.options import takes_options
 from handscroll.errors import PromptError, SizeError, UsageError
+from handscroll.models.opening import open_checkpoint
 from handscroll.options import check_fields, fields_of, option, options_of, within
 from handscroll.request import DecodeName, PrecisionName, Request
 
@@ -102,16 +102,20 @@ def test_the_class_takes_what_the_table_says(monkeypatch: pytest.MonkeyPatch) ->
     def asked(spec: Any, request: Request) -> None:
         raise Asked(request)
 
-    monkeypatch.setattr(pipeline, "survey", asked)
-    scroll = Handscroll(None, "cpu", "bf16", 2**30)
-    given = {"negative": "fog", "size": "64x96", "steps": 3, "guidance": 2.5, "seed": 9, "patches": 8}
+    monkeypatch.setattr(api, "probe", asked)
+    scroll = Handscroll(open_checkpoint("tiny-landscape"), "cpu", "bf16", 2**30)
+    given: dict[str, Any] = {"negative": "fog", "size": "64x96", "steps": 3, "guidance": 2.5, "seed": 9, "patches": 8}
     given |= {"strip_rows": 2, "compose": "off", "decode": "rows"}
     assert given.keys() == taken_by("scroll")
     with pytest.raises(Asked) as caught:
         scroll("a lake", **given)
     own = {"precision": "bf16", "device": "cpu", "memory_bytes": 2**30}
     assert caught.value.args[0] == Request.of("a lake", **given, **own)
-    assert taken_by("from_pretrained") <= inspect.signature(Handscroll.from_pretrained).parameters.keys()
+    opened = Handscroll.from_pretrained(device="cpu", precision="bf16", memory="1GiB")
+    assert (opened.device, opened.precision, opened.memory_bytes) == ("cpu", "bf16", 2**30)
+    assert taken_by("from_pretrained") == {"device", "precision", "memory", "revision"}
+    with pytest.raises(UsageError, match="no option of from_pretrained"):
+        Handscroll.from_pretrained(steps=3)
     with pytest.raises(UsageError, match=r"memory is no option of scroll; it is one of generate, .*from_pretrained"):
         scroll("a lake", memory="1GiB")
 

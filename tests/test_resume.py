@@ -139,7 +139,8 @@ class Nursery:
     def wait(self) -> tuple[int, str, str]:
         """Exit code (negative: a signal), stdout and stderr of the run that was started."""
         exit_code = int(self._read())
-        return exit_code, *(Path(f"{self._out}.{name}").read_text() for name in ("stdout", "stderr"))
+        stdout, stderr = (Path(f"{self._out}.{name}").read_text() for name in ("stdout", "stderr"))
+        return exit_code, stdout, stderr
 
     def run(self, folder: Path, arguments: list[str], prepare: str = SAVE_EVERY_STEP) -> tuple[int, str, str]:
         self.start(folder, arguments, prepare)

@@ -71,7 +71,6 @@ class Request:
         commands=("generate", "plan", "bench"),
         left_to={"decode": "Whose autoencoder to use. Left out, the one in the file."},
     )
-    revision: str | None = option(None, "Of a hub model: branch, tag or commit.", metavar="REV", commands=OPENING)
     width: int | None = option(
         None,
         "Pixels: 4096x2048, or 4096 for a square. Left out, the model's.",
@@ -147,6 +146,7 @@ class Request:
         parse=parse_compose,
         shown="auto",
     )
+    revision: str | None = option(None, "Of a hub model: branch, tag or commit.", metavar="REV", commands=OPENING)
 
     @classmethod
     def of(cls, prompt: str, **options: Any) -> Self:

@@ -156,7 +156,7 @@ class Lender:
                 lent.append((own, dict(own)))
                 for name, value in real.items():
                     copied = None if value is None else value.clone()
-                    own[name] = nn.Parameter(copied, False) if table == "_parameters" and value is not None else copied
+                    own[name] = copied if copied is None or table == "_buffers" else nn.Parameter(copied, False)
         yield
         for own, before in lent:
             for value in own.values():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -141,13 +141,19 @@ def test_other_configurations(overrides: dict[str, Any]) -> None:
 def test_a_batch_is_its_pictures() -> None:
     model = transformer("sprint-1.6b")
     one, other = (branches(model, 5, 4, texts=(6,), seed=seed)[0] for seed in (1, 2))
-    both = Branch(*(None if a is None else torch.cat([a, b]) for a, b in zip(*map(_fields, (one, other)), strict=True)))
+    both = _of_fields(
+        None if a is None else torch.cat([a, b]) for a, b in zip(_fields(one), _fields(other), strict=True)
+    )
     out = predict(model, [both], band_rows=2)[0]
     torch.testing.assert_close(out, whole(model, both), atol=2e-5, rtol=0)
 
 
-def _fields(branch: Branch) -> tuple[Tensor | None, ...]:
+def _fields(branch: Branch) -> tuple[Any, ...]:
     return branch.latent, branch.text, branch.mask, branch.timestep, branch.guidance
+
+
+def _of_fields(fields: Iterable[Any]) -> Branch:
+    return Branch(*fields)
 
 
 def test_slabs_of_hidden_channels_change_next_to_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -179,7 +185,7 @@ def test_bfloat16_is_as_near_to_fp32_as_diffusers() -> None:
             rounded = transformer(row, torch.bfloat16, seed=seed)
             for size in ((4, 4), (7, 9)):
                 (given,) = branches(rounded, *size, texts=(9,), seed=seed)
-                exact = whole(model, Branch(*(_widened(value) for value in _fields(given))))
+                exact = whole(model, _of_fields(_widened(value) for value in _fields(given)))
                 ours += float((predict(rounded, [given], band_rows=3)[0] - exact).square().sum())
                 theirs += float((whole(rounded, given) - exact).square().sum())
     assert ours <= 1.1**2 * theirs

@@ -52,11 +52,14 @@ def test_depthwise_gate(device: str, dtype: torch.dtype, channels: int, rows: in
         return backend.gate_(convolved.to(dtype).permute(0, 2, 3, 1).contiguous())
 
     # Values and gates in one strip, as the decoder has them, and each in its own, as the transformer has.
-    ours = triton.depthwise_gate(*some_rows(strip).chunk(2, dim=-1), weight.chunk(2), bias.chunk(2))
+    of_values, of_gates = weight.chunk(2)
+    values, gates = some_rows(strip).chunk(2, dim=-1)
+    biases = bias.chunk(2)
+    ours = triton.depthwise_gate(values, gates, (of_values, of_gates), (biases[0], biases[1]))
     assert_rounds_as(ours, expected(bias.float()))
     out = some_channels(torch.zeros_like(strip[:, 2:, :, :channels]))
     values, gates = (half.contiguous() for half in strip.chunk(2, dim=-1))
-    assert triton.depthwise_gate(values, gates, weight.chunk(2), (None, None), out) is out
+    assert triton.depthwise_gate(values, gates, (of_values, of_gates), (None, None), out) is out
     assert_rounds_as(out, expected(None))
 
 
@@ -66,7 +69,8 @@ def test_depthwise_gate_has_the_same_bits_at_every_height(device: str) -> None:
     weight = drawn(48, 1, 3, 3, dtype=torch.bfloat16, device=device)
 
     def gated(strip: Tensor) -> Tensor:
-        return triton.depthwise_gate(*strip.chunk(2, dim=-1), weight.chunk(2), (None, None))
+        (values, gates), (of_values, of_gates) = strip.chunk(2, dim=-1), weight.chunk(2)
+        return triton.depthwise_gate(values, gates, (of_values, of_gates), (None, None))
 
     rows = [gated(strip[:, row : row + 3]) for row in range(7)]
     assert torch.equal(torch.cat(rows, dim=1), gated(strip))

@@ -18,6 +18,7 @@ from transformers import Gemma2Config, Gemma2Model
 
 import miniatures
 from handscroll.banded import autoencoder
+from handscroll.banded import rows as row_maps
 from handscroll.banded.autoencoder import run as run_module
 from handscroll.banded.backend import has_onednn
 from handscroll.banded.rows import RowMap, cut
@@ -212,18 +213,15 @@ class Given(RowMap):
 def peaks_of_passes(live: LiveBytes) -> Iterator[list[int]]:
     """Of every pass over rows the most that was alive, maps and the layouts of oneDNN's weights left out."""
     peaks: list[int] = []
-    real = run_module.sweep
 
-    def sweep(source: Any, stages: Any) -> Iterator[Tensor]:
+    def watched(source: Any, stages: Any) -> Iterator[Tensor]:
         live.peak_bytes = 0
-        yield from real(source, stages)
+        yield from row_maps.sweep(source, stages)
         peaks.append(live.peak_bytes)
 
-    run_module.sweep = sweep  # type: ignore[assignment]
-    try:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run_module, "sweep", watched)
         yield peaks
-    finally:
-        run_module.sweep = real
 
 
 def measured_passes(units: Sequence[autoencoder.Unit], given: Tensor, run: Callable[[NewMap], object]) -> list[int]:

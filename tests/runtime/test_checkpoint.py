@@ -244,7 +244,7 @@ def test_an_opened_module_has_shapes_and_no_memory(miniature: Miniature, monkeyp
     assert table.patch_embed.pos_embed.equal(whole.patch_embed.pos_embed)
 
 
-def _refuse_what_is_real(*arguments: object, **options: object) -> torch.Tensor:
+def _refuse_what_is_real(*arguments: Any, **options: Any) -> torch.Tensor:
     table = get_2d_sincos_pos_embed(*arguments, **options)
     assert table.is_meta
     return table

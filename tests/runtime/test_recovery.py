@@ -10,7 +10,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -305,7 +305,7 @@ def test_numbers_that_overflow_in_half_precision_are_made_in_fp32(
     folder = Path(shutil.copytree(miniature("1.6b"), tmp_path / "model"))
     fragile(folder, stage, 1e5 if half == "fp16" else 3.4e38)
     lines: list[str] = []
-    request = Request("a lake", model=str(folder), width=64, height=64, steps=2, seed=3, precision=half)
+    request = Request("a lake", model=str(folder), width=64, height=64, steps=2, seed=3, precision=cast(Any, half))
     (result,) = generate(
         request,
         tmp_path / "p.png",
@@ -379,7 +379,7 @@ def test_numbers_that_fp32_cannot_hold_either_end_the_run(
 ) -> None:
     folder = fragile(Path(shutil.copytree(miniature("1.6b"), tmp_path / "model")), stage, float("inf"))
     lines: list[str] = []
-    request = Request("a lake", model=str(folder), width=64, height=64, steps=1, seed=3, precision=precision)
+    request = Request("a lake", model=str(folder), width=64, height=64, steps=1, seed=3, precision=cast(Any, precision))
     with pytest.raises(NumericsError) as failed:
         generate(request, tmp_path / "p.png", on_event=notices(lines))
     assert str(failed.value) == LINES[stage].partition(":")[0]

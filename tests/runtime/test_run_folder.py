@@ -8,7 +8,7 @@ import os
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -28,7 +28,7 @@ from handscroll.runtime.sampling.loop import denoise
 from handscroll.runtime.sampling.noise import starting_noise
 from handscroll.runtime.sampling.schedule import worth_saving
 from handscroll.runtime.sampling.state import SamplerState
-from handscroll.runtime.text import Text
+from handscroll.runtime.text_cache import Text
 from handscroll.weights.tensor_file import read_tensors, write_tensors
 
 SHAPE = (1, 4, 3, 5)
@@ -74,7 +74,7 @@ def sampling(scheduler: Any, steps: int, **options: Any) -> Sampling:
     noise, generator = starting_noise(SHAPE[1], SHAPE[2], SHAPE[3], seed=3)
     text, negative = Text(torch.full((1, 2, 3), 0.3)), Text(torch.full((1, 2, 3), -0.2))
     return Sampling(
-        Transformer(), scheduler, noise, generator, text, negative, steps, 4.5, lambda done: None, **options
+        cast(Any, Transformer()), scheduler, noise, generator, text, negative, steps, 4.5, lambda done: None, **options
     )
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from handscroll.units import duration, gibibytes
 
 if TYPE_CHECKING:
-    from handscroll.pipeline import Result
+    from handscroll.jobs.result import Result
 
 
 def print_results(results: Sequence[Result], as_json: bool, quiet: bool) -> None:

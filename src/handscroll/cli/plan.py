@@ -99,7 +99,7 @@ def _how(stage: PartPlan, spec: CheckpointSpec) -> str:
         case DecodeStage():
             heights = [sweep.strip_rows for sweep in stage.sweeps]
             spilled = {sweep.store for sweep in stage.sweeps[1:] if sweep.store in ("host", "disk")}
-            remarks = [f"{sum(s.store == where for s in stage.sweeps)} maps {PLACES[where or '']}" for where in spilled]
+            remarks = [f"{sum(s.store == where for s in stage.sweeps)} maps {PLACES[where]}" for where in spilled]
             if stage.recomputed:
                 remarks.append(f"{sum(sweep.store is None for sweep in stage.sweeps)} maps recomputed")
             span = f"{min(heights)} to {max(heights)} rows" if len(set(heights)) > 1 else _rows(heights[0])

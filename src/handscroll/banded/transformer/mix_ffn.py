@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from handscroll.banded import triton
-from handscroll.banded.layers import Function, LayerPass, row_by_row
+from handscroll.banded.backend import Function
+from handscroll.banded.layers import LayerPass, row_by_row
 from handscroll.banded.modules import GLUMBConv
 from handscroll.banded.rows import RowOp, Strip, Windowed
 from handscroll.limits import SLAB_CHANNELS, SLAB_MULTIPLE

@@ -151,6 +151,8 @@ def as_if_trained(module: nn.Module) -> Any:
     """Norms, biases and statistics as a training might leave them rather than as they start."""
     for layer in module.modules():
         if isinstance(layer, nn.BatchNorm2d):
+            assert layer.running_mean is not None
+            assert layer.running_var is not None
             layer.running_mean.normal_(0, 0.5)
             layer.running_var.uniform_(0.5, 2)
     module.eval().requires_grad_(False)
@@ -170,7 +172,7 @@ def through(op: RowOp, strips: list[Tensor]) -> list[Tensor]:
     return [strip for strip in ready if strip is not None]
 
 
-def streamed(decoder: nn.Module, latent: Tensor, strip_rows: int | None = None, **options: Any) -> Tensor:
+def streamed(decoder: Any, latent: Tensor, strip_rows: int | None = None, **options: Any) -> Tensor:
     return torch.cat(list(decode_rows(decoder, latent, strip_rows, **options)), dim=2)
 
 
@@ -179,5 +181,5 @@ def decode(model: AutoencoderDC, latent: Tensor, strip_rows: int | None = None, 
 
 
 @functools.cache
-def in_dtype(name: str, dtype: torch.dtype) -> nn.Module:
+def in_dtype(name: str, dtype: torch.dtype) -> Any:
     return copy.deepcopy(autoencoder(name).decoder).to(dtype)
