@@ -42,7 +42,7 @@ class Handscroll:
         self, spec: CheckpointSpec, device: str = "auto", precision: str = "auto", memory_bytes: int | None = None
     ) -> None:
         self.spec, self.device, self.precision, self.memory_bytes = spec, device, precision, memory_bytes
-        self.session = Session(spec, keep=memory_bytes is None, scratch=scratch_folder(None))
+        self.session = Session(spec, resident=memory_bytes is None, scratch=scratch_folder(None))
 
     @classmethod
     def from_pretrained(

@@ -139,7 +139,7 @@ def test_maps_kept_elsewhere_give_the_same_bits(kind: str, dtype: torch.dtype, t
             assert torch.equal(streamed(decoder, latent, strip_rows, starts=starts, new_map=new_map), expected)
 
 
-class Lender:
+class Weights:
     """A decoder on the meta device, whose modules are filled while they are lent and spoilt after."""
 
     def __init__(self, name: str, dtype: torch.dtype) -> None:
@@ -148,7 +148,7 @@ class Lender:
         self.twins = dict(zip(self.decoder.modules(), self.real.modules(), strict=True))
 
     @contextmanager
-    def lend(self, modules: Sequence[nn.Module]) -> Iterator[None]:
+    def materialize(self, modules: Sequence[nn.Module]) -> Iterator[None]:
         lent = []
         for module in itertools.chain(*(module.modules() for module in modules)):
             for table in ("_parameters", "_buffers"):
@@ -168,33 +168,33 @@ class Lender:
 @pytest.mark.parametrize("plain", [False, True], ids=["", "plain"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", CASES)
-def test_lent_weights_give_the_same_bits(name: str, dtype: torch.dtype, plain: bool) -> None:
-    lender = Lender(name, dtype)
+def test_materialized_weights_give_the_same_bits(name: str, dtype: torch.dtype, plain: bool) -> None:
+    weights = Weights(name, dtype)
     height, width = CASES[name].sizes[-1]
     latent = latent_of(autoencoder(name), height, width).to(dtype)
-    expected = streamed(lender.real, latent, 2, plain=plain)
-    assert torch.equal(streamed(lender.decoder, latent, 2, plain=plain, lend=lender.lend), expected)
-    assert all(parameter.is_meta for parameter in lender.decoder.parameters())
+    expected = streamed(weights.real, latent, 2, plain=plain)
+    assert torch.equal(streamed(weights.decoder, latent, 2, plain=plain, materialize=weights.materialize), expected)
+    assert all(parameter.is_meta for parameter in weights.decoder.parameters())
 
 
-def test_one_module_is_lent_at_a_time() -> None:
-    lender, entered, most = Lender("f32", torch.float32), [0], [0]
+def test_one_module_is_materialized_at_a_time() -> None:
+    weights, entered, most = Weights("f32", torch.float32), [0], [0]
 
     @contextmanager
-    def lend(modules: Sequence[nn.Module]) -> Iterator[None]:
+    def materialize(modules: Sequence[nn.Module]) -> Iterator[None]:
         entered[0] += len(modules)
         most[0] = max(most[0], entered[0])
-        with lender.lend(modules):
+        with weights.materialize(modules):
             yield
         entered[0] -= len(modules)
 
     latent = latent_of(autoencoder("f32"), 3, 4)
     starts = [0, 1, 0, 1, 0]
-    expected = streamed(lender.real, latent)
-    assert torch.equal(streamed(lender.decoder, latent, lend=lend, starts=starts), expected)
+    expected = streamed(weights.real, latent)
+    assert torch.equal(streamed(weights.decoder, latent, materialize=materialize, starts=starts), expected)
     assert most == [1]
     with pytest.raises(ValueError, match="meta"):
-        streamed(lender.decoder, latent)
+        streamed(weights.decoder, latent)
 
 
 @pytest.mark.parametrize(

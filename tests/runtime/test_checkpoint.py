@@ -232,7 +232,7 @@ def test_an_opened_module_has_shapes_and_no_memory(miniature: Miniature, monkeyp
     lean: SanaTransformer2DModel
     lean, stream = open_module(spec, "transformer", dtype=torch.bfloat16, device="cpu", leave={"patch_embed.pos_embed"})
     assert all(tensor.is_meta for tensor in (*lean.parameters(), *lean.buffers()))
-    stream.keep(lean)
+    stream.make_resident(lean)
     assert lean.patch_embed.pos_embed.is_meta
     assert not any(parameter.is_meta for parameter in lean.parameters())
     monkeypatch.undo()

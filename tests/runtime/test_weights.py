@@ -135,18 +135,18 @@ def test_what_is_lent_and_what_is_kept_is_what_is_loaded(
             entries = {site.entry.name: site.entry for sites in stream._sites.values() for site in sites}
             stream = WeightStream(module, entries, dtype, "cpu", transfer=transfer)
         names = [name for name, parameter in module.named_parameters() if parameter.is_meta]
-        with stream.lend(module):
+        with stream.materialize(module):
             assert same_tensors(module, loaded)
             assert not any(parameter.requires_grad for parameter in module.parameters())
         assert [name for name, parameter in module.named_parameters() if parameter.is_meta] == names
         for child in module.children():
-            with stream.lend(child):
+            with stream.materialize(child):
                 held = tensors_of(loaded)
                 for name, tensor in tensors_of(module).items():
                     assert tensor.is_meta or tensor.equal(held[name])
-        stream.keep(module)
+        stream.make_resident(module)
         assert same_tensors(module, loaded)
-        with stream.lend(module):
+        with stream.materialize(module):
             assert same_tensors(module, loaded)
         assert same_tensors(module, loaded)
         stream.close()
@@ -158,10 +158,10 @@ def test_half_an_autoencoder_and_what_is_left_out(miniature: Miniature, part: An
     loaded = load_module(spec, "vae", dtype=torch.bfloat16, device="cpu", part=part)
     module, stream = open_module(spec, "vae", dtype=torch.bfloat16, device="cpu", part=part)
     half, its = getattr(module, part), getattr(loaded, part)
-    stream.keep(module, but=[half.conv_in])
+    stream.make_resident(module, but=[half.conv_in])
     assert is_empty(half.conv_in)
     assert same_tensors(half.conv_out, its.conv_out)
-    with stream.lend(half.conv_in):
+    with stream.materialize(half.conv_in):
         assert same_tensors(half, its)
     assert is_empty(half.conv_in)
     sizes = [parameter.nbytes for parameter in its.parameters()]
@@ -170,9 +170,9 @@ def test_half_an_autoencoder_and_what_is_left_out(miniature: Miniature, part: An
 
     encoder: Gemma2Model
     encoder, stream = open_module(spec, "text_encoder", dtype=torch.bfloat16, device="cpu", leave={"norm.weight"})
-    stream.keep(encoder)
+    stream.make_resident(encoder)
     assert encoder.norm.weight.is_meta
-    with stream.lend(encoder.norm):
+    with stream.materialize(encoder.norm):
         assert encoder.norm.weight.is_meta
 
 
@@ -180,14 +180,14 @@ def test_lent_weights_are_aligned_as_mapped_ones(tmp_path: Path) -> None:
     """Or a product might be computed by another kernel, to other bits."""
     _, opened = make_stack(tmp_path, width=5)
     kept, keeper = opened()
-    keeper.keep(kept)
+    keeper.make_resident(kept)
     lent, lender = opened()
     for one, other in ((lent.layers[2], kept.layers[2]), (lent, kept)):
-        with lender.lend(one):
+        with lender.materialize(one):
             for ours, theirs in zip(one.parameters(), other.parameters(), strict=True):
                 assert ours.data_ptr() % 64 == theirs.data_ptr() % 64
     converted, stream = opened(torch.float64)
-    with stream.lend(converted):
+    with stream.materialize(converted):
         assert not any(parameter.data_ptr() % 64 for parameter in converted.parameters())
 
 
@@ -197,45 +197,45 @@ def test_conversion_in_several_pieces(
     loaded, opened = make_stack(tmp_path, width=33)
     monkeypatch.setattr(files, "STAGING_BYTES", 200)
     module, stream = opened(torch.bfloat16, transfer)
-    with stream.lend(module):
+    with stream.materialize(module):
         assert same_tensors(module, loaded.bfloat16())
 
 
 def test_the_same_tensors_may_be_lent_several_times_over(tmp_path: Path, transfer: HostTransfer | None) -> None:
     loaded, opened = make_stack(tmp_path)
     module, stream = opened(transfer=transfer)
-    first, second = stream.lend(module.layers[0]), stream.lend(module.layers, module.layers[1])
+    first, second = stream.materialize(module.layers[0]), stream.materialize(module.layers, module.layers[1])
     with first:
         held = module.layers[0].weight
-        with stream.lend(module.layers[0]), stream.lend(module.layers[:2]):
+        with stream.materialize(module.layers[0]), stream.materialize(module.layers[:2]):
             assert module.layers[0].weight is held
             assert same_tensors(module.layers[1], loaded.layers[1])
         assert is_empty(module.layers[1])
         assert module.layers[0].weight is held
         second.__enter__()
-    assert module.layers[0].weight is held, "the second loan outlives the first"
+    assert module.layers[0].weight is held, "the second use outlives the first"
     assert same_tensors(module.layers, loaded.layers)
-    with stream.lend(module):
+    with stream.materialize(module):
         assert same_tensors(module, loaded)
     second.__exit__(None, None, None)
     assert is_empty(module)
     assert isinstance(module.scale, nn.Parameter)
-    with stream.lend(module.layers[0]):
-        stream.keep(module.layers[0])
+    with stream.materialize(module.layers[0]):
+        stream.make_resident(module.layers[0])
     assert same_tensors(module.layers[0], loaded.layers[0])
-    with pytest.raises(ValueError, match="no part"), stream.lend(loaded.layers[0]):
+    with pytest.raises(ValueError, match="no part"), stream.materialize(loaded.layers[0]):
         pass
 
 
 def test_what_is_raised_inside_leaves_nothing_lent(tmp_path: Path, transfer: HostTransfer | None) -> None:
     loaded, opened = make_stack(tmp_path)
     module, stream = opened(transfer=transfer)
-    with pytest.raises(KeyError), stream.lend(module):
+    with pytest.raises(KeyError), stream.materialize(module):
         raise KeyError
     assert is_empty(module)
 
     def rows() -> Iterator[int]:
-        with stream.lend(module.layers):
+        with stream.materialize(module.layers):
             yield 1
             yield 2
 
@@ -255,20 +255,20 @@ def test_one_buffer_serves_layer_after_layer(tmp_path: Path) -> None:
         places = set()
         for layer in module.layers:
             assert isinstance(layer, nn.Linear)
-            with stream.lend(layer):
+            with stream.materialize(layer):
                 places.add(layer.weight.untyped_storage().data_ptr())
                 gc.collect()
         assert len(places) == 1
         assert layer_bytes <= live.peak_bytes <= layer_bytes + 256
-        with stream.lend(module.layers):
+        with stream.materialize(module.layers):
             assert same_tensors(module.layers, loaded.layers)
-        with stream.lend(module.layers[0]):
+        with stream.materialize(module.layers[0]):
             torch.ones(1)
             assert live.now_bytes <= layer_bytes + 256, "a buffer that is far too large is not held on to"
         stream.close()
         torch.ones(1)
         assert live.now_bytes <= 256
-    with stream.lend(module):
+    with stream.materialize(module):
         assert same_tensors(module, loaded)
 
 
@@ -277,19 +277,19 @@ def test_resident_memory_is_one_layer(tmp_path: Path, dtype: torch.dtype) -> Non
     loaded, opened = make_stack(tmp_path, layers=13, width=2048)  # 16 MiB a layer in fp32
     x = torch.randn(1, 2048)  # a product whose bits do depend on how the weights are aligned
     kept, keeper = opened(dtype)
-    keeper.keep(kept)
+    keeper.make_resident(kept)
     with torch.no_grad():
         expected = kept(x.to(dtype))
     del loaded, kept, keeper
     module, stream = opened(dtype)
-    with torch.no_grad(), stream.lend(module.layers[0]):
+    with torch.no_grad(), stream.materialize(module.layers[0]):
         module.layers[0](x.to(dtype))  # what the first product allocates for good
     stream.close()
     gc.collect()
     trim()
     before, peak, hidden = resident_bytes(), 0, x.to(dtype)
     for index, layer in enumerate(module.layers):
-        with torch.no_grad(), stream.lend(layer):
+        with torch.no_grad(), stream.materialize(layer):
             stream.prefetch(*module.layers[index + 1 : index + 2])
             hidden = layer(hidden)
             peak = max(peak, resident_bytes())
@@ -304,22 +304,22 @@ def test_reading_ahead_changes_nothing(tmp_path: Path, transfer: HostTransfer | 
     loaded, opened = make_stack(tmp_path, layers=7)
     module, stream = opened(torch.bfloat16, transfer)
     loaded = loaded.bfloat16()
-    stream.keep(module.layers[6])
+    stream.make_resident(module.layers[6])
     for order in (range(7), [4, 0, 1, 6, 2, 5, 3]):  # the second: mostly what was not read ahead
         for index in order:
-            with stream.lend(module.layers[index]):
+            with stream.materialize(module.layers[index]):
                 stream.prefetch(*module.layers[index + 1 : index + 2])
                 stream.prefetch(*module.layers[index + 1 : index + 2])
                 stream.prefetch(module.layers[index])
                 assert same_tensors(module.layers[index], loaded.layers[index])
-                with stream.lend(module):
+                with stream.materialize(module):
                     assert same_tensors(module, loaded)
             assert module.scale.is_meta
     if transfer is not None:
         assert transfer.threads == {"handscroll-weights_0"}
     stream.prefetch(module)
     stream.close()
-    with stream.lend(module):
+    with stream.materialize(module):
         assert same_tensors(module, loaded)
 
 
@@ -329,7 +329,7 @@ def test_two_slots_serve_layer_after_layer(tmp_path: Path) -> None:
     module, stream = opened(transfer=transfer)
     for _ in range(2):
         for index, layer in enumerate(module.layers):
-            with stream.lend(layer):
+            with stream.materialize(layer):
                 stream.prefetch(*module.layers[index + 1 : index + 2])
                 assert same_tensors(layer, loaded.layers[index])
     assert transfer.allocated == SLOTS
@@ -341,7 +341,7 @@ def test_what_is_remembered_is_read_once(tmp_path: Path, monkeypatch: pytest.Mon
     transfer = HostTransfer()
     module, stream = opened(transfer=transfer)
     layer_bytes = stream.bytes_of(module.layers[0])
-    stream.remember(3 * layer_bytes + layer_bytes // 2)
+    stream.pin(3 * layer_bytes + layer_bytes // 2)
     read: list[str] = []
     fill = files.OpenFiles.fill
 
@@ -352,7 +352,7 @@ def test_what_is_remembered_is_read_once(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(files.OpenFiles, "fill", watched)
     for _ in range(3):
         for index, layer in enumerate(module.layers):
-            with stream.lend(layer):
+            with stream.materialize(layer):
                 stream.prefetch(module.layers[(index + 1) % 5])
                 assert same_tensors(layer, loaded.layers[index])
     first = [f"layers.{index}.weight" for index in range(3)]
@@ -391,7 +391,7 @@ def test_short_reads_are_gone_on_with(
     monkeypatch.setattr(os, "preadv", lambda file, views, position: read(file, [views[0][:100]], position))
     for dtype in (torch.float32, torch.bfloat16):
         module, stream = opened(dtype, transfer)
-        with stream.lend(module):
+        with stream.materialize(module):
             assert same_tensors(module, loaded.to(dtype))
 
 
@@ -405,13 +405,13 @@ def test_a_file_that_changes_is_named(
     file = tmp_path / "model.safetensors"
     whole = file.read_bytes()
     if begun:
-        with stream.lend(module.layers[0]):
+        with stream.materialize(module.layers[0]):
             pass
 
     def says(reason: str, lent: nn.Module) -> None:
         stream.prefetch(lent)
         with pytest.raises(CheckpointError, match=rf"model\.safetensors: the tensor \S+ cannot be read: {reason}"):
-            stream.lend(lent).__enter__()
+            stream.materialize(lent).__enter__()
         assert is_empty(module)
 
     os.truncate(file, len(whole) - 2000)
@@ -422,7 +422,7 @@ def test_a_file_that_changes_is_named(
         says("the file has changed", module.layers[1])
         stream.close()
     elif transfer is None:  # the header is what it was
-        with stream.lend(module.layers[0]):
+        with stream.materialize(module.layers[0]):
             assert same_tensors(module.layers[0], loaded.to(dtype).layers[0])
         stream.close()
     other = make_stack(tmp_path, layers=5)[0]
@@ -440,12 +440,12 @@ def test_an_error_of_the_system_is_named(
     module, stream = opened(transfer=transfer)
     with monkeypatch.context() as patch:
         patch.setattr(os, "preadv", _fail)
-        with pytest.raises(CheckpointError, match="cannot be read: Input/output error"), stream.lend(module):
+        with pytest.raises(CheckpointError, match="cannot be read: Input/output error"), stream.materialize(module):
             pass
         assert is_empty(module)
         stream.prefetch(module)
         stream.close()
-    with stream.lend(module):
+    with stream.materialize(module):
         assert same_tensors(module, loaded)
 
 
@@ -453,11 +453,11 @@ def test_streams_work_across_inference_mode(tmp_path: Path, transfer: HostTransf
     loaded, opened = make_stack(tmp_path)
     x = torch.randn(2, 16)
     module, stream = opened(transfer=transfer)
-    with torch.inference_mode(), stream.lend(module):
+    with torch.inference_mode(), stream.materialize(module):
         assert module(x).equal(loaded(x))
-    with stream.lend(module):
+    with stream.materialize(module):
         assert module(x).equal(loaded(x))
-    with torch.inference_mode(), stream.lend(module.layers):
+    with torch.inference_mode(), stream.materialize(module.layers):
         assert module(x).equal(loaded(x))
 
 
@@ -467,7 +467,7 @@ def test_files_are_closed_with_their_stream(tmp_path: Path) -> None:
     descriptors = set(os.listdir("/dev/fd"))
     for closes in (True, False):
         module, stream = opened()
-        with stream.lend(module):
+        with stream.materialize(module):
             assert len(os.listdir("/dev/fd")) == len(descriptors) + 1
         if closes:
             stream.close()
@@ -547,7 +547,7 @@ def test_layers_on_a_device_are_those_of_the_file(tmp_path: Path, dtype: torch.d
             hidden = x
             for index, layer in enumerate(module.layers):
                 assert isinstance(layer, nn.Linear)
-                with stream.lend(layer):
+                with stream.materialize(layer):
                     stream.prefetch(*module.layers[index + 1 : index + 2])
                     assert layer.weight.is_cuda
                     assert layer.weight.data_ptr() % 512 == 0
@@ -556,8 +556,8 @@ def test_layers_on_a_device_are_those_of_the_file(tmp_path: Path, dtype: torch.d
                     hidden = out
             assert hidden.equal(expected)
         assert torch.cuda.max_memory_allocated() - before < 4 * x.nbytes + 2.2 * stream.bytes_of(module.layers[0])
-        with stream.lend(module):
+        with stream.materialize(module):
             assert same_tensors(module, on_device)
-    stream.keep(module)
+    stream.make_resident(module)
     assert same_tensors(module, on_device)
     stream.close()

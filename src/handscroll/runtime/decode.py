@@ -72,7 +72,7 @@ def _strips(session: Session, plan: Plan, latent: Tensor) -> Generator[Tensor, N
                 heights=None if decoding is None else decoding.strip_rows,
                 starts=None if decoding is None else decoding.starts,
                 new_map=map_maker(decoding, session.scratch),
-                lend=opened.lend,
+                materialize=opened.materialize,
                 on_sweep=lambda done, of: trim(),
             )
         case "patch":

@@ -36,7 +36,7 @@ def encode_picture(session: Session, plan: Plan, picture: np.ndarray) -> Tensor:
         encoding.strip_rows,
         starts=encoding.starts,
         new_map=map_maker(encoding, session.scratch),
-        lend=opened.lend,
+        materialize=opened.materialize,
         on_sweep=lambda done, of: trim(),
     )
     if not torch.isfinite(latent).all():

@@ -56,7 +56,7 @@ def load_module(
     Raises CheckpointError, naming file and tensor, for a tensor that is missing, unexpected or of another shape.
     """
     module, stream = open_module(spec, component, dtype=dtype, device=device, part=part, leave=leave)
-    stream.keep(module)
+    stream.make_resident(module)
     return module
 
 
@@ -72,9 +72,10 @@ def open_module(
     """What `load_module` builds, before its weights are read, and the stream that fills it part by part.
 
     Every tensor has been compared with the files by name and shape, all of them are on the meta device, and
-    `stream.keep` or `stream.lend` makes them real. Only buffers that no file stores are there already, but for those
-    named in `leave`, which are not computed either: `leave={"patch_embed.pos_embed"}` saves a transformer's position
-    embedding of [1, sample_size**2, width] fp32 (and fp64 on the way). No stream fills what is named in `leave`.
+    `stream.make_resident` or `stream.materialize` makes them real. Only buffers that no file stores are there already,
+    but for those named in `leave`, which are not computed either: `leave={"patch_embed.pos_embed"}` saves a
+    transformer's position embedding of [1, sample_size**2, width] fp32 (and fp64 on the way). No stream fills what is
+    named in `leave`.
 
     Raises CheckpointError as `load_module` does.
     """

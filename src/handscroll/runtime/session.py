@@ -16,7 +16,7 @@ from typing import Any, Literal, Self
 import torch
 from torch import Tensor, nn
 
-from handscroll.banded.autoencoder import Lend
+from handscroll.banded.autoencoder import Materialize
 from handscroll.banded.transformer import Branch, predict
 from handscroll.errors import HandscrollError
 from handscroll.models.checkpoint import CheckpointSpec
@@ -34,16 +34,16 @@ Half = Literal["encoder", "decoder"]
 
 @dataclass(frozen=True, eq=False)
 class Opened:
-    """A module and the stream that fills it. `resident`: all of it is in memory, and nothing need be lent."""
+    """A module and the stream that fills it. `resident`: all of it is in memory, and nothing need be read."""
 
     module: Any
     stream: WeightStream
     resident: bool = False
 
     @property
-    def lend(self) -> Lend | None:
+    def materialize(self) -> Materialize | None:
         """Makes submodules real while its context is entered; None where all of them are."""
-        return None if self.resident else lambda modules: self.stream.lend(*modules)
+        return None if self.resident else lambda modules: self.stream.materialize(*modules)
 
 
 class Transformer:
@@ -63,16 +63,16 @@ class Transformer:
         return predict(
             self.module,
             branches,
-            layer=self._lend,
+            layer=self._materialize,
             band_rows=None if plan is None else plan.band_rows,
             new_map=lambda height: new_map(residual, height, self.scratch),
             lay_out=plan is not None and plan.lay_out,
         )
 
     @contextmanager
-    def _lend(self, index: int) -> Iterator[nn.Module]:
+    def _materialize(self, index: int) -> Iterator[nn.Module]:
         blocks = self.module.transformer_blocks
-        with self.stream.lend(blocks[index]):
+        with self.stream.materialize(blocks[index]):
             self.stream.prefetch(blocks[(index + 1) % len(blocks)])  # after the last, for the next step
             yield blocks[index]
 
@@ -80,14 +80,14 @@ class Transformer:
 class Session:
     """Text encoder, transformer and autoencoder of one checkpoint, one of them in memory at a time.
 
-    A context manager; `keep=True` holds on to every module once it is opened, whole, for repeated use. `scratch` is the
-    folder for maps that a plan puts on disk. What a module is opened in, and how much of it stays in memory, is the
+    A context manager; `resident=True` holds on to every module once it is opened, whole, for repeated use. `scratch` is
+    the folder for maps that a plan puts on disk. What a module is opened in, and how much of it stays in memory, is the
     plan's that it is first opened with; `free` before another plan is to be followed. `opened` says what is open, by
     component, half of the autoencoder, precision and device.
     """
 
-    def __init__(self, spec: CheckpointSpec, *, keep: bool = False, scratch: Path | None = None) -> None:
-        self.spec, self.keep, self.scratch = spec, keep, scratch
+    def __init__(self, spec: CheckpointSpec, *, resident: bool = False, scratch: Path | None = None) -> None:
+        self.spec, self.resident, self.scratch = spec, resident, scratch
         self.opened: dict[str, Opened] = {}
         self._device = "cpu"
 
@@ -114,9 +114,9 @@ class Session:
         def opened() -> Opened:
             dtype = DTYPES[plan.precision.text_encoder]
             module, stream = open_text_encoder(self.spec, dtype=dtype, device=plan.device)
-            if self.keep:
-                stream.keep(module)
-            return Opened(module, stream, resident=self.keep)
+            if self.resident:
+                stream.make_resident(module)
+            return Opened(module, stream, resident=self.resident)
 
         return self._once("text_encoder", plan.precision.text_encoder, plan, opened).module
 
@@ -126,11 +126,11 @@ class Session:
         def opened() -> Opened:
             module, stream = self._open_module("transformer", plan.precision.transformer, plan)
             blocks: Any = module.transformer_blocks
-            if self.keep or plan.denoise is None:
-                stream.keep(module)
+            if self.resident or plan.denoise is None:
+                stream.make_resident(module)
                 return Opened(module, stream, resident=True)
-            stream.keep(module, but=blocks[plan.denoise.resident_layers :])
-            stream.remember(int(1.01 * plan.denoise.host_bytes))  # alignment pads a little
+            stream.make_resident(module, but=blocks[plan.denoise.resident_layers :])
+            stream.pin(int(1.01 * plan.denoise.host_bytes))  # alignment pads a little
             return Opened(module, stream)
 
         return Transformer(self._once("transformer", plan.precision.transformer, plan, opened), plan, self.scratch)
@@ -140,9 +140,9 @@ class Session:
 
         def opened() -> Opened:
             module, stream = self._open_module("vae", plan.precision.autoencoder, plan, half)
-            resident = self.keep or plan.decode != "rows"
+            resident = self.resident or plan.decode != "rows"
             if resident:
-                stream.keep(module)
+                stream.make_resident(module)
             return Opened(module, stream, resident=resident)
 
         return self._once(f"vae's {half}", plan.precision.autoencoder, plan, opened)
@@ -158,7 +158,7 @@ class Session:
         """What is open under a name, in a precision and on the plan's device; else it takes the place of the others."""
         key = f"{name} {precision} {plan.device}"
         if key not in self.opened:
-            if not self.keep:
+            if not self.resident:
                 self.free()
             self._device = plan.device
             try:

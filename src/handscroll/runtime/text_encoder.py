@@ -20,7 +20,7 @@ def open_text_encoder(
 ) -> tuple[nn.Module, WeightStream]:
     """A `Gemma2Model` that runs in the memory of one decoder layer, and the stream to close when it is done with.
 
-    Its own `forward` is what runs: each layer is lent its weights just before it is called and gives them back right
+    Its own `forward` is what runs: each layer's weights are materialized just before it is called and given back right
     after, while the next layer's are read ahead. The embedding table stays in the file, so the model takes
     `inputs_embeds`, as `encode_prompt` gives them. Values are those of the loaded model, bit for bit.
 
@@ -29,22 +29,22 @@ def open_text_encoder(
     """
     encoder: Any
     encoder, stream = open_module(spec, "text_encoder", dtype=dtype, device=device, leave={EMBEDDING_TABLE})
-    stream.keep(encoder, but=[encoder.layers])
-    _lend_in_turn(stream, list(encoder.layers))
+    stream.make_resident(encoder, but=[encoder.layers])
+    _materialize_in_turn(stream, list(encoder.layers))
     return encoder, stream
 
 
-def _lend_in_turn(stream: WeightStream, layers: list[nn.Module]) -> None:
+def _materialize_in_turn(stream: WeightStream, layers: list[nn.Module]) -> None:
     for index, layer in enumerate(layers):
-        lent = ExitStack()
+        held = ExitStack()
         following = layers[index + 1 : index + 2]
 
-        def before(layer: nn.Module, _: Any, lent: ExitStack = lent, following: list[nn.Module] = following) -> None:
-            lent.enter_context(stream.lend(layer))
+        def before(layer: nn.Module, _: Any, held: ExitStack = held, following: list[nn.Module] = following) -> None:
+            held.enter_context(stream.materialize(layer))
             stream.prefetch(*following)
 
-        def after(_: nn.Module, __: Any, ___: Any, lent: ExitStack = lent) -> None:
-            lent.close()
+        def after(_: nn.Module, __: Any, ___: Any, held: ExitStack = held) -> None:
+            held.close()
 
         layer.register_forward_pre_hook(before)
         layer.register_forward_hook(after, always_call=True)

@@ -1,4 +1,4 @@
-"""The buffers that lent weights live in, on a CPU and on a device with memory of its own."""
+"""The buffers that materialized weights live in, on a CPU and on a device with memory of its own."""
 
 from __future__ import annotations
 
@@ -62,14 +62,14 @@ class Slot:
 class ReadAheadBuffers:
     """A thread reads into one slot while the other is computed with: for a device with its own memory.
 
-    What was read once may be remembered on the host, so that it is only sent the next time. Buffers are made by the
+    What was read once may stay pinned on the host, so that it is only sent the next time. Buffers are made by the
     thread that computes, since an allocator's memory belongs to the order of its work.
     """
 
     def __init__(self, files: OpenFiles, transfer: Transfer) -> None:
         self._files, self._transfer = files, transfer
-        self.room_bytes = 0  # for what is remembered
-        self._remembered: dict[tuple[tuple[Site, int], ...], Tensor] = {}
+        self.room_bytes = 0  # for what stays pinned
+        self._pinned: dict[tuple[tuple[Site, int], ...], Tensor] = {}
         self._idle: deque[Slot] = deque()
         self._coming: dict[tuple[tuple[Site, int], ...], Slot] = {}
         self._lent = 0
@@ -106,8 +106,8 @@ class ReadAheadBuffers:
         for key in list(self._coming):
             self._forget(key)
         self._idle.clear()
-        self.room_bytes += sum(host.numel() for host in self._remembered.values())
-        self._remembered.clear()
+        self.room_bytes += sum(host.numel() for host in self._pinned.values())
+        self._pinned.clear()
         if self._reader is not None:
             self._reader.shutdown()
             self._reader = None
@@ -124,15 +124,15 @@ class ReadAheadBuffers:
                 slot = Slot(self._transfer.allocate(layout.n_bytes), released=self._transfer.mark())
         if self._reader is None:
             self._reader = ThreadPoolExecutor(1, thread_name_prefix="handscroll-weights")
-        remembered = self._remembered.get(layout.places)
-        host = remembered
+        pinned = self._pinned.get(layout.places)
+        host = pinned
         if host is None:
             host = self._host_for(slot, layout)
-        slot.arriving = self._reader.submit(self._bring, slot, layout, host, remembered is None)
+        slot.arriving = self._reader.submit(self._bring, slot, layout, host, pinned is None)
         return slot
 
     def _host_for(self, slot: Slot, layout: Layout) -> Tensor:
-        """Where to read to: memory that is remembered while there is room, else the slot's own."""
+        """Where to read to: memory that stays pinned while there is room, else the slot's own."""
         n_bytes = layout.n_bytes
         with torch.inference_mode(False):
             if n_bytes <= self.room_bytes:
@@ -148,7 +148,7 @@ class ReadAheadBuffers:
         if read:
             self._files.fill(layout, host)
             if host is not slot.host:
-                self._remembered[layout.places] = host
+                self._pinned[layout.places] = host
         n_bytes = layout.n_bytes
         slot.copied = self._transfer.send(host[:n_bytes], slot.there[:n_bytes], slot.released)
 

@@ -25,14 +25,14 @@ class Site:
     leaf: str
     entry: TensorEntry
     dtype: torch.dtype
-    empty: Tensor  # the tensor on the meta device, put back after a loan
-    kept: bool = False
-    borrowers: int = 0
-    loan: Loan | None = None
+    empty: Tensor  # the tensor on the meta device, put back after its use
+    resident: bool = False
+    users: int = 0
+    use: Use | None = None
 
     @property
     def is_real(self) -> bool:
-        return self.kept or self.loan is not None
+        return self.resident or self.use is not None
 
     @property
     def n_bytes(self) -> int:
@@ -51,8 +51,8 @@ class Layout:
 
 
 @dataclass(eq=False)
-class Loan:
-    """The slot that a filled buffer goes back to, and how many tensors are still lent from it."""
+class Use:
+    """The slot that a filled buffer goes back to, and how many tensors in it are still in use."""
 
     slot: Any
     sites: int

@@ -1,8 +1,9 @@
-"""Weights from safetensors files into modules: all at once, or lent for as long as a computation needs them.
+"""Weights from safetensors files into modules: resident, or materialized for as long as a computation needs them.
 
-A module that is built on the meta device has names and shapes and no memory. `WeightStream` makes chosen submodules
-real for the length of a `with` block, in one flat buffer that the next ones use again, so that a network of any depth
-runs in the memory of its largest layer. Files are read at positions and not mapped: what is resident is the buffer.
+A module that is built on the meta device has names and shapes and no memory. `WeightStream` materializes chosen
+submodules for the length of a `with` block, in one flat buffer that the next ones use again, so that a network of any
+depth runs in the memory of its largest layer. Files are read at positions and not mapped: what is resident is the
+buffer.
 """
 
 from __future__ import annotations
@@ -21,8 +22,8 @@ from handscroll.weights.layout import (
     CPU_ALIGNMENT_BYTES,
     CUDA_ALIGNMENT_BYTES,
     Layout,
-    Loan,
     Site,
+    Use,
     sites_in,
     tensor_at,
 )
@@ -32,13 +33,13 @@ from handscroll.weights.transfer import CudaTransfer, Transfer
 class WeightStream:
     """Fills parameters and persistent buffers of a module's submodules from its files, for a while or for good.
 
-    Made by `checkpoint.open_module`, which has compared every name and shape: `entries` gives, for each tensor name of
+    Made by `modules.open_module`, which has compared every name and shape: `entries` gives, for each tensor name of
     `module` that may be filled, where it is stored. Floating-point tensors come in `dtype`, all on `device`. Values
-    are those of `checkpoint.load_module`, bit for bit.
+    are those of `modules.load_module`, bit for bit.
 
-    Memory: one buffer as large as what is lent at a time (two of them on a CUDA device, and two pinned ones on the
-    host), 16 MiB where dtypes are converted, and what is kept. Whoever wants a lent tensor beyond its `with` block
-    must copy it: the buffer is used again. For one thread.
+    Memory: one buffer as large as what is materialized at a time (two of them on a CUDA device, and two pinned ones on
+    the host), 16 MiB where dtypes are converted, and what is resident. A tensor that is wanted beyond its `with` block
+    must be copied: the buffer is used again. For one thread.
 
     Files must stay as they are: a file that has changed since the checkpoint was opened raises CheckpointError.
     """
@@ -65,11 +66,11 @@ class WeightStream:
         self._as_in_the_file = isinstance(self._memory, InPlaceBuffer)
 
     @contextmanager
-    def lend(self, *modules: nn.Module, but: Iterable[nn.Module] = ()) -> Iterator[None]:
+    def materialize(self, *modules: nn.Module, but: Iterable[nn.Module] = ()) -> Iterator[None]:
         """`modules`, without those in `but`, are real inside and as they were before afterwards.
 
-        What is kept, or lent already, is lent as it is and at no cost. Raises CheckpointError naming file and tensor;
-        then nothing has been lent.
+        What is resident, or materialized already, is used as it is and at no cost. Raises CheckpointError naming file
+        and tensor; then nothing has been materialized.
         """
         sites = self._sites_of(modules, but)
         self._take(sites)
@@ -78,43 +79,43 @@ class WeightStream:
         finally:
             self._give_back(sites)
 
-    def keep(self, *modules: nn.Module, but: Iterable[nn.Module] = ()) -> None:
-        """Makes `modules`, without those in `but`, real once and for all; lending them costs nothing from then on.
+    def make_resident(self, *modules: nn.Module, but: Iterable[nn.Module] = ()) -> None:
+        """Makes `modules`, without those in `but`, real for good; to materialize them costs nothing from then on.
 
         On the CPU, tensors that the file holds in `dtype` already are the file's pages, as `TensorReader` says.
         """
         reader = TensorReader(self.dtype, self.device)
-        sites = [site for site in self._sites_of(modules, but) if not site.kept]
+        sites = [site for site in self._sites_of(modules, but) if not site.resident]
         tensors = [reader.read(site.entry) for site in sites]
         for site, tensor in zip(sites, tensors, strict=True):
             site.put(tensor)
-            site.kept = True
+            site.resident = True
 
     def prefetch(self, *modules: nn.Module, but: Iterable[nn.Module] = ()) -> None:
-        """Begins to read what `lend` with the same arguments will need next, and returns at once.
+        """Begins to read what `materialize` with the same arguments will need next, and returns at once.
 
         On a CPU the system is asked to have the file's pages at hand, which takes no memory of this process. On a CUDA
         device a thread reads and copies into the second slot; while none is free the call does nothing. What goes
-        wrong is raised by `lend`.
+        wrong is raised by `materialize`.
         """
         sites = [site for site in self._sites_of(modules, but) if not site.is_real]
         if sites:
             self._memory.prefetch(self._layout(sites))
 
-    def remember(self, n_bytes: int) -> None:
-        """Lets a CUDA device's stream keep so many bytes of what it has read in pinned host memory, to send it again.
+    def pin(self, n_bytes: int) -> None:
+        """Lets a CUDA device's stream hold so many bytes of what it has read in pinned host memory, to send it again.
 
-        What was read first is kept. On a CPU this does nothing: the system's page cache does as much.
+        What was read first is held. On a CPU this does nothing: the system's page cache does as much.
         """
         if isinstance(self._memory, ReadAheadBuffers):
             self._memory.room_bytes = n_bytes
 
     def bytes_of(self, *modules: nn.Module, but: Iterable[nn.Module] = ()) -> int:
-        """Bytes of `modules`, without those in `but`, in `dtype`: what lending them fills, or keeping them holds."""
+        """Bytes of `modules`, without those in `but`, in `dtype`: what they take, materialized or resident."""
         return sum(site.n_bytes for site in self._sites_of(modules, but))
 
     def close(self) -> None:
-        """Frees the buffers that are not lent, and closes the files; the next `lend` opens them again."""
+        """Frees the buffers that are not in use, and closes the files; the next `materialize` opens them again."""
         self._memory.close()
 
     def _sites_of(self, modules: Iterable[nn.Module], but: Iterable[nn.Module]) -> list[Site]:
@@ -131,8 +132,9 @@ class WeightStream:
     def _layout(self, sites: Iterable[Site]) -> Layout:
         """Where in a flat buffer each tensor goes, in the order of the files.
 
-        Which kernel computes a product can depend on how its operands are aligned. So that lent weights give the same
-        bits as mapped ones, they are aligned as they are in the file; neighbours in the file are neighbours here.
+        Which kernel computes a product can depend on how its operands are aligned. So that materialized weights give
+        the same bits as mapped ones, they are aligned as they are in the file; neighbours in the file are neighbours
+        here.
         """
         places, end = [], 0
         for site in sorted(sites, key=lambda site: (site.entry.file, site.entry.start)):
@@ -149,21 +151,21 @@ class WeightStream:
         if lacking:
             layout = self._layout(lacking)
             slot, flat = self._memory.load(layout)
-            loan = Loan(slot, len(lacking))
+            use = Use(slot, len(lacking))
             for site, start in layout.places:
                 site.put(tensor_at(flat, start, site))
-                site.loan = loan
+                site.use = use
         for site in sites:
-            site.borrowers += 1
+            site.users += 1
 
     def _give_back(self, sites: Sequence[Site]) -> None:
         for site in sites:
-            site.borrowers -= 1
-            if site.borrowers or site.loan is None:
+            site.users -= 1
+            if site.users or site.use is None:
                 continue
-            loan, site.loan = site.loan, None
-            if not site.kept:
+            use, site.use = site.use, None
+            if not site.resident:
                 site.put(site.empty)
-            loan.sites -= 1
-            if not loan.sites:
-                self._memory.give_back(loan.slot)
+            use.sites -= 1
+            if not use.sites:
+                self._memory.give_back(use.slot)

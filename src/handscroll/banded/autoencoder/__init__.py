@@ -18,14 +18,14 @@ a map of at most `head_dim` pixels, where diffusers switches to quadratic attent
 
 from __future__ import annotations
 
-from handscroll.banded.autoencoder.run import Lend, decode_rows, encode, encode_strips
+from handscroll.banded.autoencoder.run import Materialize, decode_rows, encode, encode_strips
 from handscroll.banded.autoencoder.sweeps import Sweep, cut_at_barriers, strip_heights
 from handscroll.banded.autoencoder.units import Attention, Local, Unit, decoder_units, encoder_units
 
 __all__ = [
     "Attention",
-    "Lend",
     "Local",
+    "Materialize",
     "Sweep",
     "Unit",
     "cut_at_barriers",

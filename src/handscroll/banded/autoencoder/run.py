@@ -19,7 +19,7 @@ from handscroll.banded.modules import DCDownBlock2d, Decoder, Encoder, is_down_b
 from handscroll.banded.rows import RowMap, Stage, Tee, cut, sweep
 
 # Makes the parameters and buffers of these modules real while it is entered; outside they may be on the meta device.
-Lend = Callable[[Sequence[nn.Module]], AbstractContextManager[Any]]
+Materialize = Callable[[Sequence[nn.Module]], AbstractContextManager[Any]]
 
 
 class StreamOptions(TypedDict, total=False):
@@ -27,7 +27,7 @@ class StreamOptions(TypedDict, total=False):
 
     starts: Sequence[int] | None
     new_map: Callable[[int, int], RowMap] | None
-    lend: Lend | None
+    materialize: Materialize | None
     on_sweep: Callable[[int, int], None] | None
     plain: bool
 
@@ -40,7 +40,7 @@ def stream(
     *,
     starts: Sequence[int] | None = None,
     new_map: Callable[[int, int], RowMap] | None = None,
-    lend: Lend | None = None,
+    materialize: Materialize | None = None,
     on_sweep: Callable[[int, int], None] | None = None,
     plain: bool = False,
 ) -> Generator[Tensor, None, None]:
@@ -53,15 +53,15 @@ def stream(
     starts = range(count) if starts is None else starts
     _check_route(count, heights, starts)
     last_reader = {start: index for index, start in enumerate(starts)}
-    lent: Lend = (lambda modules: nullcontext()) if lend is None else lend
+    real: Materialize = (lambda modules: nullcontext()) if materialize is None else materialize
     maps: dict[int, RowMap] = {}
     sums: dict[int, Sums] = {}
     try:
         for index, start in enumerate(starts):
-            this = Pass(plain, copies=lend is not None)
+            this = Pass(plain, copies=materialize is not None)
             # The height is in rows of this sweep's own map, wherever it starts: what it holds depends little on that.
             rows_at_1 = heights[index] / sweeps[index].in_scale
-            stages = list(_stages(sweeps, range(start, index + 1), sums, rows_at_1, lent, this))
+            stages = list(_stages(sweeps, range(start, index + 1), sums, rows_at_1, real, this))
             source_rows = _rows_at(sweeps[start].in_scale, rows_at_1)
             if start == 0:
                 source = strips_of(source_rows)
@@ -71,7 +71,7 @@ def stream(
             if following is None:
                 yield from sweep(source, stages)
             else:
-                with lent(_modules_of(following)):
+                with real(_modules_of(following)):
                     side = following.sum(this)
                 stages.append(Stage(Tee(side), sys.maxsize))
                 result = None
@@ -94,17 +94,22 @@ def stream(
 
 
 def _stages(
-    sweeps: Sequence[Sweep], indices: Iterable[int], sums: dict[int, Sums], rows_at_1: float, lent: Lend, this: Pass
+    sweeps: Sequence[Sweep],
+    indices: Iterable[int],
+    sums: dict[int, Sums],
+    rows_at_1: float,
+    real: Materialize,
+    this: Pass,
 ) -> Iterator[Stage]:
-    """The ops of consecutive sweeps; each unit's weights are lent while they are laid out, and no longer."""
+    """The ops of consecutive sweeps; each unit's weights are real while they are laid out, and no longer."""
     for index in indices:
         attention = sweeps[index].attention
         if attention is not None:
-            with lent(_modules_of(attention)):
+            with real(_modules_of(attention)):
                 op = attention.apply(sums[index], this)
             yield Stage(op, _rows_at(attention.in_scale, rows_at_1))
         for unit in sweeps[index].local:
-            with lent(_modules_of(unit)):
+            with real(_modules_of(unit)):
                 op = unit.build(this)
             yield Stage(op, _rows_at(unit.in_scale * unit.factor, rows_at_1))
 
@@ -136,11 +141,11 @@ def _check_route(count: int, heights: Sequence[int], starts: Sequence[int]) -> N
             raise ValueError(f"sweep {index} cannot start from map {start}: only from maps 0 to {index} (0: the input)")
 
 
-def _check_input(first: nn.Conv2d | DCDownBlock2d, image: Tensor, lent: bool) -> None:
+def _check_input(first: nn.Conv2d | DCDownBlock2d, image: Tensor, streamed: bool) -> None:
     conv = first.conv if is_down_block(first) else first
     check_dense(conv)
     weight = conv.weight
-    device = image.device if lent and weight.is_meta else weight.device
+    device = image.device if streamed and weight.is_meta else weight.device
     expected = (weight.shape[1], weight.dtype, device)
     given = (image.shape[1], image.dtype, image.device)
     if given != expected or not image.numel():
@@ -170,12 +175,12 @@ def decode_rows(
     and freed with the last that does.
     new_map: makes the map that a sweep starts from, out of the sweep's number and the map's height in rows; its default
     is `RowMap`. It is closed at its end, and when the decoding is abandoned.
-    lend: a context manager in which the parameters and buffers of the modules that it is given are real; outside they
-    may be on the meta device. It is entered while a module's weights are laid out, before the sweep runs.
+    materialize: a context manager in which the parameters and buffers of the modules that it is given are real; outside
+    they may be on the meta device. It is entered while a module's weights are laid out, before the sweep runs.
 
     Raises ValueError for a latent that does not fit, and for heights or starts that cannot be.
     """
-    _check_input(decoder.conv_in, latent, options.get("lend") is not None)
+    _check_input(decoder.conv_in, latent, options.get("materialize") is not None)
     height, width = latent.shape[2:]
     sweeps = cut_at_barriers(decoder_units(decoder), height, width)
     if heights is None:
@@ -201,7 +206,7 @@ def encode(
 
     The other arguments are as in `decode_rows`.
     """
-    _check_input(encoder.conv_in, image, options.get("lend") is not None)
+    _check_input(encoder.conv_in, image, options.get("materialize") is not None)
     height, width = image.shape[2:]
     if heights is None:
         heights = strip_heights(cut_at_barriers(encoder_units(encoder), height, width), image, strip_rows)

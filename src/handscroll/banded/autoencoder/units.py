@@ -36,7 +36,7 @@ from handscroll.banded.rows import Pointwise, RowOp
 
 
 class Unit(ABC):
-    """One step of the network, made of a diffusers `module`, whose weights are lent while it is built.
+    """One step of the network, made of a diffusers `module`, whose weights are real while it is built.
 
     `in_scale` is the size of its input map over the size of the network's input, `factor` what it multiplies that by,
     `channels` the most channels it holds for a pixel of its output (the estimate behind default strip heights).

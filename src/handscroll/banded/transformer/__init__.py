@@ -20,6 +20,6 @@ called as the modules that they are.
 from __future__ import annotations
 
 from handscroll.banded.transformer.branch import Branch
-from handscroll.banded.transformer.predict import LendLayer, predict
+from handscroll.banded.transformer.predict import MaterializeLayer, predict
 
-__all__ = ["Branch", "LendLayer", "predict"]
+__all__ = ["Branch", "MaterializeLayer", "predict"]

@@ -17,7 +17,7 @@ from handscroll.banded.transformer.branch import Branch, BranchState
 from handscroll.banded.transformer.embed import embedded, projected
 
 # Lends the i-th SanaTransformerBlock with its parameters in memory, for as long as the context is entered.
-LendLayer = Callable[[int], AbstractContextManager[nn.Module]]
+MaterializeLayer = Callable[[int], AbstractContextManager[nn.Module]]
 
 
 @torch.no_grad()
@@ -25,7 +25,7 @@ def predict(
     transformer: SanaTransformer2DModel,
     branches: Sequence[Branch],
     *,
-    layer: LendLayer | None = None,
+    layer: MaterializeLayer | None = None,
     band_rows: int | None = None,
     new_map: Callable[[int], RowMap] | None = None,
     lay_out: bool = False,
@@ -35,8 +35,8 @@ def predict(
 
     transformer: diffusers' module in eval mode. All but `transformer_blocks` must be in memory, and of that all but
     `patch_embed.pos_embed`, which is computed band by band. layer: called once for each layer, from the first to the
-    last; lends that layer's block. None stands for the transformer's own. band_rows: rows of the token map at a time;
-    None lets the size decide. new_map: makes the map, given its height, that holds a branch's residual stream.
+    last; materializes that layer's block. None stands for the transformer's own. band_rows: rows of the token map at a
+    time; None lets the size decide. new_map: makes the map, given its height, that holds a branch's residual stream.
     lay_out: each layer's matrices are reordered for the CPU's kernels, once for all branches, which takes a layer's
     memory again and saves a twentieth of the time; it changes no bit. plain: by `torch.nn.functional` alone, but for
     norms and sums where Triton is asked for (triton.in_use).
@@ -45,7 +45,7 @@ def predict(
     """
     if band_rows is not None and band_rows < 1:
         raise ValueError(f"bands of {band_rows} rows end nowhere")
-    lend = layer or (lambda index: nullcontext(transformer.transformer_blocks[index]))
+    materialize = layer or (lambda index: nullcontext(transformer.transformer_blocks[index]))
     make_map = new_map or RowMap
     workspace = Workspace()
     states = [BranchState.of(transformer, branch, band_rows) for branch in branches]
@@ -53,7 +53,7 @@ def predict(
         for state, branch in zip(states, branches, strict=True):
             state.refill(make_map, embedded(transformer.patch_embed, branch.latent, state.band_rows, LayerPass(plain)))
         for index in range(len(transformer.transformer_blocks)):
-            with lend(index) as block:
+            with materialize(index) as block:
                 this = LayerPass(plain, workspace, lay_out=lay_out)
                 for state in states:
                     state.refill(make_map, through_block(cast(SanaTransformerBlock, block), state, this))
