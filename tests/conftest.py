@@ -1,4 +1,4 @@
-"""What every test shares: a private cache folder, no network, two threads, and miniature checkpoints made once."""
+"""What every test shares: a private cache folder, no network, few threads, and miniature checkpoints made once."""
 
 from __future__ import annotations
 
@@ -20,6 +20,11 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 for _name in ("HF_TOKEN", "HF_HUB_CACHE", "HF_ENDPOINT", "HUGGINGFACE_HUB_CACHE"):
     os.environ.pop(_name, None)
 
+# Where several test processes share the machine, each and all that it starts has one thread: two teams of threads on two
+# cores wait for each other.
+THREADS = 1 if "PYTEST_XDIST_WORKER" in os.environ else 2
+os.environ["OMP_NUM_THREADS"] = str(THREADS)
+
 # A shell that starts tests in the background has them ignore Ctrl-C, which some of them press.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -27,10 +32,10 @@ import pytest  # noqa: E402
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _two_threads() -> None:
+def _threads() -> None:
     import torch
 
-    torch.set_num_threads(2)
+    torch.set_num_threads(THREADS)
 
 
 @pytest.fixture(scope="session")

@@ -31,7 +31,8 @@ def embedded(embed: PatchEmbed, latent: Tensor, band_rows: int, this: LayerPass)
             tokens = proj(band).permute(0, 2, 3, 1).contiguous()
         else:
             patches = band.reshape(batch, channels, -1, patch, columns, patch).permute(0, 2, 4, 1, 3, 5)
-            tokens = project(patches.reshape(batch, -1, columns, channels * patch * patch))
+            # Contiguous also where a view would do: without oneDNN, a product of another layout rounds otherwise.
+            tokens = project(patches.reshape(batch, -1, columns, channels * patch * patch).contiguous())
         if positions is not None:
             of_columns, of_rows = positions
             half = of_columns.shape[-1]
