@@ -20,7 +20,7 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 for _name in ("HF_TOKEN", "HF_HUB_CACHE", "HF_ENDPOINT", "HUGGINGFACE_HUB_CACHE"):
     os.environ.pop(_name, None)
 
-# Where several test processes share the machine, each and all that it starts has one thread: two teams of threads on two
+# Where several test processes share the machine, each and all that it starts has one thread: two teams on two
 # cores wait for each other.
 THREADS = 1 if "PYTEST_XDIST_WORKER" in os.environ else 2
 os.environ["OMP_NUM_THREADS"] = str(THREADS)

@@ -143,7 +143,7 @@ def test_memory_is_planned_for_encoding_too_or_refused(vae: Any) -> None:
     whole = vae.encode(pixels).latent
     handscroll.attach(vae)
     by_rows = vae.encode(pixels).latent
-    assert difference(by_rows, whole) <= 2e-5
+    assert difference(by_rows, whole) <= 2e-5 * whole.abs().max()
     handscroll.attach(vae, memory="200MiB")
     assert torch.equal(vae.encode(pixels).latent, by_rows)
     handscroll.attach(vae, memory=1000)

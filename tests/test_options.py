@@ -28,13 +28,13 @@ OF_NO_PICTURE = {"output", "save_latent", "quality", "as_json", "quiet", "help"}
 OF_A_PICTURE = {"negative", "size", "steps", "guidance", "compose"}
 TAKEN = {
     "generate": OF_A_PICTURE
-    | {"model", "seed", "count", "precision", "device", "decode", "patches", "strip_rows", "memory"},
-    "plan": OF_A_PICTURE | {"model", "precision", "device", "strip_rows", "memory"},
-    "decode": {"model", "precision", "device", "decode", "patches", "strip_rows", "memory"},
-    "bench": {"model", "size", "precision", "device"},
+    | {"model", "revision", "seed", "count", "precision", "device", "decode", "patches", "strip_rows", "memory"},
+    "plan": OF_A_PICTURE | {"model", "revision", "precision", "device", "strip_rows", "memory"},
+    "decode": {"model", "revision", "precision", "device", "decode", "patches", "strip_rows", "memory"},
+    "bench": {"model", "revision", "size", "precision", "device"},
     "resume": {"device", "memory"},
     "scroll": OF_A_PICTURE | {"seed", "decode", "patches", "strip_rows"},
-    "from_pretrained": {"precision", "device", "memory"},
+    "from_pretrained": {"revision", "precision", "device", "memory"},
 }
 
 

@@ -140,7 +140,7 @@ def test_a_full_disk_is_told_in_one_line(number: int, tmp_path: Path, monkeypatc
 
 
 def test_a_map_that_cannot_fit_is_refused_before_its_first_row(tmp_path: Path) -> None:
-    with closing(DiskMap(2**50, tmp_path)) as kept, pytest.raises(OutputError, match="GiB"):
+    with closing(DiskMap(2**50, tmp_path)) as kept, pytest.raises(OutputError, match="TiB"):
         kept.write(random(1))
 
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from handscroll.errors import HandscrollError, RunFolderError
 from handscroll.models.checkpoint import CheckpointSpec
-from handscroll.models.registry import resolve
+from handscroll.models.registry import resolve, split_revision
 from handscroll.plan.plan import Plan
 from handscroll.request import Request
 from handscroll.version import __version__
@@ -31,10 +31,10 @@ MAX_NAME_BYTES = 255  # what common file systems hold
 class Job:
     """What a run makes. Two jobs whose `latents` are equal, and their seeds, may share latents and states.
 
-    `request` is as given, but for `model`, which is found again from any folder; `seed` None in it stands for a drawn
-    one. `steps` are those of all sizes that a picture grows through. `latents` holds everything else that latents
-    depend on, `pictures` what pictures depend on beyond their latents; both are JSON values under names that a user
-    understands.
+    `request` is as given, but for `model`, which is found again from any folder, and its `revision`, which is the
+    commit that it was; `seed` None in it stands for a drawn one. `steps` are those of all sizes that a picture grows
+    through. `latents` holds everything else that latents depend on, `pictures` what pictures depend on beyond their
+    latents; both are JSON values under names that a user understands.
     """
 
     request: Request
@@ -81,7 +81,7 @@ class Job:
         if plan.smaller is not None:  # smaller pictures are decoded and encoded on the way to the latent
             latents["growth's precision"] = plan.precision.autoencoder
         return cls(
-            dataclasses.replace(request, model=resolved_name(request.model)),
+            dataclasses.replace(request, model=resolved_name(request.model), revision=spec.commit),
             plan.seeds[0],
             plan.total_steps,
             latents,
@@ -113,7 +113,6 @@ class Job:
             device=device or (kind if self.request.device == "auto" else self.request.device),
             precision=precisions.pop() if len(precisions) == 1 else self.request.precision,
             memory_bytes=memory_bytes or self.request.memory_bytes,
-            revision=self.latents.get("model revision"),
         )
 
 
@@ -127,9 +126,9 @@ def run_folder_of(output: Path) -> Path:
 
 
 def resolved_name(model: str) -> str:
-    """A model's name as it is found again from any folder: a checkpoint folder becomes absolute."""
+    """A model's name as it is found again from any folder: a checkpoint's folder absolute, and without a revision."""
     found = resolve(model)
-    return str(found.resolve()) if isinstance(found, Path) else model
+    return str(found.resolve()) if isinstance(found, Path) else str(split_revision(model)[0])
 
 
 def place_of(output: Path) -> Path:

@@ -271,7 +271,7 @@ def _noted_commit(hub_id: str, revision: str) -> str:
         noted = _ref(hub_id, revision).read_text().strip()
     except (OSError, ValueError):
         return ""
-    return noted if COMMIT.fullmatch(noted) else ""
+    return noted if re.fullmatch(r"\w+", noted) else ""
 
 
 def _note_commit(hub_id: str, revision: str, commit: str) -> None:

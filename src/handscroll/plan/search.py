@@ -16,7 +16,7 @@ from handscroll.plan.plan import Plan
 from handscroll.plan.precision import Precision, resolve_precision
 from handscroll.plan.stages import BY_NAME, DECODE, DENOISE, DENOISE_PART, ENCODE_PART, TEXT, Stage
 from handscroll.request import Request
-from handscroll.units import MAX_SIDE_PX, budget_text, gibibytes
+from handscroll.units import MAX_SIDE_PX, budget_text
 
 # A stated minimum is rounded up, so that it still does when the process itself takes a little more the next time.
 MINIMUM_STEP_BYTES = 16 * MIB
@@ -150,7 +150,7 @@ def _too_small(plan: Plan, spec: CheckpointSpec, inputs: PlanInputs) -> BudgetEr
     largest = BY_NAME[max(planned_bytes, key=lambda name: planned_bytes[name])]
     line = (
         f"{plan.width}x{plan.height} with {spec.name} in {plan.precision} needs at least "
-        f"--memory {budget_text(least_bytes)}, for {largest.title}; {gibibytes(allowed_bytes)} were allowed"
+        f"--memory {budget_text(least_bytes)}, for {largest.title}; {allowed_bytes // MIB} MiB were allowed"
     )
     if plan.smaller is not None:
         at_once = dataclasses.replace(plan, smaller=None, encoding=None, first_step=0)
