@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -132,19 +131,23 @@ def steady_autoencoder(name: str, height: int, width: int) -> AutoencoderDC:
     """
     for seed in range(50):
         model = autoencoder(name, seed)
-        if max(_whole_errors(model, latent_of(model, height, width))) <= EXACT / 4:
+        if _whole_error(model, latent_of(model, height, width)) <= EXACT / 4:
             return model
     raise AssertionError(f"every random network of {name} amplifies rounding")
 
 
-def _whole_errors(model: AutoencoderDC, latent: Tensor) -> Iterator[float]:
-    """How far the whole decode in fp32 is from fp64, of a latent and of some that differ by their last bits."""
-    truth = copy.deepcopy(model.decoder).double()
-    for number in range(6):
-        if number:
-            up = torch.rand(latent.shape, generator=torch.Generator().manual_seed(number)) < 0.5
-            latent = torch.nextafter(latent, torch.where(up, torch.inf, -torch.inf))
-        yield (model.decoder(latent) - truth(latent.double())).abs().max().item()
+def _whole_error(model: AutoencoderDC, latent: Tensor) -> float:
+    """How far the whole decode in fp32 is at most from fp64, of a latent and of two that differ by their last bits."""
+    latents = [latent]
+    for number in range(2):
+        up = torch.rand(latent.shape, generator=torch.Generator().manual_seed(number)) < 0.5
+        latents.append(torch.nextafter(latents[-1], torch.where(up, torch.inf, -torch.inf)))
+    given = torch.cat(latents)
+    decoded = model.decoder(given)
+    spread = (decoded.unflatten(0, (len(latents), -1)) - decoded[: len(latent)]).abs().max().item()
+    if spread > EXACT / 2:  # two of them cannot both be near, and fp64 is slow
+        return spread
+    return (decoded - copy.deepcopy(model.decoder).double()(given.double())).abs().max().item()
 
 
 def as_if_trained(module: nn.Module) -> Any:

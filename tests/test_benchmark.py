@@ -25,7 +25,7 @@ Miniature = Callable[..., Path]
 def _quick(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(benchmark, "RATE_SECONDS", 0.0)
     monkeypatch.setattr(benchmark, "ROUNDS", 2)
-    monkeypatch.setattr(rates, "_measure_rates", lambda device: Rates())
+    monkeypatch.setattr(rates, "measure_rates", lambda device: Rates())
     for name in ("convolution_rate", "matrix_rate"):
         monkeypatch.setattr(benchmark, name, lambda dtype, device: 100.0)
     threads = torch.get_num_threads()

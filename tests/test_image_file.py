@@ -347,9 +347,9 @@ def test_exif_from_elsewhere_is_read() -> None:
     comment = b"ASCII\0\0\0seen\0"
     entry = struct.pack("<HHHIII", 1, 0x8769, 4, 1, 26, 0) + struct.pack("<HHHIII", 1, 0x9286, 7, len(comment), 44, 0)
     block = b"Exif\0\0II*\0" + struct.pack("<I", 8) + entry + comment
-    assert metadata._read_user_comment(block) == "seen"
+    assert metadata.read_user_comment(block) == "seen"
     for length in range(len(block) - len(comment)):
-        assert metadata._read_user_comment(block[:length]) == ""
+        assert metadata.read_user_comment(block[:length]) == ""
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
@@ -476,7 +476,7 @@ def test_an_encoder_that_fails_beside(tmp_path: Path, monkeypatch: pytest.Monkey
     def failing(*arguments: object) -> None:
         raise pyvips.Error(f"write error: {os.strerror(errno.ENOSPC)}")
 
-    monkeypatch.setattr(encoding, "_encode_png", failing)
+    monkeypatch.setattr(encoding, "encode_png", failing)
     with pytest.raises(OutputError, match=r"disk full while writing .* needs .* free in"):
         save(older, picture(64, rows), beside=True)
     assert names(tmp_path) == {"out.png"}

@@ -36,6 +36,7 @@ from transformers import Gemma2Model, PreTrainedTokenizerFast
 from handscroll.cli import main as cli
 from handscroll.cli import work
 from handscroll import pipeline
+from handscroll import files
 from handscroll.jobs import folder, store
 from handscroll.pictures import writing
 from handscroll.runtime.sampling import schedule
@@ -80,9 +81,9 @@ slow(pipeline, "encode_prompts", 0.1)
 slow(schedule.SamplerRun, "step_done", 0.03)
 slow(store, "write_whole", 0.02)
 slow(store, "write_tensors", 0.02)
-slow(writing.os, "write", 0.03)
+slow(files.os, "write", 0.03)
 slow(writing, "encode_picture", 0.1)
-slow(writing, "_publish", 0.1)
+slow(writing, "publish", 0.1)
 slow(folder, "discard", 0.02)
 """
 )

@@ -9,7 +9,7 @@ import secrets
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 
 def write_whole(
@@ -32,6 +32,13 @@ def write_whole(
         with contextlib.suppress(OSError):
             part.unlink(missing_ok=True)
     sync_folder(path.parent)
+
+
+def write_all(descriptor: int, data: Any) -> None:
+    """Writes all bytes of a buffer to what is open, however many the system takes at a time. Raises OSError."""
+    left = memoryview(data).cast("B")
+    while left:
+        left = left[os.write(descriptor, left) :]
 
 
 def part_beside(path: Path) -> Path:

@@ -45,7 +45,7 @@ def gpu_bench(bench: Any) -> Any:
 def in_this_process(bench: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[list[str]]]:
     """What would be children runs here, which is quicker; gives their commands. Peaks are the stages'."""
     commands: list[list[str]] = []
-    monkeypatch.setattr(rates, "_measure_rates", lambda device: Rates())
+    monkeypatch.setattr(rates, "measure_rates", lambda device: Rates())
 
     def run(command: Sequence[str | Path], environment: dict[str, str] | None = None) -> Any:
         commands.append(list(map(str, command)))

@@ -18,6 +18,7 @@ from torch import Tensor
 from handscroll.errors import BusyError, CheckpointError, RunFolderError
 from handscroll.events import Progress
 from handscroll.files import write_whole
+from handscroll.jobs.folder import state_paths
 from handscroll.jobs.job import Job, find_run, read_job, run_folder_of
 from handscroll.jobs.latent_file import load_latent, save_latent
 from handscroll.jobs.store import RunFolder
@@ -188,7 +189,7 @@ def state(steps_done: int) -> SamplerState:
 
 def leave(run: RunFolder) -> None:
     """As a killed process does."""
-    run._lock.release()
+    run.release()
 
 
 def notices(events: list[Progress]) -> list[str]:
@@ -238,7 +239,7 @@ def test_a_torn_state_falls_back_to_the_one_before(tmp_path: Path, damage: str) 
     kept = [state(1), state(2), state(3)]
     for each in kept:
         run.keep_state(0, each)
-    newest, previous = run._state_paths(0)
+    newest, previous = state_paths(run.folder, 0)
 
     def spoil(path: Path) -> None:
         whole = path.read_bytes()

@@ -132,7 +132,7 @@ def test_a_full_disk_is_told_in_one_line(number: int, tmp_path: Path, monkeypatc
     def fail(*_: object) -> None:
         raise OSError(number, os.strerror(number))
 
-    monkeypatch.setattr(maps, "_write_all", fail)
+    monkeypatch.setattr(maps, "write_all", fail)
     with pytest.raises(OutputError, match=f"{tmp_path} is full: a map needs {random(6).nbytes} bytes") as caught:
         kept.write(random(6)[:, :1])
     assert "\n" not in str(caught.value)

@@ -152,7 +152,7 @@ def test_the_key_knows_all_that_decides(folder: Path, monkeypatch: pytest.Monkey
         patch.setattr(text_cache, "FORMAT", 2)
         others.append(text_key(spec, "a lake", "", torch.float32, CPU))
     with monkeypatch.context() as patch:
-        patch.setattr(text_cache, "_release", lambda library: "0.1")
+        patch.setattr(text_cache, "release_of", lambda library: "0.1")
         others.append(text_key(spec, "a lake", "", torch.float32, CPU))
     for name in ("text_encoder/config.json", "tokenizer/tokenizer_config.json"):
         file = folder / name

@@ -25,7 +25,6 @@ from handscroll.runtime.text import encode_prompt
 from handscroll.runtime.text_encoder import EMBEDDING_TABLE, open_text_encoder
 from handscroll.system import resident_bytes
 from handscroll.weights import files
-from handscroll.weights.buffers import InPlaceBuffer
 from handscroll.weights.header import read_header
 from handscroll.weights.stream import WeightStream
 from live_bytes import LiveBytes
@@ -132,8 +131,7 @@ def test_what_is_lent_and_what_is_kept_is_what_is_loaded(
         loaded = load_module(spec, component, dtype=dtype, device="cpu")
         module, stream = open_module(spec, component, dtype=dtype, device="cpu")
         if transfer is not None:
-            entries = {site.entry.name: site.entry for sites in stream._sites.values() for site in sites}
-            stream = WeightStream(module, entries, dtype, "cpu", transfer=transfer)
+            stream = WeightStream(module, stream.entries, dtype, "cpu", transfer=transfer)
         names = [name for name, parameter in module.named_parameters() if parameter.is_meta]
         with stream.materialize(module):
             assert same_tensors(module, loaded)
@@ -497,9 +495,7 @@ def test_a_text_encoder_runs_in_the_memory_of_one_layer(
             ours = encode_prompt(spec, encoder, tokenizer, prompt, instruction)
         assert ours.embeddings.equal(expected.embeddings)
         assert is_empty(encoder.layers)
-    assert isinstance(stream._memory, InPlaceBuffer)
-    assert stream._memory._idle is not None
-    assert stream._memory._idle.nbytes < 1.1 * stream.bytes_of(encoder.layers[0])
+    assert 0 < stream.buffer_bytes < 1.1 * stream.bytes_of(encoder.layers[0])
     stream.close()
 
 

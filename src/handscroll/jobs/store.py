@@ -199,6 +199,10 @@ class RunFolder:
 
     # The end
 
+    def release(self) -> None:
+        """Lets go of the folder and leaves it as it is, for another process to go on with."""
+        self._lock.release()
+
     def __enter__(self) -> Self:
         return self
 
@@ -208,7 +212,7 @@ class RunFolder:
         if error is not None and self._is_worth_keeping():
             with contextlib.suppress(MemoryError):  # it may be what has just happened
                 error.add_note(f"`handscroll resume {shlex.quote(str(self.folder))}` goes on {self._where()}")
-            self._lock.release()
+            self.release()
             return
         clear_folder(self.folder)
         discard(self.folder / "job.json")

@@ -29,7 +29,7 @@ TIFF_OPTIONS = {
 def encode_picture(image: Any, target: Target, part: Path, parameters: str, quality: int | None) -> None:
     q = quality or DEFAULT_QUALITY.get(target.format)
     if target.format == "png":
-        _encode_png(image, part, parameters)
+        encode_png(image, part, parameters)
     elif target.format == "tiff":
         _describe(image, "image-description", parameters).tiffsave(str(part), **TIFF_OPTIONS)
     elif target.format == "dzi":
@@ -53,7 +53,7 @@ def _describe(image: Any, field: str, value: str | bytes) -> Any:
     return image
 
 
-def _encode_png(image: Any, part: Path, parameters: str) -> None:
+def encode_png(image: Any, part: Path, parameters: str) -> None:
     """libvips writes text as UTF-8 where PNG says Latin-1, so the chunk is put in here, before the pixels.
 
     Room for it is left at the front; then the first 33 bytes, signature and IHDR, move there and the chunk follows.

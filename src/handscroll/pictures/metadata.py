@@ -82,7 +82,7 @@ def read_parameters(path: Path) -> str:
     image = _opened(path, known)
     if known is TIFF:
         return image.get("image-description") if image.get_typeof("image-description") else ""
-    return _read_user_comment(image.get("exif-data")) if image.get_typeof("exif-data") else ""
+    return read_user_comment(image.get("exif-data")) if image.get_typeof("exif-data") else ""
 
 
 def read_size(path: Path) -> tuple[int, int]:
@@ -135,7 +135,7 @@ def _read_png_text(path: Path, file: Any) -> str:
     return ""
 
 
-def _read_user_comment(exif: bytes) -> str:
+def read_user_comment(exif: bytes) -> str:
     tiff = exif.removeprefix(b"Exif\0\0")
     order = {b"II": "<", b"MM": ">"}.get(tiff[:2], "<")
 

@@ -25,7 +25,7 @@ from typing import Any, Self
 
 import numpy as np
 
-from handscroll.files import discard, lock_folder, part_beside, sync_file, sync_folder
+from handscroll.files import discard, lock_folder, part_beside, sync_file, sync_folder, write_all
 from handscroll.pictures.encoding import encode_picture
 from handscroll.pictures.metadata import png_chunk
 from handscroll.pictures.targets import EXCHANGING, Target, check_files_folder, output_errors
@@ -73,12 +73,12 @@ def write_image(
         else:
             with output_errors(target):
                 scratch, scratch_name = _open_scratch(part.with_suffix(".rows"), cleanup)
-            _receive(target, strips, lambda strip: _write_all(scratch, strip), on_rows)
+            _receive(target, strips, lambda strip: write_all(scratch, strip), on_rows)
             cleanup.callback(discard, part)
             with output_errors(target, vips.Error):
                 encode_picture(_picture(scratch_name, target), target, part, parameters, quality)
         with output_errors(target, vips.Error):
-            _publish(target, part, final)
+            publish(target, part, final)
     return target.path
 
 
@@ -122,12 +122,6 @@ def _receive(
         raise ValueError(f"the strips hold {rows} rows, the picture has {target.height}")
 
 
-def _write_all(descriptor: int, data: Any) -> None:
-    left = memoryview(data).cast("B")
-    while left:
-        left = left[os.write(descriptor, left) :]
-
-
 class _Encoder:
     """Encodes on a thread the strips that are written to it, from top to bottom.
 
@@ -145,7 +139,7 @@ class _Encoder:
         self.thread = threading.Thread(target=self._run, name="encoder")
         self.thread.start()
         header = struct.pack(">IIBBBBB", self.target.width, self.target.height, 8, 2, 0, 0, 0)
-        _write_all(self.write_end, b"\x89PNG\r\n\x1a\n" + png_chunk(b"IHDR", header))
+        write_all(self.write_end, b"\x89PNG\r\n\x1a\n" + png_chunk(b"IHDR", header))
         return self
 
     def _run(self) -> None:
@@ -166,13 +160,13 @@ class _Encoder:
             raise self.error
         unfiltered = np.zeros((len(strip), 1 + 3 * strip.shape[1]), np.uint8)
         unfiltered[:, 1:] = strip.reshape(len(strip), -1)
-        _write_all(self.write_end, png_chunk(b"IDAT", self.stored.compress(unfiltered.data)))
+        write_all(self.write_end, png_chunk(b"IDAT", self.stored.compress(unfiltered.data)))
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         if error is None:
-            _write_all(self.write_end, png_chunk(b"IDAT", self.stored.flush()) + png_chunk(b"IEND", b""))
+            write_all(self.write_end, png_chunk(b"IDAT", self.stored.flush()) + png_chunk(b"IEND", b""))
         os.close(self.write_end)
         self.thread.join()
         if error is None and self.error is not None:
@@ -188,7 +182,7 @@ def _picture(scratch_name: str, target: Target) -> Any:
     return image.arrayjoin([rows], across=1)
 
 
-def _publish(target: Target, part: Path, final: Path) -> None:
+def publish(target: Target, part: Path, final: Path) -> None:
     sync_file(part / "picture.dzi" if target.format == "dzi" else part)
     with lock_folder(final.parent):
         if target.format == "dzi":

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from handscroll.banded.rows import RowMap, Strip
 from handscroll.errors import OutputError
+from handscroll.files import write_all
 from handscroll.limits import MAP_CHUNK_BYTES
 from handscroll.plan.decode import DecodeStage
 from handscroll.plan.store import Store
@@ -93,7 +94,7 @@ class DiskMap(RowMap):
                 pieces = [image] if image.is_contiguous() and image.device.type == "cpu" else image.split(step)
                 self.file.seek((index * self.height + self.rows_written) * self.row_bytes)
                 for piece in pieces:
-                    _write_all(self.file, _bytes_of(piece.cpu().contiguous()))
+                    write_all(self.file.fileno(), _bytes_of(piece.cpu().contiguous()))
         except OSError as error:
             raise self._failed(error) from None
         self.rows_written += strip.shape[1]
@@ -143,11 +144,6 @@ class DiskMap(RowMap):
 def _bytes_of(tensor: Tensor) -> memoryview:
     """A contiguous CPU tensor's own memory, whatever its dtype."""
     return tensor.detach().reshape(-1).view(torch.uint8).numpy().data
-
-
-def _write_all(file: BinaryIO, data: memoryview) -> None:
-    while data:
-        data = data[file.write(data) :]
 
 
 def _read_all(file: BinaryIO, data: memoryview) -> None:

@@ -24,14 +24,14 @@ CONVOLUTION_FLOP = 2 * 128 * 128 * 9 * 32 * 64
 def rates_of(device: str) -> Rates:
     threads = torch.get_num_threads() if device == "cpu" else 0
     name = f"rates of {torch.cuda.get_device_name(device) if threads == 0 else f'{threads} threads'}"
-    found = remembered(name, lambda: dataclasses.asdict(_measure_rates(device)))
+    found = remembered(name, lambda: dataclasses.asdict(measure_rates(device)))
     try:
         return Rates(**found)
     except TypeError:  # written by another version
         return Rates()
 
 
-def _measure_rates(device: str) -> Rates:
+def measure_rates(device: str) -> Rates:
     flops = {}
     for precision, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16), ("fp16", torch.float16)):
         if device == "cpu" and dtype == torch.float16:

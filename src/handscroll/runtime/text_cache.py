@@ -62,7 +62,7 @@ def text_key(spec: CheckpointSpec, text: str, instruction: str, dtype: torch.dty
             "max_prompt_tokens": spec.max_prompt_tokens,
             "dtype": str(dtype),
             "computed": [device.type, torch.backends.cpu.get_cpu_capability() if device.type == "cpu" else ""],
-            "libraries": [_release("torch"), _release("transformers")],
+            "libraries": [release_of("torch"), release_of("transformers")],
         }
     except OSError:
         return ""
@@ -162,7 +162,7 @@ def _digest(file: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def _release(library: str) -> str:
+def release_of(library: str) -> str:
     """major.minor of an installed library, without importing it."""
     from importlib.metadata import version
 

@@ -43,6 +43,10 @@ class InPlaceBuffer:
     def give_back(self, slot: Tensor) -> None:
         self._idle = slot
 
+    @property
+    def idle_bytes(self) -> int:
+        return 0 if self._idle is None else self._idle.nbytes
+
     def close(self) -> None:
         self._idle = None
         self._files.close()
@@ -101,6 +105,10 @@ class ReadAheadBuffers:
         slot.released = self._transfer.mark()
         if len(self._idle) + len(self._coming) + self._lent < SLOTS:
             self._idle.append(slot)
+
+    @property
+    def idle_bytes(self) -> int:
+        return sum(slot.there.nbytes for slot in self._idle)
 
     def close(self) -> None:
         for key in list(self._coming):

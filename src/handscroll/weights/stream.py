@@ -53,7 +53,7 @@ class WeightStream:
         *,
         transfer: Transfer | None = None,
     ) -> None:
-        self.dtype, self.device = dtype, torch.device(device)
+        self.entries, self.dtype, self.device = entries, dtype, torch.device(device)
         self._sites = {owner: list(sites_in(owner, path, entries, dtype)) for path, owner in module.named_modules()}
         on_cuda = self.device.type == "cuda"
         self._alignment_bytes = CUDA_ALIGNMENT_BYTES if on_cuda else CPU_ALIGNMENT_BYTES
@@ -113,6 +113,11 @@ class WeightStream:
     def bytes_of(self, *modules: nn.Module, but: Iterable[nn.Module] = ()) -> int:
         """Bytes of `modules`, without those in `but`, in `dtype`: what they take, materialized or resident."""
         return sum(site.n_bytes for site in self._sites_of(modules, but))
+
+    @property
+    def buffer_bytes(self) -> int:
+        """What the buffers hold that are not in use."""
+        return self._memory.idle_bytes
 
     def close(self) -> None:
         """Frees the buffers that are not in use, and closes the files; the next `materialize` opens them again."""
