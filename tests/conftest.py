@@ -31,6 +31,18 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 import pytest  # noqa: E402
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config: pytest.Config) -> None:
+    """The whole suite runs in two processes, where pytest-xdist is there; single files, and what is large, in this one.
+
+    `-n 0` keeps the suite in one process too.
+    """
+    is_free = config.pluginmanager.hasplugin("xdist") and config.option.numprocesses is None
+    is_large = config.option.markexpr in ("slow", "gpu") or config.option.usepdb
+    if is_free and config.args_source is config.ArgsSource.TESTPATHS and not is_large:
+        config.option.numprocesses, config.option.dist = 2, "worksteal"
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _threads() -> None:
     import torch

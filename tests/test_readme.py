@@ -44,6 +44,7 @@ def test_the_first_command_makes_a_picture(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [picture]
 
 
+@pytest.mark.thorough
 def test_the_commands_with_a_budget_run_within_it(tmp_path: Path) -> None:
     commands = [line for block in blocks("sh") for line in block.splitlines() if " --memory " in line]
     assert [shlex.split(command)[:2] for command in commands] == [["handscroll", "plan"], ["handscroll", "generate"]]
@@ -58,6 +59,7 @@ def test_the_commands_with_a_budget_run_within_it(tmp_path: Path) -> None:
     assert memory["measured_peak_bytes"] <= memory["budget_bytes"]
 
 
+@pytest.mark.thorough
 def test_a_sketch_shows_what_the_large_picture_is(tmp_path: Path) -> None:
     commands = [line for block in blocks("sh") for line in block.splitlines() if " --seed 5 " in line]
     seen = []

@@ -114,6 +114,7 @@ else:
         triton.upsample_row_phase(empty(1, 4, 257, 512), empty(1, 4, 256, 512), 2, 1, empty(1, 8, 512, 256))
         assert set(compiled) == set(launch.KERNELS)
 
+    @pytest.mark.thorough
     @needs_triton
     def test_kernels_agree_in_the_interpreter() -> None:
         files = sorted(map(str, Path(__file__).parent.glob("test_triton_*.py")))

@@ -9,6 +9,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 SCRIPT = Path(__file__).parents[2] / "bench" / "gpu.sh"
 
 
@@ -18,6 +20,7 @@ def run(*arguments: str, python: str = sys.executable, results: Path) -> subproc
     return subprocess.run(command, capture_output=True, text=True, env=environment)
 
 
+@pytest.mark.thorough
 def test_the_steps_of_a_miniature(tmp_path: Path) -> None:
     done = run("--steps", "denoise,decode", results=tmp_path)
     assert done.returncode == 0, done.stderr

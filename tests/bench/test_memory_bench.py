@@ -110,6 +110,7 @@ def test_a_child_that_is_no_program(bench: Any) -> None:
         bench.child.run(["/nowhere/at/all"])
 
 
+@pytest.mark.thorough
 def test_the_least_budget_is_kept_by_a_process_of_its_own(miniature: Miniature, tmp_path: Path) -> None:
     command = [sys.executable, str(BENCH / "memory.py"), "generate", str(miniature("1.6b")), "--size", "128"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}

@@ -248,6 +248,7 @@ def check_draws(specs: list[CheckpointSpec], seed: int, draws: int) -> None:
             raise
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("seed", range(4))
 def test_what_every_plan_keeps(specs: list[CheckpointSpec], seed: int) -> None:
     check_draws(specs, seed, DRAWS_A_PART)

@@ -143,6 +143,7 @@ def check_survives(job: Job, number: int, error: Callable[[], BaseException]) ->
     assert alive == [0], f"operation {number}: {alive} bytes of the failed try are alive"
 
 
+@pytest.mark.thorough
 def test_memory_that_runs_out_at_one_operation_changes_nothing(job: Job) -> None:
     counting = Failing()
     job.make(counting)
@@ -152,6 +153,7 @@ def test_memory_that_runs_out_at_one_operation_changes_nothing(job: Job) -> None
         check_survives(job, number, next(kinds))
 
 
+@pytest.mark.thorough
 def test_memory_that_runs_out_while_a_picture_grows_changes_nothing(job: Job) -> None:
     job.request = dataclasses.replace(job.request, width=96, height=64, steps=2, compose_px=64, strip_rows=None)
     job.expected = job.make(Failing())[0]
