@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 import json
 import re
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -148,7 +149,10 @@ def test_a_plan_is_a_table(shell: Shell, tiny: tuple[object, ...]) -> None:
     assert empty == second_empty == ""
     assert titles.split() == ["STAGE", "PEAK", "ABOUT", "HOW"]
     assert [line.split()[0] for line in stages] == ["text", "denoise", "decode"]
-    assert re.fullmatch(r"peak .*, about .* a picture; the least that would do is --memory \d+MiB", last)
+    assert re.fullmatch(
+        r"peak .*, about .* a picture; the least that would do is --memory \d+MiB(, of which .* Triton's, .*)?", last
+    )
+    assert ("Triton" in last) == ("triton" in sys.modules)
     assert files() == []
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
     from handscroll.models.checkpoint import CheckpointSpec
     from handscroll.plan.plan import PartPlan, Plan
 
+# A CPU's budget counts what is loaded. Triton is for development there, and diffusers imports it where it is.
+TRITON_COUNTS = ", of which some 70 MiB are Triton's, which a plain installation on a CPU does not load"
 PLACES = {"memory": "in memory", "host": "in the host's memory", "disk": "on disk"}
 
 
@@ -45,7 +48,11 @@ def plan(
         from handscroll.plan.table import plan_dict
 
         spec, found, minimum_bytes = pipeline.plan_of(request, output, on_event)
-    print(to_json(plan_dict(spec, found, minimum_bytes)) if as_json else plan_table(spec, found, minimum_bytes))
+    if as_json:
+        print(to_json(plan_dict(spec, found, minimum_bytes)))
+        return
+    counts_triton = minimum_bytes is not None and found.device == "cpu" and "triton" in sys.modules
+    print(plan_table(spec, found, minimum_bytes) + (TRITON_COUNTS if counts_triton else ""))
 
 
 def plan_table(spec: CheckpointSpec, plan: Plan, minimum_bytes: int | None) -> str:
