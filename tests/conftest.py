@@ -37,6 +37,8 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
 
     `-n 0` keeps the suite in one process too.
     """
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        return  # this is one of the two, or what one of their tests has started: else they would start others for ever
     is_free = config.pluginmanager.hasplugin("xdist") and config.option.numprocesses is None
     is_large = config.option.markexpr in ("slow", "gpu") or config.option.usepdb
     if is_free and config.args_source is config.ArgsSource.TESTPATHS and not is_large:
