@@ -111,6 +111,8 @@ def picture_facts(request: Request, spec: CheckpointSpec, plan: Plan, index: int
 def latent_facts(request: Request, spec: CheckpointSpec, plan: Plan, index: int) -> dict[str, str]:
     """What a latent's file says about itself: all that decoding and labelling it takes, from any folder."""
     facts = {**picture_facts(request, spec, plan, index), "model": resolved_name(request.model)}
+    if spec.commit is None:
+        del facts["revision"]
     return {name: str(value) for name, value in facts.items()}
 
 
