@@ -114,7 +114,7 @@ class Picture:
         on_event = self._on_event if on_event is None else on_event
         target = check_target(Path(path), self.width, self.height)
         inputs = dataclasses.replace(self._inputs, suffix=target.path.suffix)
-        plan = replan(self.plan, self._session.spec, inputs, DECODE.name)
+        plan = replan(self.plan, self._session.spec, inputs, DECODE)
         enforce(plan.device, plan.budget_bytes)
         recovery = Recovery(self._session, inputs, plan.precision, on_event)
         with torch.inference_mode():

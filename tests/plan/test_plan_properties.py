@@ -23,6 +23,7 @@ from handscroll.plan.inputs import MIB, Hardware, PlanInputs, Rates
 from handscroll.plan.plan import Plan
 from handscroll.plan.precision import BYTES
 from handscroll.plan.search import MINIMUM_STEP_BYTES, make_plan, minimum_bytes, shrink
+from handscroll.plan.stages import BY_NAME
 from handscroll.request import Request
 
 Miniature = Callable[..., Path]
@@ -185,14 +186,14 @@ def check_plan(draw: Draw, plan: Plan) -> None:
             check_sweeps(EncoderShape, size.encoding, draw, size)
 
     for name in plan.planned_bytes:
-        tries, before, smaller = 0, plan, shrink(plan, draw.spec, draw.inputs, name)
+        tries, before, smaller = 0, plan, shrink(plan, draw.spec, draw.inputs, BY_NAME[name])
         while smaller is not None and tries < 2:
             now, used = ([part.peak_bytes for part in each.parts[name]] for each in (smaller, before))
             assert sum(now) < sum(used)
             assert all(a <= b for a, b in zip(now, used, strict=True))
             others = {other: n_bytes for other, n_bytes in plan.planned_bytes.items() if other != name}
             assert others.items() <= smaller.planned_bytes.items()
-            tries, before, smaller = tries + 1, smaller, shrink(smaller, draw.spec, draw.inputs, name)
+            tries, before, smaller = tries + 1, smaller, shrink(smaller, draw.spec, draw.inputs, BY_NAME[name])
 
 
 def check_growth(draw: Draw, plan: Plan) -> None:

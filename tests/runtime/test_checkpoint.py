@@ -19,8 +19,15 @@ import miniatures
 from handscroll.errors import CheckpointError, UnknownModelError
 from handscroll.models.checkpoint import CheckpointSpec
 from handscroll.models.opening import open_checkpoint
-from handscroll.runtime.modules import Component, load_module, load_rows, load_scheduler, load_tokenizer, open_module
-from handscroll.runtime.session import Half
+from handscroll.runtime.modules import (
+    Component,
+    Half,
+    load_module,
+    load_rows,
+    load_scheduler,
+    load_tokenizer,
+    open_module,
+)
 from handscroll.weights import files
 
 WEIGHTS: dict[Component, str] = {

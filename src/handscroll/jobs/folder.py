@@ -26,7 +26,6 @@ def state_paths(folder: Path, index: int) -> tuple[Path, Path]:
     return folder / f"state-{index + 1}.safetensors", folder / f"state-{index + 1}.previous.safetensors"
 
 
-# The folder itself
 def take_folder(folder: Path) -> Lock:
     """Makes the folder if need be, and holds it against other processes. Raises BusyError where one of them has it."""
     try:

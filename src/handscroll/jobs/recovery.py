@@ -91,7 +91,7 @@ class Recovery:
             if attempt.fault.component is not None:
                 plan = self._in_fp32(plan, stage, attempt.fault, picture)
                 continue
-            smaller = shrink(plan, self.session.spec, self.inputs, stage.name)
+            smaller = shrink(plan, self.session.spec, self.inputs, stage)
             tries_left -= smaller is None
             plan = smaller or plan
             self._tell_of_memory(plan, stage, attempt.fault, picture, tries_left, shrunk=smaller is not None)
@@ -124,4 +124,4 @@ class Recovery:
         return plan
 
     def _in_precision(self, plan: Plan, stage: Stage, precision: Precision) -> Plan:
-        return replan_in_precision(plan, self.session.spec, self.inputs, stage.name, precision)
+        return replan_in_precision(plan, self.session.spec, self.inputs, stage, precision)

@@ -323,6 +323,8 @@ class PictureStates:
 
 
 # Reading what an earlier run left
+
+
 def _older_run(folder: Path, job: Job) -> tuple[tuple[Job, str, set[int]] | None, str]:
     """The run that was here, its id and what it has done, if `job` may go on with it; else the reason why not."""
     if not (folder / "job.json").exists():

@@ -33,7 +33,6 @@ CLASSES = {
 }
 
 
-# Reading a folder.
 @dataclass(frozen=True, slots=True)
 class OwnSettings:
     """The contents of `handscroll.json`."""

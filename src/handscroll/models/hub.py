@@ -144,6 +144,8 @@ def choose_files(names: Iterable[str], hub_id: str) -> tuple[list[str], list[str
 
 
 # Downloading.
+
+
 def _download(hub_id: str, revision: str, on_progress: OnProgress | None, *, weights_too: bool = True) -> Path:
     api = HfApi(endpoint=constants.ENDPOINT)
     info = api.model_info(hub_id, revision=revision, files_metadata=True, timeout=TIMEOUT_SECONDS)
@@ -236,6 +238,8 @@ class _Report:
 
 
 # The cache.
+
+
 def _repository_folder(hub_id: str) -> Path:
     return Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=hub_id, repo_type="model")
 
@@ -298,6 +302,8 @@ def _check_room(hub_id: str, needed_bytes: int) -> None:
 
 
 # Telling what went wrong, in one line that says what to do.
+
+
 def _told(hub_id: str, error: BaseException) -> HandscrollError | None:
     page = f"{constants.ENDPOINT}/{hub_id}"
     if isinstance(error, LocalEntryNotFoundError) and error.__cause__ is not None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 
-# Parameters of a layer.
 def linear_parameters(inputs: int, outputs: int, bias: bool = True) -> int:
     return inputs * outputs + (outputs if bias else 0)
 

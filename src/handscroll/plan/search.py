@@ -70,44 +70,46 @@ def plan_stages(plan: Plan, spec: CheckpointSpec, inputs: PlanInputs) -> Plan:
     return planned
 
 
-def replan(plan: Plan, spec: CheckpointSpec, inputs: PlanInputs, stage: str) -> Plan:
+def replan(plan: Plan, spec: CheckpointSpec, inputs: PlanInputs, stage: Stage) -> Plan:
     """The plan with one stage chosen anew, for inputs that have changed. Raises BudgetError if it does not fit."""
-    if BY_NAME[stage] not in _planned_stages(plan, inputs):
+    if stage not in _planned_stages(plan, inputs):
         return plan
     limit_bytes = limit_of(plan.budget_bytes, inputs.hardware)
-    planned = _chosen(plan, spec, inputs, [BY_NAME[stage]], limit_bytes)
-    if plan.budget_bytes is not None and planned.planned_bytes[stage] > plan.budget_bytes:
+    planned = _chosen(plan, spec, inputs, [stage], limit_bytes)
+    if plan.budget_bytes is not None and planned.planned_bytes[stage.name] > plan.budget_bytes:
         raise _too_small(planned, spec, inputs)
     return planned
 
 
-def replan_in_precision(plan: Plan, spec: CheckpointSpec, inputs: PlanInputs, stage: str, precision: Precision) -> Plan:
+def replan_in_precision(
+    plan: Plan, spec: CheckpointSpec, inputs: PlanInputs, stage: Stage, precision: Precision
+) -> Plan:
     """The plan with what runs in one stage in a precision, chosen anew where that is a change. Raises BudgetError."""
-    own = {component: getattr(precision, component) for component in BY_NAME[stage].components}
+    own = {component: getattr(precision, component) for component in stage.components}
     changed = dataclasses.replace(plan, precision=dataclasses.replace(plan.precision, **own))
     return plan if changed == plan else replan(changed, spec, inputs, stage)
 
 
-def shrink(plan: Plan, spec: CheckpointSpec, inputs: PlanInputs, stage: str) -> Plan | None:
+def shrink(plan: Plan, spec: CheckpointSpec, inputs: PlanInputs, stage: Stage) -> Plan | None:
     """The plan with less memory for one stage, after it ran out; None where all of it takes the least already.
 
     Of a stage of several parts nobody knows which one ran out, nor at how much: the largest are shrunk first, and
     where they cannot be, the next.
     """
-    parts = plan.parts[stage]
+    parts = plan.parts[stage.name]
     if not parts:
         return None
 
     def total_bytes(plan: Plan) -> int:
-        return sum(part.peak_bytes for part in plan.parts[stage])
+        return sum(part.peak_bytes for part in plan.parts[stage.name])
 
     base_bytes, used_bytes = inputs.hardware.base_bytes, total_bytes(plan)
-    if total_bytes(_chosen(plan, spec, inputs, [BY_NAME[stage]], limit_bytes=0)) >= used_bytes:
+    if total_bytes(_chosen(plan, spec, inputs, [stage], limit_bytes=0)) >= used_bytes:
         return None
     limit_bytes, smaller = max(part.peak_bytes for part in parts), plan
     while total_bytes(smaller) >= used_bytes:
         limit_bytes = base_bytes + int(SHRINKS_TO * max(limit_bytes - base_bytes, 0))
-        smaller = _chosen(plan, spec, inputs, [BY_NAME[stage]], limit_bytes)
+        smaller = _chosen(plan, spec, inputs, [stage], limit_bytes)
     return smaller
 
 

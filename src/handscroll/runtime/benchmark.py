@@ -151,6 +151,8 @@ def measure(
 
 
 # The stages
+
+
 class _Bench:
     """One checkpoint at one size; `rows` and `columns` are the latent's."""
 
@@ -331,6 +333,8 @@ def _median(rounds: list[dict[str, Way]], name: str, key: str) -> float:
 
 
 # The device
+
+
 def convolution_rate(dtype: torch.dtype, device: str) -> float:
     """Of a 3x3 convolution of 128 channels, channels last, as most of a decode is; 1e9 operations a second."""
     side = 256 if device == "cpu" else 1024

@@ -134,6 +134,8 @@ def _cuda_is_built() -> bool:
 
 
 # Versions
+
+
 def _versions(broken: set[str]) -> dict[str, str | None]:
     found: dict[str, str | None] = {"handscroll": __version__, "python": platform.python_version()}
     found |= {package: _installed(package) for package in NEEDED}
@@ -155,6 +157,8 @@ def _libvips_version() -> str:
 
 
 # Devices
+
+
 def _devices() -> list[dict[str, Any]]:
     import torch
 
@@ -184,6 +188,8 @@ def _cuda_device(index: int) -> dict[str, Any]:
 
 
 # Disk
+
+
 def _disk(place: Path) -> dict[str, Any]:
     existing = next(folder for folder in (place, *place.parents) if folder.exists())
     return {"path": str(place), "free_bytes": free_disk_bytes(existing)}

@@ -26,6 +26,7 @@ from handscroll.weights.header import TensorEntry
 from handscroll.weights.stream import WeightStream
 
 Component = Literal["transformer", "vae", "text_encoder"]
+Half = Literal["encoder", "decoder"]
 SCHEDULERS = {
     "DPMSolverMultistepScheduler": "diffusers.schedulers.scheduling_dpmsolver_multistep",
     "FlowMatchEulerDiscreteScheduler": "diffusers.schedulers.scheduling_flow_match_euler_discrete",
@@ -39,7 +40,7 @@ def load_module(
     *,
     dtype: torch.dtype,
     device: torch.device | str,
-    part: Literal["encoder", "decoder"] | None = None,
+    part: Half | None = None,
     leave: Collection[str] = (),
 ) -> nn.Module:
     """Build `AutoencoderDC`, `SanaTransformer2DModel` or `Gemma2Model` and fill it from the checkpoint.
@@ -66,7 +67,7 @@ def open_module(
     *,
     dtype: torch.dtype,
     device: torch.device | str,
-    part: Literal["encoder", "decoder"] | None = None,
+    part: Half | None = None,
     leave: Collection[str] = (),
 ) -> tuple[nn.Module, WeightStream]:
     """What `load_module` builds, before its weights are read, and the stream that fills it part by part.
@@ -210,6 +211,8 @@ def _where(spec: CheckpointSpec, component: Component, weights: WeightFiles) -> 
 
 
 # What no file stores.
+
+
 def _recompute_buffers(module: nn.Module, dtype: torch.dtype, device: torch.device, leave: Collection[str]) -> None:
     """Fill the buffers that no file stores, as the modules' own constructors do on the CPU."""
     for path, each in module.named_modules():

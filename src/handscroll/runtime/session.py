@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -24,12 +24,10 @@ from handscroll.plan.plan import Plan
 from handscroll.plan.store import Store
 from handscroll.runtime.maps import new_map
 from handscroll.runtime.memory import release
-from handscroll.runtime.modules import Component, open_module
+from handscroll.runtime.modules import Component, Half, open_module
 from handscroll.runtime.text_encoder import open_text_encoder
 from handscroll.weights.dtypes import DTYPES
 from handscroll.weights.stream import WeightStream
-
-Half = Literal["encoder", "decoder"]
 
 
 @dataclass(frozen=True, eq=False)

@@ -16,7 +16,6 @@ from handscroll.weights.layout import Layout, Site
 from handscroll.weights.transfer import Transfer
 
 
-# Buffers.
 class InPlaceBuffer:
     """Files are read straight into the one buffer that is computed with: for a CPU."""
 

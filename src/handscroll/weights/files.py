@@ -74,7 +74,6 @@ def read_rows(entry: TensorEntry, rows: Tensor) -> Tensor:
     return filled.view(*rows.shape, channels)
 
 
-# Files.
 def promised_entries(entries: Iterable[TensorEntry]) -> dict[Path, list[TensorEntry]]:
     promised: dict[Path, list[TensorEntry]] = {}
     for entry in entries:

@@ -16,7 +16,6 @@ CPU_ALIGNMENT_BYTES = 64  # what PyTorch's own allocators give
 CUDA_ALIGNMENT_BYTES = 512
 
 
-# What a stream fills.
 @dataclass(eq=False)
 class Site:
     """A parameter or buffer of the module: where it hangs, where it is stored, and who holds it now."""
