@@ -239,8 +239,9 @@ def test_processes_that_measure_at_the_same_time_lose_nothing(tmp_path: Path) ->
     assert len(json.loads(file.read_bytes())) == 41
 
 
+# What is imported when it is needed comes first: a virtual environment may be closed to the user that it becomes.
 READ_ONLY = """
-import os, sys, torch
+import os, sys, platformdirs, safetensors.torch, torch
 from handscroll.runtime.rates import remembered
 from handscroll.runtime.text_cache import Text, load_text, save_text
 if os.geteuid() == 0:
