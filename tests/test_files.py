@@ -19,6 +19,7 @@ from handscroll.errors import BusyError
 from handscroll.files import Lock, cache_folder, discard, lock_file, lock_folder, part_beside, write_whole
 from handscroll.jobs.folder import leave_folder, take_folder
 from handscroll.runtime.rates import remembered
+from permissions import obey_permissions
 
 
 @contextlib.contextmanager
@@ -239,13 +240,10 @@ def test_processes_that_measure_at_the_same_time_lose_nothing(tmp_path: Path) ->
     assert len(json.loads(file.read_bytes())) == 41
 
 
-# What is imported when it is needed comes first: a virtual environment may be closed to the user that it becomes.
 READ_ONLY = """
-import os, sys, platformdirs, safetensors.torch, torch
+import torch
 from handscroll.runtime.rates import remembered
 from handscroll.runtime.text_cache import Text, load_text, save_text
-if os.geteuid() == 0:
-    os.setuid(65534)
 print(remembered("known", lambda: 2), remembered("new", lambda: 3))
 save_text("0" * 64, Text(torch.ones(1, 2, 3)))
 print(load_text("0" * 64))
@@ -258,8 +256,8 @@ def test_a_cache_that_cannot_be_written_can_be_read(tmp_path: Path, monkeypatch:
     assert remembered("known", lambda: 1) == 1
     before = {path.name: path.read_bytes() for path in cache.iterdir()}
     cache.chmod(0o555)
-    monkeypatch.setenv("HANDSCROLL_CACHE", ".")  # the way there may be closed to those who may not write
-    ran = subprocess.run([sys.executable, "-c", READ_ONLY], cwd=cache, capture_output=True, text=True, check=False)
+    command = [sys.executable, "-c", READ_ONLY]
+    ran = subprocess.run(command, preexec_fn=obey_permissions, capture_output=True, text=True, check=False)
     cache.chmod(0o755)
     assert ran.stdout == "1 3\nNone\n", ran
     assert {path.name: path.read_bytes() for path in cache.iterdir()} == before

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import threading
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from handscroll.pictures import encoding, metadata, targets, writing
 from handscroll.pictures.metadata import parameters_text, read_parameters
 from handscroll.pictures.targets import check_target
 from handscroll.pictures.writing import write_image
+from permissions import obey_permissions
 
 SOURCE = Path(writing.__file__).parent.parents[1]
 SUFFIXES = [".png", ".jpg", ".webp", ".tif", ".dzi"]
@@ -73,10 +74,14 @@ def png_chunks(path: Path) -> list[tuple[bytes, bytes]]:
     return chunks
 
 
-def run_python(code: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+def run_python(
+    code: str, *arguments: object, preexec_fn: Callable[[], None] | None = None
+) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "PYTHONPATH": str(SOURCE)}
     command = [sys.executable, "-c", code, *map(str, arguments)]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
+    return subprocess.run(
+        command, env=environment, preexec_fn=preexec_fn, capture_output=True, text=True, timeout=60, check=False
+    )
 
 
 # Refusals
@@ -154,16 +159,13 @@ from pathlib import Path
 from handscroll.errors import OutputError
 from handscroll.pictures.targets import check_target
 os.chdir(sys.argv[1])
-if os.geteuid() == 0:
-    os.setuid(65534)
 for name in sys.argv[2:]:
     try:
         check_target(Path(name), 8, 8)
     except OutputError as error:
         print(error)
 """
-    tmp_path.chmod(0o777)
-    result = run_python(code, tmp_path, "locked/out.png", "older.png")
+    result = run_python(code, tmp_path, "locked/out.png", "older.png", preexec_fn=obey_permissions)
     assert result.stdout.count("no permission") == 2, result
     assert older.read_text() == "older"
 
