@@ -27,7 +27,7 @@ from torch import Tensor
 import child
 import report
 from handscroll.banded.autoencoder import decode_rows
-from handscroll.banded.rows import RowMap, Strip
+from handscroll.banded.rows import RowBlock, RowMap
 from handscroll.runtime.memory import enforce, trim
 from one_run import peak, reset_peak
 from side_by_side import count, label, sizes
@@ -43,9 +43,9 @@ class WeighedMap(RowMap):
         weights.append(0)
         self.index = len(weights) - 1
 
-    def write(self, strip: Strip) -> None:
-        self.weights[self.index] += 0 if strip is None else strip.nbytes
-        super().write(strip)
+    def write(self, row_block: RowBlock) -> None:
+        self.weights[self.index] += 0 if row_block is None else row_block.nbytes
+        super().write(row_block)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -90,17 +90,17 @@ def measure(settings: Settings, size: Size, rows: int) -> dict[str, Any]:
 
     def decode(latent: Tensor, until: int) -> None:
         weights.clear()
-        strips = decode_rows(
+        row_blocks = decode_rows(
             model.decoder,
             latent,
             new_map=lambda _, height: WeighedMap(height, weights),
             on_sweep=lambda *_: trim(),
         )
         made = 0
-        with closing(strips):
-            for strip in strips:
-                made += strip.shape[2]
-                del strip
+        with closing(row_blocks):
+            for row_block in row_blocks:
+                made += row_block.shape[2]
+                del row_block
                 if made >= until:
                     break
 

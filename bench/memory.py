@@ -176,7 +176,7 @@ def measured(command: list[str | Path], budget_bytes: int | None, folder: Path) 
     }
 
 
-def strips(path: Path) -> Iterator[np.ndarray]:
+def row_blocks(path: Path) -> Iterator[np.ndarray]:
     """A picture from top to bottom, [rows, width, 3] uint8, read as it goes."""
     image = pyvips.Image.new_from_file(str(path), access="sequential")
     region = pyvips.Region.new(image)
@@ -188,7 +188,7 @@ def strips(path: Path) -> Iterator[np.ndarray]:
 def difference(path: Path, reference: Path) -> dict[str, Any]:
     """How many of the 8-bit samples of two pictures of one size differ, and by how much."""
     differing = largest = total = samples = 0
-    for ours, theirs in zip(strips(path), strips(reference), strict=True):
+    for ours, theirs in zip(row_blocks(path), row_blocks(reference), strict=True):
         apart = np.abs(ours.astype(np.int16) - theirs)
         differing += int(np.count_nonzero(apart))
         largest = max(largest, int(apart.max()))

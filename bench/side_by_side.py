@@ -76,7 +76,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--model", help="denoise: a row of make_checkpoint.py; generate: a folder or a model's name")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--threads", type=count, help="of every measured process; default: as many as cores")
-    parser.add_argument("--strip-rows", type=count, help="height of strips or bands of rows; default: by size")
+    parser.add_argument("--strip-rows", type=count, help="height of row blocks; default: by size")
     parser.add_argument("--layers", type=count, help="denoise and text: so many layers instead of all")
     parser.add_argument("--steps", type=count, help="generate: default: the model's")
     parser.add_argument("--seconds", type=count, help="start nothing after so long, and end what is running")

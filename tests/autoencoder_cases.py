@@ -170,9 +170,9 @@ def latent_of(model: AutoencoderDC, height: int, width: int, batch: int = 2, see
     return torch.randn(batch, model.config.latent_channels, height, width, generator=generator)
 
 
-def through(op: RowOp, strips: list[Tensor]) -> list[Tensor]:
-    ready = [op.push(strip, last=strip is strips[-1]) for strip in strips]
-    return [strip for strip in ready if strip is not None]
+def through(op: RowOp, row_blocks: list[Tensor]) -> list[Tensor]:
+    ready = [op.push(row_block, last=row_block is row_blocks[-1]) for row_block in row_blocks]
+    return [row_block for row_block in ready if row_block is not None]
 
 
 def streamed(decoder: Any, latent: Tensor, strip_rows: int | None = None, **options: Any) -> Tensor:

@@ -49,9 +49,9 @@ def pillows(pixels: np.ndarray, width: int, height: int) -> Tensor:
 @pytest.mark.parametrize("rows", [1, 4, 1000])
 def test_strips_are_enlarged_as_pillow_enlarges(before: tuple[int, int], after: tuple[int, int], rows: int) -> None:
     pixels = np.random.default_rng(1).integers(0, 256, (*before, 3), np.uint8)
-    strips = list(enlarged(pixels, *after, rows, torch.float32))
-    assert {strip.shape[1] for strip in strips[:-1]} <= {rows}
-    ours = torch.cat(strips, dim=1)[0]
+    row_blocks = list(enlarged(pixels, *after, rows, torch.float32))
+    assert {row_block.shape[1] for row_block in row_blocks[:-1]} <= {rows}
+    ours = torch.cat(row_blocks, dim=1)[0]
     assert (ours - pillows(pixels, after[1], after[0])).abs().max() < 1e-5
     assert torch.equal(ours, torch.cat(list(enlarged(pixels, *after, 3, torch.float32)), dim=1)[0])
     half = torch.cat(list(enlarged(pixels, *after, rows, torch.bfloat16)), dim=1)[0]

@@ -292,7 +292,7 @@ def test_quality_changes_the_size(tmp_path: Path, suffix: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("strips", "reason"),
+    ("row_blocks", "reason"),
     [
         ([np.zeros((7, 9, 3), np.uint8)], "hold 7 rows, the picture has 8"),
         ([], "hold 0 rows"),
@@ -303,9 +303,9 @@ def test_quality_changes_the_size(tmp_path: Path, suffix: str) -> None:
         ([np.zeros((8, 9, 3), np.float32)], r"not float32 \[8, 9, 3\]"),
     ],
 )
-def test_strips_that_do_not_make_up_the_picture(tmp_path: Path, strips: list[np.ndarray], reason: str) -> None:
+def test_strips_that_do_not_make_up_the_picture(tmp_path: Path, row_blocks: list[np.ndarray], reason: str) -> None:
     with pytest.raises(ValueError, match=reason):
-        write_image(check_target(tmp_path / "out.png", 9, 8), strips)
+        write_image(check_target(tmp_path / "out.png", 9, 8), row_blocks)
     assert names(tmp_path) == set()
 
 
@@ -701,8 +701,8 @@ from handscroll.pictures.targets import check_target
 from handscroll.pictures.writing import write_image
 path, width, height = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
 block = np.random.default_rng(0).integers(0, 256, (64, width, 3), dtype=np.uint8)
-strips = (np.roll(block, y, axis=1)[: height - y] for y in range(0, height, 64))
-write_image(check_target(path, width, height), strips)
+row_blocks = (np.roll(block, y, axis=1)[: height - y] for y in range(0, height, 64))
+write_image(check_target(path, width, height), row_blocks)
 status = Path("/proc/self/status")  # getrusage counts the parent's peak too, from before it became this program
 if status.exists():
     print(int(status.read_text().split("VmHWM:")[1].split()[0]) * 1024)

@@ -60,8 +60,8 @@ def info(capsys: pytest.CaptureFixture[str]) -> Callable[[object], tuple[dict[st
 
 
 def write_picture(path: Path, parameters: str = PARAMETERS) -> Path:
-    strip = torch.randint(0, 256, (40, 72, 3), dtype=torch.uint8).numpy()
-    return write_image(check_target(path, 72, 40), [strip], parameters)
+    row_block = torch.randint(0, 256, (40, 72, 3), dtype=torch.uint8).numpy()
+    return write_image(check_target(path, 72, 40), [row_block], parameters)
 
 
 @pytest.mark.parametrize("suffix", FORMATS)
@@ -153,7 +153,7 @@ def _every_step_is_saved(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def interrupted(miniature: Miniature, stage: str, picture: int = 0, **options: Any) -> Path:
-    """The folder of a run that was stopped at the first end of a step or strip of a stage."""
+    """The folder of a run that was stopped at the first end of a step or row block of a stage."""
 
     def stop(event: Progress) -> None:
         if (event.stage, event.picture) == (stage, picture) and event.done:

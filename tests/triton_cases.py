@@ -34,13 +34,13 @@ def drawn(*shape: int, dtype: torch.dtype, device: str, scale: float = 1.0) -> T
     return (torch.randn(shape) * scale).to(device, dtype)
 
 
-def some_rows(strip: Tensor) -> Tensor:
-    """The same strip as part of a taller one, whose rows of one batch do not follow those of another."""
-    return F.pad(strip, (0, 0, 0, 0, 1, 2))[:, 1 : 1 + strip.shape[1]]
+def some_rows(row_block: Tensor) -> Tensor:
+    """The same row block as part of a taller one, whose rows of one batch do not follow those of another."""
+    return F.pad(row_block, (0, 0, 0, 0, 1, 2))[:, 1 : 1 + row_block.shape[1]]
 
 
-def some_channels(strip: Tensor) -> Tensor:
-    return F.pad(strip, (8, 16))[..., 8 : 8 + strip.shape[-1]]
+def some_channels(row_block: Tensor) -> Tensor:
+    return F.pad(row_block, (8, 16))[..., 8 : 8 + row_block.shape[-1]]
 
 
 def assert_rounds_as(ours: Tensor, reference: Tensor) -> None:

@@ -47,11 +47,11 @@ class Decode(AutoencoderStage):
         def into(picture: Tensor, latent: Tensor) -> Tensor:
             top = 0
             rows = decode_rows(model.decoder, latent, self.settings.strip_rows, on_sweep=lambda done, of: trim())
-            for strip in rows:
+            for row_block in rows:
                 if picture.dtype == torch.uint8:
-                    strip = (strip * 127.5 + 127.5).clamp_(0, 255)
-                picture[:, :, top : top + strip.shape[2]] = strip
-                top += strip.shape[2]
+                    row_block = (row_block * 127.5 + 127.5).clamp_(0, 255)
+                picture[:, :, top : top + row_block.shape[2]] = row_block
+                top += row_block.shape[2]
             return picture
 
         small = self.small(model)

@@ -2,7 +2,8 @@
 
 whole       diffusers' SanaTransformer2DModel on both branches as one batch, prompts padded to 300 tokens, as its
             pipelines call it; compiled: the same under torch.compile
-rows        handscroll, on the same module: in bands, the branches by turns, no padding; triton: with its Triton kernels
+rows        handscroll, on the same module: in row blocks, the branches by turns, no padding; triton: with its Triton
+kernels
 
 The weights are random and all in memory.
 """

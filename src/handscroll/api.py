@@ -97,7 +97,7 @@ class Picture:
 
     @torch.inference_mode()
     def rows(self) -> Iterator[np.ndarray]:
-        """The picture from top to bottom as strips [rows, width, 3] uint8."""
+        """The picture from top to bottom as row blocks [rows, width, 3] uint8."""
         yield from decode_rows(self._session, self.plan, self.latent)
 
     def numpy(self) -> np.ndarray:

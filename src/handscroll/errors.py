@@ -12,7 +12,7 @@ HandscrollError                   exit 1   something failed; the message says wh
 ├── RunFolderError                exit 1   a run folder is broken, foreign, or of another job
 │   └── BusyError                          another process works on the same run
 ├── NumericsError                 exit 1   a stage produced NaN or infinity
-├── OutOfMemoryError              exit 1   memory ran out, also for the smallest strips
+├── OutOfMemoryError              exit 1   memory ran out, also for the smallest row blocks
 └── BudgetError                   exit 3   does not fit the memory budget; carries minimum_bytes
 
 The command line prints the message alone, on one line, and leaves with `exit_code`; `--json` prints `as_dict()`.

@@ -1,6 +1,6 @@
 """Sizes that several rooms must agree on, each once. A leaf: imports nothing.
 
-Bytes are given for tensors. Those for CUDA are larger, since there every strip costs its launches.
+Bytes are given for tensors. Those for CUDA are larger, since there every row block costs its launches.
 """
 
 from __future__ import annotations
@@ -9,15 +9,16 @@ from __future__ import annotations
 # next holds two pieces more than one map. The plan counts them.
 MAP_CHUNK_BYTES = 16 * 2**20
 
-# A strip of the autoencoder whose largest activation is this big: beyond it nothing gets faster.
+# A row block of the autoencoder whose largest activation is this big: beyond it nothing gets faster.
 STRIP_BYTES, CUDA_STRIP_BYTES = 16 * 2**20, 256 * 2**20
 
-# A band of the transformer whose widest activation, the Mix-FFN's hidden channels, is this big: beyond it nothing gets
-# faster (on a CPU 4 rows of 128 tokens in bf16 are enough; a GPU wants more to do at a time).
+# A row block of the transformer whose widest activation, the Mix-FFN's hidden channels, is this big: beyond it nothing
+# gets faster (on a CPU 4 rows of 128 tokens in bf16 are enough; a GPU wants more to do at a time).
 BAND_BYTES, CUDA_BAND_BYTES = 16 * 2**20, 256 * 2**20
 
-# Hidden channels that the Mix-FFN makes at a time, values and gates each: few enough to stay small beside the band,
-# enough for full speed. Slabs are multiples of what a vector register holds, so that no element is an odd one out.
+# Hidden channels that the Mix-FFN makes at a time, values and gates each: few enough to stay small beside the row
+# block, enough for full speed. Slabs are multiples of what a vector register holds, so that no element is an odd one
+# out.
 SLAB_CHANNELS, SLAB_MULTIPLE = 1120, 32
 
 # Weights of another dtype than theirs are read through a buffer of this size.

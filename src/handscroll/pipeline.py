@@ -200,7 +200,7 @@ def write_picture(
     on_event: OnEvent,
     part: Path | None = None,
 ) -> None:
-    """Decodes a latent straight into its file, strip by strip. `part` is the file's name until it is whole."""
+    """Decodes a latent straight into its file, row block by row block. `part` is the file's name until it is whole."""
     on_event(Progress(DECODE.name, 0, target.height, index))
     write_image(
         target,

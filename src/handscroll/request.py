@@ -56,7 +56,7 @@ class Request:
     None stands for the checkpoint's own default (size, steps, guidance) or a random choice (seed). `revision` is that
     of a model from the hub, which may also be given as `owner/name@REV`; None is the branch `main`. Sizes are pixels:
     those that are no multiple of the autoencoder's factor are rendered larger and cropped. `patches` is the number of
-    row patches of decode='patch'. `strip_rows` is the strip height of decode='rows', None lets the size decide.
+    row patches of decode='patch'. `strip_rows` is the row block height of decode='rows', None lets the size decide.
     `memory_bytes` is the budget that the run has to stay within; None takes what is fastest on this machine.
     `compose_px`: a much larger picture is composed at about this size squared and then grows; 0 for never, None as the
     checkpoint does.
@@ -120,7 +120,7 @@ class Request:
     patches: int = option(32, "Patches of --decode patch.", metavar="N", check=within(1, 65_536), commands=DECODING)
     strip_rows: int | None = option(
         None,
-        "Height of the strips of --decode rows: fewer take less memory. Left out, the size decides.",
+        "Height of the row blocks of --decode rows: fewer take less memory. Left out, the size decides.",
         metavar="N",
         check=within(1, 1_000_000),
         commands=(*MAKING, "decode"),

@@ -61,17 +61,17 @@ def test_bf16_layer_by_layer(layer: str) -> None:
     half = as_if_trained(make()).to(torch.bfloat16)
     reference = copy.deepcopy(half).float()
     map_ = torch.randn(2, 64, 16, 16).to(torch.bfloat16)
-    strips = list(cut(map_.permute(0, 2, 3, 1).contiguous(), 4))
+    row_blocks = list(cut(map_.permute(0, 2, 3, 1).contiguous(), 4))
     expected = reference(map_.float())
     whole_error = (half(map_).float() - expected).abs().mean()
     for plain in (False, True):
         this = Pass(plain)
         if stream is None:
             sums = AttentionSums(half, this)
-            through(sums, strips)
+            through(sums, row_blocks)
             op = apply_attention(half, sums.sums, this)
         else:
             op = stream(half, this)
-        result = torch.cat(through(op, strips), dim=1).permute(0, 3, 1, 2)
+        result = torch.cat(through(op, row_blocks), dim=1).permute(0, 3, 1, 2)
         assert result.dtype == torch.bfloat16
         assert (result.float() - expected).abs().mean() <= bound * whole_error

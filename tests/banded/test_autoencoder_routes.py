@@ -67,9 +67,9 @@ class Counted(RowMap):
         assert sweep not in self.opened
         self.opened[sweep] = self
 
-    def strips(self, strip_rows: int, keep: bool = False) -> Iterator[Tensor]:
+    def row_blocks(self, strip_rows: int, keep: bool = False) -> Iterator[Tensor]:
         self.reads += 1
-        return super().strips(strip_rows, keep)
+        return super().row_blocks(strip_rows, keep)
 
     def close(self) -> None:
         super().close()

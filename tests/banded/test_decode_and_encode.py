@@ -1,4 +1,4 @@
-"""Streaming gives what diffusers' own forward gives, for every configuration, strip height and size."""
+"""Streaming gives what diffusers' own forward gives, for every configuration, row block height and size."""
 
 from __future__ import annotations
 
@@ -106,19 +106,19 @@ def test_the_caller_keeps_its_gradient_mode_between_rows() -> None:
 
 
 def test_rows_stay_as_they_were_given() -> None:
-    """A consumer may keep a strip, or write over it: no strip is memory that the decoder uses again."""
+    """A consumer may keep a row block, or write over it: no row block is memory that the decoder uses again."""
     model = autoencoder("f32")
     latent = latent_of(model, 3, 2)
     kept, copies = [], []
-    for strip in decode_rows(model.decoder, latent, 2):
-        kept.append(strip)
-        copies.append(strip.clone())
-    assert all(torch.equal(strip, copy) for strip, copy in zip(kept, copies, strict=True))
+    for row_block in decode_rows(model.decoder, latent, 2):
+        kept.append(row_block)
+        copies.append(row_block.clone())
+    assert all(torch.equal(row_block, copy) for row_block, copy in zip(kept, copies, strict=True))
 
     overwritten = []
-    for strip in decode_rows(model.decoder, latent, 2):
-        overwritten.append(strip.clone())
-        strip.fill_(float("nan"))
+    for row_block in decode_rows(model.decoder, latent, 2):
+        overwritten.append(row_block.clone())
+        row_block.fill_(float("nan"))
     assert torch.equal(torch.cat(overwritten, dim=2), torch.cat(copies, dim=2))
 
 

@@ -1,4 +1,4 @@
-"""The transformer in bands against diffusers' own forward: the same predictions, the same bits at every band height."""
+"""The transformer in row blocks against diffusers' own forward: the same predictions, the same bits at every height."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def test_band_heights_and_company_change_no_bit(row: str, dtype: torch.dtype, si
     given = branches(model, *size)
     expected = predict(model, given)
     for rows in HEIGHTS[:-1]:
-        assert all(map(torch.equal, predict(model, given, band_rows=rows), expected)), f"bands of {rows} rows"
+        assert all(map(torch.equal, predict(model, given, band_rows=rows), expected)), f"row blocks of {rows} rows"
     assert torch.equal(predict(model, given[1:], band_rows=2)[0], expected[1])
 
 
@@ -217,8 +217,8 @@ def test_positions_are_diffusers_to_the_bit(size: tuple[int, int]) -> None:
     with torch.no_grad():
         embed.proj.bias.zero_()
         expected = embed(latent).view(1, *size, -1)
-        bands = list(embedded(embed, latent, 2, LayerPass(plain=False)))
-    assert torch.equal(torch.cat(bands, dim=1), expected)
+        row_blocks = list(embedded(embed, latent, 2, LayerPass(plain=False)))
+    assert torch.equal(torch.cat(row_blocks, dim=1), expected)
 
 
 def test_each_layer_is_lent_once_and_gone_before_the_next() -> None:
@@ -331,7 +331,7 @@ def _strange_depthwise(model: Any) -> None:
 def test_what_is_not_understood_is_refused(change: Any) -> None:
     model = transformer()
     change(model)
-    with pytest.raises(TypeError, match="cannot be run in bands"):
+    with pytest.raises(TypeError, match="cannot be run in row blocks"):
         predict(model, branches(model, 4, 4))
 
 
@@ -351,7 +351,7 @@ def test_what_does_not_fit_is_refused() -> None:
     (given,) = branches(model, 4, 4, texts=(5,))
     with pytest.raises(ValueError, match="expected channels"):
         predict(model, [Branch(given.latent.bfloat16(), given.text, None, given.timestep)])
-    with pytest.raises(ValueError, match="bands of 0 rows"):
+    with pytest.raises(ValueError, match="row blocks of 0 rows"):
         predict(model, [given], band_rows=0)
 
 

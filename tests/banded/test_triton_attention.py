@@ -45,7 +45,7 @@ def test_attention_sums(
     monkeypatch.setattr(
         "handscroll.banded.triton.attention.SUM_PROGRAMS", 4 * heads
     )  # two parts for each head, where there are pixels
-    if interleaved:  # as the autoencoder's: a head's keys and values side by side, in some rows of a taller strip
+    if interleaved:  # as the autoencoder's: a head's keys and values side by side, in some rows of a taller row block
         both = some_rows(drawn(2, rows, width, heads * (key_dim + value_dim), dtype=dtype, device=device))
         keys, values = both.unflatten(-1, (heads, -1)).split([key_dim, value_dim], dim=-1)
     else:

@@ -25,8 +25,8 @@ pytestmark = on_triton
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_strips_may_have_more_elements_than_32_bits_count() -> None:
-    strip = torch.zeros(1, 1, 2**20, 2240, dtype=torch.bfloat16, device="cuda")
-    end = strip[:, :, -3:]
+    row_block = torch.zeros(1, 1, 2**20, 2240, dtype=torch.bfloat16, device="cuda")
+    end = row_block[:, :, -3:]
     end.copy_(torch.randn(end.shape))
     alone = end.clone()
     one = torch.ones(1, 1, 1, 2240, dtype=torch.bfloat16, device="cuda")
@@ -41,16 +41,16 @@ def test_strips_may_have_more_elements_than_32_bits_count() -> None:
             out=this.unflatten(-1, (70, 32)),
         ),
     ):
-        run(strip)
+        run(row_block)
         run(alone)
         assert torch.equal(end, alone)
 
 
 def test_what_is_available() -> None:
-    strip = torch.zeros(1, 1, 1, 16)
-    assert triton.available(strip) == (INTERPRETS and find_spec("triton") is not None)
-    assert not triton.available(strip.double())
-    assert not triton.available(strip.to("meta"))
+    row_block = torch.zeros(1, 1, 1, 16)
+    assert triton.available(row_block) == (INTERPRETS and find_spec("triton") is not None)
+    assert not triton.available(row_block.double())
+    assert not triton.available(row_block.to("meta"))
 
 
 if INTERPRETS:
@@ -100,14 +100,14 @@ else:
             return torch.empty(shape, dtype=dtype, device="meta")
 
         # The shapes of Sana 1.6B at 4096x4096.
-        band, channel = empty(2, 4, 128, 2240), empty(2, 1, 1, 2240)
-        triton.rms_norm(band, empty(2240), empty(2240), 1e-5, band, "silu", band)
-        triton.layer_norm_modulate(band, channel, channel, 1e-6)
-        triton.gate_add_(band, channel, band, 65504.0)
+        row_block, channel = empty(2, 4, 128, 2240), empty(2, 1, 1, 2240)
+        triton.rms_norm(row_block, empty(2240), empty(2240), 1e-5, row_block, "silu", row_block)
+        triton.layer_norm_modulate(row_block, channel, channel, 1e-6)
+        triton.gate_add_(row_block, channel, row_block, 65504.0)
         (values, gates), weights = empty(2, 6, 128, 2240).chunk(2, dim=-1), empty(11200, 1, 3, 3)
         biases = empty(11200)[:2240].chunk(2)
         triton.depthwise_gate(values, gates, (weights[:1120], weights[5600:6720]), (biases[0], biases[1]))
-        heads = band.unflatten(-1, (70, 32))
+        heads = row_block.unflatten(-1, (70, 32))
         products, normaliser = empty(2, 70, 32, 32, dtype=torch.float32), empty(2, 70, 32, dtype=torch.float32)
         triton.attention_sums(heads, heads, products, normaliser)
         triton.attention_apply(heads, products, normaliser, out=heads)

@@ -42,7 +42,7 @@ def test_the_transformer_predicts_the_same(device: str, dtype: torch.dtype, row:
     with torch.backends.cudnn.flags(allow_tf32=False):
         expected = model(latent, encoder_hidden_states=branch.text, timestep=branch.timestep, return_dict=False)[0]
     assert not used
-    # The second slab and the last band are smaller than the others.
+    # The second slab and the last row block are smaller than the others.
     out = predict(model, [branch], band_rows=3)[0]
     tolerance = 2e-5 if dtype == torch.float32 else 0.1
     torch.testing.assert_close(out, expected, atol=tolerance, rtol=0)

@@ -29,15 +29,15 @@ def test_rms_norm(
     device: str, dtype: torch.dtype, channels: int, rows: int, activation: str | None, adds: bool
 ) -> None:
     width = 5 if channels < 1000 else 2
-    strip = drawn(2, rows, width, channels, dtype=dtype, device=device, scale=3.0)
+    row_block = drawn(2, rows, width, channels, dtype=dtype, device=device, scale=3.0)
     weight, bias = (drawn(channels, dtype=dtype, device=device) for _ in range(2))
     residual = drawn(2, rows, width, channels, dtype=dtype, device=device) if adds else None
-    expected = backend.rms_norm_(strip.clone(), weight, bias, 1e-5)
+    expected = backend.rms_norm_(row_block.clone(), weight, bias, 1e-5)
     if activation is not None:
         expected = getattr(F, activation)(expected)
     if residual is not None:
         expected = expected + residual
-    given = some_rows(strip)
+    given = some_rows(row_block)
     before = given.clone()
     residual = None if residual is None else some_rows(residual)
     assert_rounds_as(triton.rms_norm(given, weight, bias, 1e-5, residual, activation), expected)
@@ -49,23 +49,23 @@ def test_rms_norm(
 
 @on_devices
 def test_rms_norm_without_weights_of_some_channels(device: str) -> None:
-    strip = drawn(2, 3, 5, 24, dtype=torch.float32, device=device)
-    expected = backend.rms_norm_(strip.clone(), None, None, 1e-2)
-    assert_rounds_as(triton.rms_norm(some_channels(strip), None, None, 1e-2), expected)
+    row_block = drawn(2, 3, 5, 24, dtype=torch.float32, device=device)
+    expected = backend.rms_norm_(row_block.clone(), None, None, 1e-2)
+    assert_rounds_as(triton.rms_norm(some_channels(row_block), None, None, 1e-2), expected)
 
 
 @on_devices
 @of_all_types
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
 def test_norms_pass_on_what_is_not_finite(device: str, dtype: torch.dtype) -> None:
-    strip = drawn(1, 1, 3, 24, dtype=dtype, device=device)
-    strip[0, 0, 1, 5] = torch.nan
-    strip[0, 0, 2, 5] = torch.inf
+    row_block = drawn(1, 1, 3, 24, dtype=dtype, device=device)
+    row_block[0, 0, 1, 5] = torch.nan
+    row_block[0, 0, 2, 5] = torch.inf
     modulation = drawn(1, 1, 1, 24, dtype=dtype, device=device)
     for normed in (
-        triton.rms_norm(strip, None, None, 1e-5, activation="relu"),
-        triton.rms_norm(strip, None, None, 1e-5, activation="silu"),
-        triton.layer_norm_modulate(strip, modulation, modulation, 1e-6),
+        triton.rms_norm(row_block, None, None, 1e-5, activation="relu"),
+        triton.rms_norm(row_block, None, None, 1e-5, activation="silu"),
+        triton.layer_norm_modulate(row_block, modulation, modulation, 1e-6),
     ):
         assert normed[0, 0, 0].isfinite().all()
         assert normed[0, 0, 1].isnan().all()
@@ -78,23 +78,23 @@ def test_norms_pass_on_what_is_not_finite(device: str, dtype: torch.dtype) -> No
 def test_layer_norm_modulate(device: str, dtype: torch.dtype, channels: int, rows: int) -> None:
     # Sana's residual stream is far from centred.
     width = 5 if channels < 1000 else 2
-    strip = drawn(2, rows, width, channels, dtype=dtype, device=device, scale=3.0) + 7
+    row_block = drawn(2, rows, width, channels, dtype=dtype, device=device, scale=3.0) + 7
     modulation = drawn(2, 6, 1, 1, channels, dtype=dtype, device=device)
     shift, scale = modulation.unbind(1)[1], 1 + modulation.unbind(1)[2]
-    expected = F.layer_norm(strip, (channels,), eps=1e-6).mul_(scale).add_(shift)
-    given = some_rows(strip)
+    expected = F.layer_norm(row_block, (channels,), eps=1e-6).mul_(scale).add_(shift)
+    given = some_rows(row_block)
     assert_rounds_as(triton.layer_norm_modulate(given, shift, scale, 1e-6), expected)
-    assert torch.equal(given, strip)
+    assert torch.equal(given, row_block)
     assert triton.layer_norm_modulate(given, shift, scale, 1e-6, out=given) is given
     assert_rounds_as(given, expected)
 
 
 @on_devices
 def test_a_pixel_has_the_same_bits_in_every_strip(device: str) -> None:
-    strip = drawn(1, 3, 5, 2240, dtype=torch.bfloat16, device=device)
+    row_block = drawn(1, 3, 5, 2240, dtype=torch.bfloat16, device=device)
     modulation = drawn(1, 1, 1, 2240, dtype=torch.bfloat16, device=device)
     for run in (
         lambda rows: triton.rms_norm(rows, None, None, 1e-6),
         lambda rows: triton.layer_norm_modulate(rows, modulation, modulation, 1e-6),
     ):
-        assert torch.equal(run(strip)[:, 1:2], run(strip[:, 1:2]))
+        assert torch.equal(run(row_block)[:, 1:2], run(row_block[:, 1:2]))

@@ -197,12 +197,12 @@ class Given(RowMap):
         super().__init__(whole.shape[1])
         self.whole = whole
 
-    def write(self, strip: Tensor | None) -> None:
-        assert strip is not None
-        self.whole[:, self.rows_written : self.rows_written + strip.shape[1]] = strip
-        self.rows_written += strip.shape[1]
+    def write(self, row_block: Tensor | None) -> None:
+        assert row_block is not None
+        self.whole[:, self.rows_written : self.rows_written + row_block.shape[1]] = row_block
+        self.rows_written += row_block.shape[1]
 
-    def strips(self, strip_rows: int, keep: bool = False) -> Iterator[Tensor]:
+    def row_blocks(self, strip_rows: int, keep: bool = False) -> Iterator[Tensor]:
         return cut(self.whole, strip_rows)
 
     def close(self) -> None:
@@ -249,8 +249,8 @@ def needs_onednn(dtype: torch.dtype) -> None:
 
 
 def decoded(decoder: Any, latent: Tensor, heights: list[int], starts: list[int], new_map: NewMap) -> None:
-    for strip in autoencoder.decode_rows(decoder, latent, heights=heights, starts=starts, new_map=new_map):
-        del strip
+    for row_block in autoencoder.decode_rows(decoder, latent, heights=heights, starts=starts, new_map=new_map):
+        del row_block
 
 
 def encoded(encoder: Any, image: Tensor, heights: list[int], starts: list[int], new_map: NewMap) -> None:
@@ -260,7 +260,7 @@ def encoded(encoder: Any, image: Tensor, heights: list[int], starts: list[int], 
 def drawn_route(
     shape: DecoderShape, rng: random.Random, heights: list[int], *, repeats: bool
 ) -> tuple[list[int], list[int]]:
-    """For every sweep a strip height, of those or its whole map, and a start: an earlier one where it `repeats`."""
+    """For every sweep a row block height, of those or its whole map, and a start: an earlier one where it `repeats`."""
     indices = range(len(shape))
     drawn = [rng.choice([*heights, shape.map_rows(index)]) for index in indices]
     return drawn, [rng.randint(0, index) if repeats else index for index in indices]
@@ -408,7 +408,7 @@ def test_a_layer_of_the_transformer_holds_what_is_planned(name: str, branches: i
         held = (branches - 1) * stored_bytes(stream_bytes, "memory") + branches * tokens * spec.width * dtype.itemsize
         working = band_bytes(spec, columns, band_rows, tokens, dtype.itemsize)
         planned = held + stored_bytes(stream_bytes, "memory", rewritten=True) + working
-        check_bytes(planned, live.peak_bytes, f"{rows}x{columns} in bands of {band_rows}, {tokens} tokens")
+        check_bytes(planned, live.peak_bytes, f"{rows}x{columns} in row blocks of {band_rows}, {tokens} tokens")
 
 
 # What a layer of the text encoder holds

@@ -43,13 +43,15 @@ def bits(map_: Tensor) -> Tensor:
 def test_bit_for_bit_in_every_type(kind: str, dtype: torch.dtype, strip_rows: int) -> None:
     map_ = random(7, dtype=dtype)
     kept = KINDS[kind](7)
-    for strip in [None, *cut(map_, 2)]:
-        kept.write(strip)
+    for row_block in [None, *cut(map_, 2)]:
+        kept.write(row_block)
     for keep in (True, True, False):
-        strips = list(kept.strips(strip_rows, keep=keep))
-        assert [strip.shape[1] for strip in strips] == [strip.shape[1] for strip in cut(map_, strip_rows)]
-        assert all(strip.dtype == dtype for strip in strips)
-        assert torch.equal(bits(torch.cat(strips, dim=1)), bits(map_))
+        row_blocks = list(kept.row_blocks(strip_rows, keep=keep))
+        assert [row_block.shape[1] for row_block in row_blocks] == [
+            row_block.shape[1] for row_block in cut(map_, strip_rows)
+        ]
+        assert all(row_block.dtype == dtype for row_block in row_blocks)
+        assert torch.equal(bits(torch.cat(row_blocks, dim=1)), bits(map_))
     kept.close()
     kept.close()
 
@@ -60,31 +62,31 @@ def test_strips_that_are_views(kind: str, copy_bytes: int, monkeypatch: pytest.M
     monkeypatch.setattr(maps, "COPY_BYTES", copy_bytes)
     map_ = random(6, width=10)[:, :, ::2]
     kept = KINDS[kind](6)
-    for strip in map_.split([1, 3, 2], dim=1):
-        kept.write(strip)
-    strips = list(kept.strips(4))
-    assert torch.equal(torch.cat(strips, dim=1), map_)
-    assert all(strip.is_contiguous() for strip in strips) or kind == "host"
+    for row_block in map_.split([1, 3, 2], dim=1):
+        kept.write(row_block)
+    row_blocks = list(kept.row_blocks(4))
+    assert torch.equal(torch.cat(row_blocks, dim=1), map_)
+    assert all(row_block.is_contiguous() for row_block in row_blocks) or kind == "host"
 
 
 def test_strips_are_memory_of_their_own() -> None:
-    """A residual branch holds on to rows of the strip before."""
+    """A residual branch holds on to rows of the row block before."""
     map_ = random(6)
     kept = DiskMap(6)
     kept.write(map_)
-    strips = list(kept.strips(2, keep=True))
-    strips[1].zero_()
-    assert torch.equal(strips[0], map_[:, :2])
-    assert torch.equal(torch.cat(list(kept.strips(6)), dim=1), map_)
+    row_blocks = list(kept.row_blocks(2, keep=True))
+    row_blocks[1].zero_()
+    assert torch.equal(row_blocks[0], map_[:, :2])
+    assert torch.equal(torch.cat(list(kept.row_blocks(6)), dim=1), map_)
 
 
 def test_one_map_is_read_while_another_is_written(tmp_path: Path) -> None:
     first, second = DiskMap(9, tmp_path), DiskMap(9, tmp_path)
     map_ = random(9)
     first.write(map_)
-    for strip in first.strips(2):
-        second.write(strip * 2)
-    assert torch.equal(torch.cat(list(second.strips(4)), dim=1), map_ * 2)
+    for row_block in first.row_blocks(2):
+        second.write(row_block * 2)
+    assert torch.equal(torch.cat(list(second.row_blocks(4)), dim=1), map_ * 2)
 
 
 def test_the_file_has_no_name(tmp_path: Path) -> None:
@@ -116,8 +118,8 @@ def test_a_map_on_disk_is_not_resident() -> None:
     before = _resident_bytes()
     for _ in range(15):
         kept.write(rows)
-    for strip in kept.strips(8):
-        assert strip[0, 0, 0, 0] == 1
+    for row_block in kept.row_blocks(8):
+        assert row_block[0, 0, 0, 0] == 1
     assert _resident_bytes() - before < map_bytes // 2
 
 
@@ -154,12 +156,12 @@ def test_a_file_that_was_cut_short(tmp_path: Path) -> None:
     kept.write(random(6))
     kept.file.truncate(100)
     with closing(kept), pytest.raises(OutputError, match="shorter"):
-        list(kept.strips(2))
+        list(kept.row_blocks(2))
 
 
 def test_an_empty_map() -> None:
     kept = DiskMap(6)
-    assert list(kept.strips(2)) == []
+    assert list(kept.row_blocks(2)) == []
     kept.close()
 
 
@@ -168,11 +170,11 @@ def test_an_empty_map() -> None:
 def test_a_cuda_map_comes_back_to_its_device(kind: str) -> None:
     map_ = random(7, dtype=torch.bfloat16).cuda()
     kept = KINDS[kind](7)
-    for strip in cut(map_, 2):
-        kept.write(strip)
+    for row_block in cut(map_, 2):
+        kept.write(row_block)
     if isinstance(kept, HostMap):
         assert all(chunk.is_pinned() for chunk in kept.chunks)
     for keep in (True, False):
-        strips = list(kept.strips(3, keep=keep))
-        assert strips[0].is_cuda
-        assert torch.equal(torch.cat(strips, dim=1), map_)
+        row_blocks = list(kept.row_blocks(3, keep=keep))
+        assert row_blocks[0].is_cuda
+        assert torch.equal(torch.cat(row_blocks, dim=1), map_)

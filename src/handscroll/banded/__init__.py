@@ -1,1 +1,1 @@
-"""Pure maths: diffusers' own modules, run band by band. No files, no choice of device, no printing."""
+"""Pure maths: diffusers' own modules, run row block by row block. No files, no choice of device, no printing."""

@@ -1,6 +1,6 @@
-"""The few operators that strips are made of, each as a plain reference and, where one is faster, a second way.
+"""The few operators that row blocks are made of, each as a plain reference and, where one is faster, a second way.
 
-All take and give strips `[B, rows, W, C]`, contiguous. `Conv` holds weights laid out for one sweep; the layout is
+All take and give row blocks `[B, rows, W, C]`, contiguous. `Conv` holds weights laid out for one sweep; the layout is
 thrown away with the sweep, so that the model's own parameters are never changed or doubled for long.
 
 The fast way on CPUs is oneDNN through the operators that PyTorch's own compiler emits for them: weights reordered once
@@ -64,7 +64,7 @@ class Conv:
         self.padding = [0, weight.shape[-1] // 2 if pad_columns is None else pad_columns]
         self.onednn = not plain and has_onednn(weight)
         self.is_linear = self.onednn and groups == stride == 1 and tuple(weight.shape[2:]) == (1, 1)
-        # Laid out here, before the first strip, so that what lives for the whole pass lies together in the heap. No
+        # Laid out here, before the first row block, so that what lives for the whole pass lies together in the heap. No
         # shape is promised: convolutions keep their speed without it, a 1x1 one only as a linear layer.
         if self.is_linear:
             self.weight = laid_out_matrix(self.weight.flatten(1))
@@ -77,22 +77,22 @@ class Conv:
         if copies and self.bias is not None:
             self.bias = self.bias.clone()
 
-    def __call__(self, strip: Tensor) -> Tensor:
+    def __call__(self, row_block: Tensor) -> Tensor:
         # [B, n, W, C] -> [B, n', W', C']
         if not self.onednn:
-            image = strip.permute(0, 3, 1, 2)
+            image = row_block.permute(0, 3, 1, 2)
             out = F.conv2d(image, self.weight, self.bias, self.stride, self.padding, groups=self.groups)
             out = out.permute(0, 2, 3, 1).contiguous()
             return out if self.activation is None else in_place(self.activation)(out)
         fused = "none" if self.activation is None else _FUSED_NAMES.get(type(self.activation), "")
-        out = self._onednn(strip, fused or "none")
+        out = self._onednn(row_block, fused or "none")
         return out if fused or self.activation is None else self.activation(out)
 
-    def _onednn(self, strip: Tensor, fused: str) -> Tensor:
+    def _onednn(self, row_block: Tensor, fused: str) -> Tensor:
         if self.is_linear:
-            return torch.ops.mkldnn._linear_pointwise(strip, self.weight, self.bias, fused, [], "")
+            return torch.ops.mkldnn._linear_pointwise(row_block, self.weight, self.bias, fused, [], "")
         out = torch.ops.mkldnn._convolution_pointwise(
-            strip.permute(0, 3, 1, 2),
+            row_block.permute(0, 3, 1, 2),
             self.weight,
             self.bias,
             self.padding,
@@ -120,25 +120,29 @@ def matrix(weight: Tensor, bias: Tensor | None, *, silu: bool = False, plain: bo
     """The product of a matrix `[C', C]`, as it is laid out, with each pixel `[..., C]`; then SiLU if asked for."""
     if not plain and has_onednn(weight):
         fused = _FUSED_NAMES[nn.SiLU] if silu else "none"
-        return lambda strip: torch.ops.mkldnn._linear_pointwise(strip, weight, bias, fused, [], "")
+        return lambda row_block: torch.ops.mkldnn._linear_pointwise(row_block, weight, bias, fused, [], "")
     if silu:
-        return lambda strip: F.silu(F.linear(strip, weight, bias), inplace=True)
-    return lambda strip: F.linear(strip, weight, bias)
+        return lambda row_block: F.silu(F.linear(row_block, weight, bias), inplace=True)
+    return lambda row_block: F.linear(row_block, weight, bias)
 
 
-def rms_norm_(strip: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+def rms_norm_(row_block: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
     """RMS norm over the channels of every pixel, the sum of squares in fp32 (arXiv 1910.07467).
 
-    `strip` [..., C] -> `x / sqrt(mean(x^2) + eps) * weight + bias`, in place where the strip is contiguous (part
-    of the rows of a batch is not).
+    `row_block` [..., C] -> `x / sqrt(mean(x^2) + eps) * weight + bias`, in place where the row block is contiguous
+    (part of the rows of a batch is not).
     """
-    channels = strip.shape[-1]
-    strip = strip.contiguous()
-    pixels = strip.view(-1, channels)
-    if triton.in_use(strip):
+    channels = row_block.shape[-1]
+    row_block = row_block.contiguous()
+    pixels = row_block.view(-1, channels)
+    if triton.in_use(row_block):
         triton.rms_norm(pixels[None, None], weight, bias, eps, out=pixels[None, None])
-        return strip
-    step = max(1, _CACHED_BYTES // (channels * strip.element_size())) if strip.device.type == "cpu" else len(pixels)
+        return row_block
+    step = (
+        max(1, _CACHED_BYTES // (channels * row_block.element_size()))
+        if row_block.device.type == "cpu"
+        else len(pixels)
+    )
     for piece in pixels.split(step):
         scale = torch.linalg.vector_norm(
             piece, dim=-1, keepdim=True, dtype=torch.promote_types(piece.dtype, torch.float32)
@@ -157,27 +161,27 @@ def rms_norm_(strip: Tensor, weight: Tensor | None, bias: Tensor | None, eps: fl
             if bias is not None:
                 normed.add_(bias)
             piece.copy_(normed)
-    return strip
+    return row_block
 
 
-def layer_norm_modulate(strip: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
-    """`layer_norm(strip) * scale + shift` of [B, rows, W, C], in memory of its own; shift, scale: [B, 1, 1, C]."""
-    if triton.in_use(strip):
-        return triton.layer_norm_modulate(strip, shift, scale, eps)
-    return F.layer_norm(strip, strip.shape[-1:], eps=eps).mul_(scale).add_(shift)
+def layer_norm_modulate(row_block: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
+    """`layer_norm(row_block) * scale + shift` of [B, rows, W, C], in memory of its own; shift, scale: [B, 1, 1, C]."""
+    if triton.in_use(row_block):
+        return triton.layer_norm_modulate(row_block, shift, scale, eps)
+    return F.layer_norm(row_block, row_block.shape[-1:], eps=eps).mul_(scale).add_(shift)
 
 
-def gate_add_(strip: Tensor, gate: Tensor, residual: Tensor) -> Tensor:
-    """`strip * gate + residual` of [B, rows, W, C], in place; gate: [B, 1, 1, C].
+def gate_add_(row_block: Tensor, gate: Tensor, residual: Tensor) -> Tensor:
+    """`row_block * gate + residual` of [B, rows, W, C], in place; gate: [B, 1, 1, C].
 
     In fp16 infinite values become the largest, as in diffusers' attentions.
     """
-    limit = 65504.0 if strip.dtype == torch.float16 else None
-    if triton.in_use(strip):
-        return triton.gate_add_(strip, gate, residual, limit)
+    limit = 65504.0 if row_block.dtype == torch.float16 else None
+    if triton.in_use(row_block):
+        return triton.gate_add_(row_block, gate, residual, limit)
     if limit is not None:
-        strip.clamp_(-limit, limit)
-    return strip.mul_(gate).add_(residual)
+        row_block.clamp_(-limit, limit)
+    return row_block.mul_(gate).add_(residual)
 
 
 def gate_(values: Tensor) -> Tensor:
@@ -186,27 +190,28 @@ def gate_(values: Tensor) -> Tensor:
     return F.silu(gate).mul_(values)
 
 
-def pixel_unshuffle(strip: Tensor) -> Tensor:
+def pixel_unshuffle(row_block: Tensor) -> Tensor:
     """`[B, 2n, 2W, C] -> [B, n, W, 4C]` in the channel order of `torch.nn.functional.pixel_unshuffle`."""
-    batch, rows, width, channels = strip.shape
-    blocks = strip.reshape(batch, rows // 2, 2, width // 2, 2, channels)
+    batch, rows, width, channels = row_block.shape
+    blocks = row_block.reshape(batch, rows // 2, 2, width // 2, 2, channels)
     return blocks.permute(0, 1, 3, 5, 2, 4).reshape(batch, rows // 2, width // 2, channels * 4)
 
 
-def pixel_shuffle(strip: Tensor) -> Tensor:
+def pixel_shuffle(row_block: Tensor) -> Tensor:
     """`[B, n, W, 4C] -> [B, 2n, 2W, C]` in the channel order of `torch.nn.functional.pixel_shuffle`."""
-    batch, rows, width, channels = strip.shape
-    blocks = strip.reshape(batch, rows, width, channels // 4, 2, 2)
+    batch, rows, width, channels = row_block.shape
+    blocks = row_block.reshape(batch, rows, width, channels // 4, 2, 2)
     return blocks.permute(0, 1, 4, 2, 5, 3).reshape(batch, rows * 2, width * 2, channels // 4)
 
 
 class LinearAttentionSums:
     """What ReLU linear attention keeps of a map, in fp32: `sum_i relu(k_i) v_i^T` and `sum_i relu(k_i)` of every head.
 
-    On the CPU its sums, and what is made of them, are the same to the bit however the rows were cut into strips: each
-    row of the map is multiplied by itself, by the same calls on the same shapes, and added to the rows above it, from
-    top to bottom. Strips must therefore come in order; they may be of any height. A row is converted to fp32 while it
-    is in cache, so that no strip exists in fp32. (Elsewhere a strip is taken at once: a launch a row would cost more.)
+    On the CPU its sums, and what is made of them, are the same to the bit however the rows were cut into row blocks:
+    each row of the map is multiplied by itself, by the same calls on the same shapes, and added to the rows above it,
+    from top to bottom. Row blocks must therefore come in order; they may be of any height. A row is converted to fp32
+    while it is in cache, so that no row block exists in fp32. (Elsewhere a row block is taken at once: a launch a row
+    would cost more.)
 
     `products` is [B, heads, head_dim of k, head_dim of v], `keys` [B, heads, head_dim of k]; None before the first row.
     """
@@ -250,16 +255,16 @@ class LinearAttentionSums:
         return out
 
 
-def _indices(strip: Tensor) -> Iterator[int]:
+def _indices(row_block: Tensor) -> Iterator[int]:
     """For each of `_rows`, which of the batch it is of."""
-    rows = strip.shape[1] if strip.device.type == "cpu" else 1
-    return (index for index in range(strip.shape[0]) for _ in range(rows))
+    rows = row_block.shape[1] if row_block.device.type == "cpu" else 1
+    return (index for index in range(row_block.shape[0]) for _ in range(rows))
 
 
-def _rows(strip: Tensor) -> Iterator[Tensor]:
+def _rows(row_block: Tensor) -> Iterator[Tensor]:
     """`[B, rows, W, heads, d]` as rows `[W, heads, d]` one after another; where launches cost, as one for each B."""
-    for image in strip:
-        yield from image if strip.device.type == "cpu" else [image.flatten(0, 1)]
+    for image in row_block:
+        yield from image if row_block.device.type == "cpu" else [image.flatten(0, 1)]
 
 
 def _positive(row: Tensor) -> Tensor:

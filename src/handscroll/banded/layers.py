@@ -69,10 +69,10 @@ class Pass:
         batch norm.
         """
         if norm is None:
-            return lambda strip: strip
+            return lambda row_block: row_block
         if type(norm) is RMSNorm:
             weight, bias, eps = self._kept(norm.weight), self._kept(norm.bias), norm.eps
-            return lambda strip: backend.rms_norm_(strip, weight, bias, eps)
+            return lambda row_block: backend.rms_norm_(row_block, weight, bias, eps)
         if isinstance(norm, nn.BatchNorm2d):
             return _batch_norm(norm)
         raise TypeError(f"rows can only be streamed through RMS and batch norms, not {type(norm)}")
@@ -90,7 +90,7 @@ def _batch_norm(norm: nn.BatchNorm2d) -> Function:
     shift = -norm.running_mean.float() * scale
     if norm.bias is not None:
         shift = shift + norm.bias.float()
-    return lambda strip: torch.addcmul(shift, strip, scale).to(strip.dtype)
+    return lambda row_block: torch.addcmul(shift, row_block, scale).to(row_block.dtype)
 
 
 @dataclass(frozen=True)
@@ -152,17 +152,19 @@ def check_dense(*layers: nn.Module) -> None:
             raise TypeError(f"rows can only be streamed through plain Conv2d and Linear layers, not {type(layer)}")
 
 
-def row_by_row(strip: Tensor) -> Iterator[Tensor]:
+def row_by_row(row_block: Tensor) -> Iterator[Tensor]:
     """`[B, rows, w, ...]` as `[B, 1, w, ...]` on a CPU, where the same call on the same shape gives the same bits."""
-    return iter(strip.split(1, dim=1) if strip.device.type == "cpu" else (strip,))
+    return iter(row_block.split(1, dim=1) if row_block.device.type == "cpu" else (row_block,))
 
 
 def _called(layer: nn.Module, activation: nn.Module | None) -> Function:
     """The module itself on the last axis, whether it takes that or an image."""
     takes_images = getattr(layer, "kernel_size", None) is not None
 
-    def run(strip: Tensor) -> Tensor:
-        out = layer(strip.permute(0, 3, 1, 2)).permute(0, 2, 3, 1).contiguous() if takes_images else layer(strip)
+    def run(row_block: Tensor) -> Tensor:
+        out = (
+            layer(row_block.permute(0, 3, 1, 2)).permute(0, 2, 3, 1).contiguous() if takes_images else layer(row_block)
+        )
         return out if activation is None else activation(out)
 
     return run
@@ -171,9 +173,9 @@ def _called(layer: nn.Module, activation: nn.Module | None) -> Function:
 def _never_single(function: Function) -> Function:
     """Gives a single position twice: of one, a product is made by other code, which rounds otherwise."""
 
-    def run(strip: Tensor) -> Tensor:
-        if strip.shape[:-1].numel() > 1:
-            return function(strip)
-        return function(torch.cat([strip, strip], dim=-2)).narrow(-2, 0, 1)
+    def run(row_block: Tensor) -> Tensor:
+        if row_block.shape[:-1].numel() > 1:
+            return function(row_block)
+        return function(torch.cat([row_block, row_block], dim=-2)).narrow(-2, 0, 1)
 
     return run

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 @torch.no_grad()
 def decode_by_patches(decoder: nn.Module, latent: Tensor, patches: int = 32) -> Tensor:
-    """The decoder of an `AutoencoderDC`, its convolutions split into `patches` bands: `[B, C, h, w] -> [B, 3, H, W]`.
+    """The decoder of an `AutoencoderDC`, its convolutions made in `patches` row blocks: [B, C, h, w] -> [B, 3, H, W].
 
     While it runs, the decoder's convolutions are replaced; no other thread may run the same module meanwhile.
     """
@@ -50,7 +50,7 @@ def _forward_by_patches(layer: nn.Conv2d, patches: int) -> Callable[[Tensor], Te
 
 
 def conv2d_by_patches(layer: nn.Conv2d, image: Tensor, patches: int) -> Tensor:
-    """The convolution of `image` [B, C, H, W], made in at most `patches` bands of its output rows."""
+    """The convolution of `image` [B, C, H, W], made in at most `patches` row blocks of its output."""
     height = image.shape[2]
     stride, dilation = layer.stride[0], layer.dilation[0]
     pad_rows, pad_columns = _padding(layer)
@@ -67,10 +67,12 @@ def conv2d_by_patches(layer: nn.Conv2d, image: Tensor, patches: int) -> Tensor:
         window = image[:, :, first + above : end - below]
         if above or below:
             window = F.pad(window, (0, 0, above, below))
-        band = F.conv2d(window, layer.weight, layer.bias, layer.stride, (0, pad_columns), layer.dilation, layer.groups)
+        row_block = F.conv2d(
+            window, layer.weight, layer.bias, layer.stride, (0, pad_columns), layer.dilation, layer.groups
+        )
         if out is None:
-            out = band.new_empty(*band.shape[:2], out_height, band.shape[3])
-        out[:, :, top : top + rows] = band
+            out = row_block.new_empty(*row_block.shape[:2], out_height, row_block.shape[3])
+        out[:, :, top : top + rows] = row_block
     assert out is not None
     return out
 

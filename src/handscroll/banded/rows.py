@@ -1,15 +1,18 @@
-"""The vocabulary of row streaming: strips, line buffers, delays and maps.
+"""The vocabulary of row streaming: row blocks, line buffers, delays and maps.
 
-A *strip* is a few full-width rows of a feature map, `[B, rows, W, C]`: channels last, so that rows are contiguous and
-a strip can be cut or joined along its rows without moving anything else. A `RowOp` takes strips from top to bottom and
-gives strips from top to bottom; it may hold rows back until the rows below have arrived. `None` stands for a strip of
-no rows: it is what an op returns while its buffers fill, and what it may be given when `last` asks it to flush.
+A *row block* is a few full-width rows of a feature map, `[B, rows, W, C]`: channels last, so that rows are contiguous
+and a row block can be cut or joined along its rows without moving anything else. A `RowOp` takes row blocks from top to
+bottom and gives row blocks from top to bottom; it may hold rows back until the rows below have arrived. `None` stands
+for a row block of no rows: it is what an op returns while its buffers fill, and what it may be given when `last` asks
+it to flush.
 
-Every op yields exactly the rows that the same operator yields on the whole map; how the rows were cut into strips
+Every op yields exactly the rows that the same operator yields on the whole map; how the rows were cut into row blocks
 changes nothing but the order of evaluation.
 
-A strip is freed as soon as its last reader has it. Python's callers keep alive what they pass in a local variable, so
-strips are handed down in lists of one, which the receiver empties: `op.push(held.pop(), last)`.
+A row block is freed as soon as its last reader has it. Python's callers keep alive what they pass in a local variable,
+so row blocks are handed down in lists of one, which the receiver empties: `op.push(held.pop(), last)`.
+
+Their heights are options: `strip_rows` in the autoencoder, `band_rows` in the transformer.
 """
 
 from __future__ import annotations
@@ -25,17 +28,17 @@ from torch import Tensor
 
 from handscroll.limits import MAP_CHUNK_BYTES
 
-Strip = Tensor | None
+RowBlock = Tensor | None
 
 
 class RowOp(ABC):
     """An operator on rows. It is used for one pass from the first row to the last, then thrown away."""
 
     @abstractmethod
-    def push(self, strip: Strip, last: bool) -> Strip:
+    def push(self, row_block: RowBlock, last: bool) -> RowBlock:
         """Takes the next rows `[B, rows, W, C]`, or None; returns the rows that are now ready, or None.
 
-        `last` is true exactly once, with the strip that ends the map (or None if that has passed already).
+        `last` is true exactly once, with the row block that ends the map (or None if that has passed already).
         """
 
 
@@ -45,9 +48,9 @@ class Chain(RowOp):
     def __init__(self, ops: Iterable[RowOp]) -> None:
         self.ops = list(ops)
 
-    def push(self, strip: Strip, last: bool) -> Strip:
-        held = [strip]
-        del strip
+    def push(self, row_block: RowBlock, last: bool) -> RowBlock:
+        held = [row_block]
+        del row_block
         for op in self.ops:
             held.append(op.push(held.pop(), last))
         return held.pop()
@@ -59,12 +62,12 @@ class Pointwise(RowOp):
     def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
         self.function = function
 
-    def push(self, strip: Strip, last: bool) -> Strip:
-        return None if strip is None else self.function(strip)
+    def push(self, row_block: RowBlock, last: bool) -> RowBlock:
+        return None if row_block is None else self.function(row_block)
 
 
 class Workspace:
-    """One stretch of memory that the ops of a pass use in turn, so that strip after strip nothing is allocated anew.
+    """One stretch of memory that the ops of a pass use in turn, so that no row block allocates anew.
 
     A CPU's allocator keeps what was freed; buffers that live for one call but are of many sizes, mixed with small ones
     that live on, make it keep several times what was ever in use.
@@ -74,7 +77,7 @@ class Workspace:
         self.memory: Tensor | None = None
 
     def join(self, pieces: list[Tensor]) -> Tensor:
-        """Strips `[B, rows, W, C]` one below another, in memory that is valid until the next call."""
+        """Row blocks `[B, rows, W, C]` one below another, in memory that is valid until the next call."""
         batch, _, width, channels = pieces[0].shape
         shape = (batch, sum(piece.shape[1] for piece in pieces), width, channels)
         count = torch.Size(shape).numel()
@@ -89,7 +92,7 @@ class Windowed(RowOp):
 
     The function gets `[B, (n-1)*step + size, W, C]` and returns the rows of n windows, in memory of its own. Rows above
     the first and below the last are zeros, as in a zero-padded convolution. Only the `size - step` rows that the next
-    window shares are kept between strips, so that nothing is computed twice.
+    window shares are kept between row blocks, so that nothing is computed twice.
     """
 
     def __init__(
@@ -108,23 +111,23 @@ class Windowed(RowOp):
         self.buffer: Tensor | None = None
         self.kept_rows = -1  # before the first row
 
-    def push(self, strip: Strip, last: bool) -> Strip:
-        if strip is None and (not last or self.buffer is None):
+    def push(self, row_block: RowBlock, last: bool) -> RowBlock:
+        if row_block is None and (not last or self.buffer is None):
             return None
         if self.buffer is None:
-            assert strip is not None
-            batch, _, width, channels = strip.shape
-            self.buffer = strip.new_zeros(batch, max(self.size - 1, self.pad, 1), width, channels)
+            assert row_block is not None
+            batch, _, width, channels = row_block.shape
+            self.buffer = row_block.new_zeros(batch, max(self.size - 1, self.pad, 1), width, channels)
             self.kept_rows = self.pad
         pieces = [self.buffer[:, : self.kept_rows]] if self.kept_rows else []
-        if strip is not None:
-            pieces.append(strip)
+        if row_block is not None:
+            pieces.append(row_block)
         if last and self.pad:
             pieces.append(torch.zeros_like(self.buffer[:, : self.pad]))
         if not pieces:
             return None
         rows = pieces[0] if len(pieces) == 1 else self.workspace.join(pieces)
-        del pieces, strip
+        del pieces, row_block
         windows = max(0, (rows.shape[1] - self.size) // self.step + 1)
         used = windows * self.step
         self.kept_rows = rows.shape[1] - used
@@ -141,40 +144,40 @@ class Whole(RowOp):
         self.function = function
         self.held: list[Tensor] = []
 
-    def push(self, strip: Strip, last: bool) -> Strip:
-        if strip is not None:
-            self.held.append(strip)
+    def push(self, row_block: RowBlock, last: bool) -> RowBlock:
+        if row_block is not None:
+            self.held.append(row_block)
         return self.function(torch.cat(self.held, dim=1)) if last else None
 
 
 class RowQueue:
-    """Rows that wait for a slower branch; strips are kept as they came, nothing is copied to enter."""
+    """Rows that wait for a slower branch; row blocks are kept as they came, nothing is copied to enter."""
 
     def __init__(self) -> None:
-        self.strips: deque[Tensor] = deque()
+        self.row_blocks: deque[Tensor] = deque()
         self.rows = 0
 
-    def put(self, strip: Strip) -> None:
-        if strip is not None:
-            self.strips.append(strip)
-            self.rows += strip.shape[1]
+    def put(self, row_block: RowBlock) -> None:
+        if row_block is not None:
+            self.row_blocks.append(row_block)
+            self.rows += row_block.shape[1]
 
     def take(self, rows: int) -> Iterator[Tensor]:
         """The next `rows` rows, in as many pieces as they came in."""
         self.rows -= rows
         while rows:
-            strip = self.strips.popleft()
-            if strip.shape[1] > rows:
-                self.strips.appendleft(strip[:, rows:])
-                strip = strip[:, :rows]
-            rows -= strip.shape[1]
-            yield strip
+            row_block = self.row_blocks.popleft()
+            if row_block.shape[1] > rows:
+                self.row_blocks.appendleft(row_block[:, rows:])
+                row_block = row_block[:, :rows]
+            rows -= row_block.shape[1]
+            yield row_block
 
     def settle(self) -> None:
-        """Copies strips that are part of something larger, so that the rows that wait do not hold all its memory."""
-        for index, strip in enumerate(self.strips):
-            if strip.nbytes < strip.untyped_storage().nbytes():
-                self.strips[index] = strip.clone()
+        """Copies row blocks that are part of something larger, so that rows that wait do not hold all of it."""
+        for index, row_block in enumerate(self.row_blocks):
+            if row_block.nbytes < row_block.untyped_storage().nbytes():
+                self.row_blocks[index] = row_block.clone()
 
 
 def _joined(pieces: list[Tensor]) -> Tensor:
@@ -188,10 +191,10 @@ class Residual(RowOp):
         self.branch = branch
         self.waiting = RowQueue()
 
-    def push(self, strip: Strip, last: bool) -> Strip:
-        self.waiting.put(strip)
-        out = self.branch.push(strip, last)
-        del strip
+    def push(self, row_block: RowBlock, last: bool) -> RowBlock:
+        self.waiting.put(row_block)
+        out = self.branch.push(row_block, last)
+        del row_block
         if out is None:
             return None
         row = 0
@@ -208,9 +211,9 @@ class Join(RowOp):
     def __init__(self, branches: Iterable[RowOp]) -> None:
         self.branches = [(branch, RowQueue()) for branch in branches]
 
-    def push(self, strip: Strip, last: bool) -> Strip:
+    def push(self, row_block: RowBlock, last: bool) -> RowBlock:
         for branch, queue in self.branches:
-            queue.put(branch.push(strip, last))
+            queue.put(branch.push(row_block, last))
         rows = min(queue.rows for _, queue in self.branches)
         if not rows:
             return None
@@ -228,9 +231,9 @@ class Tee(RowOp):
     def __init__(self, side: RowOp) -> None:
         self.side = side
 
-    def push(self, strip: Strip, last: bool) -> Strip:
-        self.side.push(strip, last)
-        return strip
+    def push(self, row_block: RowBlock, last: bool) -> RowBlock:
+        self.side.push(row_block, last)
+        return row_block
 
 
 class RowMap:
@@ -247,30 +250,30 @@ class RowMap:
         self.chunks: deque[Tensor] = deque()
         self.rows_written = 0
 
-    def write(self, strip: Strip) -> None:
-        """Appends rows `[B, rows, W, C]`, all of one shape but for their number; the strip is copied."""
-        while strip is not None and strip.shape[1]:
-            batch, rows, width, channels = strip.shape
-            row_bytes = batch * width * channels * strip.element_size()
+    def write(self, row_block: RowBlock) -> None:
+        """Appends rows `[B, rows, W, C]`, all of one shape but for their number; the row block is copied."""
+        while row_block is not None and row_block.shape[1]:
+            batch, rows, width, channels = row_block.shape
+            row_bytes = batch * width * channels * row_block.element_size()
             chunk_rows = min(max(1, self.chunk_bytes // row_bytes), self.height)
             offset = self.rows_written % chunk_rows
             if offset == 0:
                 kept_rows = min(chunk_rows, self.height - self.rows_written)
-                self.chunks.append(self.new_chunk(strip, kept_rows))
+                self.chunks.append(self.new_chunk(row_block, kept_rows))
             room = self.chunks[-1].shape[1] - offset
-            self.chunks[-1][:, offset : offset + min(room, rows)] = strip[:, :room]
+            self.chunks[-1][:, offset : offset + min(room, rows)] = row_block[:, :room]
             self.rows_written += min(room, rows)
-            strip = strip[:, room:]
+            row_block = row_block[:, room:]
 
-    def new_chunk(self, strip: Tensor, rows: int) -> Tensor:
-        """Room for `rows` rows such as the strip's."""
-        return strip.new_empty(strip.shape[0], rows, *strip.shape[2:])
+    def new_chunk(self, row_block: Tensor, rows: int) -> Tensor:
+        """Room for `rows` rows such as the row block's."""
+        return row_block.new_empty(row_block.shape[0], rows, *row_block.shape[2:])
 
-    def strips(self, strip_rows: int, keep: bool = False) -> Iterator[Tensor]:
-        """Yields the map in strips of `strip_rows` rows (the last may be shorter), and frees what was read.
+    def row_blocks(self, strip_rows: int, keep: bool = False) -> Iterator[Tensor]:
+        """Yields the map in row blocks of `strip_rows` rows (the last may be shorter), and frees what was read.
 
-        Strips must not be written to: they may be the map's own memory. keep: nothing is freed, and the map may be read
-        again.
+        Row blocks must not be written to: they may be the map's own memory. keep: nothing is freed, and the map may be
+        read again.
         """
         queue = RowQueue()
         chunks = deque(self.chunks) if keep else self.chunks
@@ -292,17 +295,17 @@ class Stage:
     max_rows: int
 
 
-def sweep(strips: Iterable[Tensor], op: RowOp | Sequence[Stage]) -> Iterator[Tensor]:
+def sweep(row_blocks: Iterable[Tensor], op: RowOp | Sequence[Stage]) -> Iterator[Tensor]:
     """Drives an op, or several one after another, over a map from top to bottom. Yields what comes out.
 
-    At the end every op gives up the rows that it held back, and what all of them held back together may be many strips
-    tall. They are flushed one after another, and no more than `max_rows` rows go on at a time, so that the end takes
-    no more memory than the middle.
+    At the end every op gives up the rows that it held back, and what all of them held back together may be many row
+    blocks tall. They are flushed one after another, and no more than `max_rows` rows go on at a time, so that the end
+    takes no more memory than the middle.
     """
     stages = [Stage(op, sys.maxsize)] if isinstance(op, RowOp) else op
-    for strip in strips:
-        held = [strip]
-        del strip
+    for row_block in row_blocks:
+        held = [row_block]
+        del row_block
         yield from _cascade(stages, held, sys.maxsize)
     waiting: list[Tensor] = []  # the last rows of the stages above, at most max_rows of them
     for index, stage in enumerate(stages):
@@ -322,13 +325,13 @@ def sweep(strips: Iterable[Tensor], op: RowOp | Sequence[Stage]) -> Iterator[Ten
 
 
 def _push(op: RowOp, held: list[Tensor], last: bool) -> list[Tensor]:
-    """Empties `held`, a list of no or one strip, into the op; what comes out is again none or one."""
+    """Empties `held`, a list of no or one row block, into the op; what comes out is again none or one."""
     out = op.push(held.pop() if held else None, last)
     return [] if out is None else [out]
 
 
 def _cascade(stages: Sequence[Stage], held: list[Tensor], max_rows: int) -> Iterator[Tensor]:
-    """Empties `held`, one strip, through all stages, `max_rows` rows of it at a time."""
+    """Empties `held`, one row block, through all stages, `max_rows` rows of it at a time."""
     while held[0].shape[1] > max_rows:
         yield from _cascade(stages, [held[0][:, :max_rows]], max_rows)
         held[0] = held[0][:, max_rows:]
@@ -339,6 +342,6 @@ def _cascade(stages: Sequence[Stage], held: list[Tensor], max_rows: int) -> Iter
 
 
 def cut(map_: Tensor, strip_rows: int) -> Iterator[Tensor]:
-    """A whole map `[B, H, W, C]` as strips, without copying."""
+    """A whole map `[B, H, W, C]` as row blocks, without copying."""
     for top in range(0, map_.shape[1], strip_rows):
         yield map_[:, top : top + strip_rows]

@@ -102,7 +102,7 @@ def _how(stage: PartPlan, spec: CheckpointSpec) -> str:
             residual = "" if stage.residual == "memory" else f", token maps {PLACES[stage.residual]}"
             weights += " and laid out one at a time" if stage.lay_out else ""
             residual += "" if stage.together else ", one forward after the other"
-            return f"bands of {_rows(stage.band_rows)}, {weights}{residual}"
+            return f"row blocks of {_rows(stage.band_rows)}, {weights}{residual}"
         case DecodeStage():
             heights = [sweep.strip_rows for sweep in stage.sweeps]
             spilled = {sweep.store for sweep in stage.sweeps[1:] if sweep.store in ("host", "disk")}
@@ -110,7 +110,7 @@ def _how(stage: PartPlan, spec: CheckpointSpec) -> str:
             if stage.recomputed:
                 remarks.append(f"{sum(sweep.store is None for sweep in stage.sweeps)} maps recomputed")
             span = f"{min(heights)} to {max(heights)} rows" if len(set(heights)) > 1 else _rows(heights[0])
-            return ", ".join([f"{len(heights)} sweeps in strips of {span}", *(remarks or ["maps in memory"])])
+            return ", ".join([f"{len(heights)} sweeps in row blocks of {span}", *(remarks or ["maps in memory"])])
 
 
 def _rows(count: int) -> str:

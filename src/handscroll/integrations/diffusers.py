@@ -32,7 +32,7 @@ def attach(target: Any, strip_rows: int | None = None, memory: str | int | None 
 
     The results are those of the whole network up to the order of summation, in the autoencoder's dtype and on its
     device; tiling is not used while attached. strip_rows: rows of the map at the last attention to take at a time.
-    memory: bytes, or text such as '1GiB', that decoding may take above weights, latent and result; the strip height
+    memory: bytes, or text such as '1GiB', that decoding may take above weights, latent and result; the row block height
     follows from it. Attaching again changes the settings. Raises UsageError if there is no AutoencoderDC; decoding and
     encoding raise BudgetError where the memory is too little for the size.
     """
@@ -72,9 +72,9 @@ def _decode(autoencoder: Any, z: Tensor, *, strip_rows: int | None, memory_bytes
     factor = autoencoder.spatial_compression_ratio
     out = z.new_empty(batch, autoencoder.config.in_channels, height * factor, width * factor)
     row = 0
-    for strip in decode_rows(decoder, z, strip_rows, on_sweep=lambda done, of: trim(), **route):
-        out[:, :, row : row + strip.shape[2]] = strip
-        row += strip.shape[2]
+    for row_block in decode_rows(decoder, z, strip_rows, on_sweep=lambda done, of: trim(), **route):
+        out[:, :, row : row + row_block.shape[2]] = row_block
+        row += row_block.shape[2]
     return out
 
 
@@ -103,7 +103,7 @@ def _moved(module: torch.nn.Module, x: Tensor) -> Tensor:
 def _route_within(
     half: type[DecoderShape], autoencoder: Any, given: Tensor, rows: int, columns: int, memory_bytes: int
 ) -> dict[str, Any]:
-    """Strip heights and starts of the decoder or encoder whose planned peak stays within `memory_bytes`.
+    """Row block heights and starts of the decoder or encoder whose planned peak stays within `memory_bytes`.
 
     given: the input, [B, ...]; the latent is `rows` x `columns`. Raises BudgetError with the least that would do.
     """

@@ -76,7 +76,7 @@ class Recovery:
     def attempts(self, stage: Stage, plan: Plan, picture: int = 0) -> Iterator[Attempt]:
         """Attempts at a stage until one succeeds; its plan is what goes on from there.
 
-        After memory ran out: with smaller strips or bands, and at last as it is. After numbers that are not finite:
+        After memory ran out: with smaller row blocks, and at last as it is. After numbers that are not finite:
         with the component that they came from in fp32, where it was in less; that holds for this stage of this picture
         alone. Raises OutOfMemoryError or NumericsError when nothing is left to try.
         """

@@ -1,4 +1,4 @@
-"""A picture made larger, in strips."""
+"""A picture made larger, in row blocks."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from handscroll.limits import PIXEL_PIECE_BYTES
 def enlarged(
     picture: np.ndarray, height: int, width: int, rows: int, dtype: torch.dtype, device: str | torch.device = "cpu"
 ) -> Iterator[Tensor]:
-    """Strips [1, rows, width, 3] of a picture [h, w, 3] uint8 made larger, in -1 ... 1; the last may be lower.
+    """Row blocks [1, rows, width, 3] of a picture [h, w, 3] uint8 made larger, in -1 ... 1; the last may be lower.
 
     Cubic convolution with a = -0.5 (Keys 1981), pixels' middles on pixels' middles, and at the edges the weights of
-    what is there: what Pillow's BICUBIC does where it enlarges. A piece is made at a time, so that a strip takes little
-    more than itself.
+    what is there: what Pillow's BICUBIC does where it enlarges. A piece is made at a time, so that a row block takes
+    little more than itself.
     """
     source = torch.from_numpy(picture)
     ys, down = _taps(picture.shape[0], height)
     xs, across = _taps(picture.shape[1], width)
     piece_rows = max(1, PIXEL_PIECE_BYTES // (4 * 3 * width))
     for top in range(0, height, rows):
-        strip = torch.empty(min(rows, height - top), width, 3, dtype=dtype)
-        for first in range(0, len(strip), piece_rows):
-            target = strip[first : first + piece_rows]
+        row_block = torch.empty(min(rows, height - top), width, 3, dtype=dtype)
+        for first in range(0, len(row_block), piece_rows):
+            target = row_block[first : first + piece_rows]
             part = slice(top + first, top + first + len(target))
             lines = torch.zeros(len(target), picture.shape[1], 3)
             for tap in range(4):
@@ -37,8 +37,8 @@ def enlarged(
                 pixels.addcmul_(lines[:, xs[:, tap]], across[:, tap, None])
             target.copy_(pixels.mul_(1 / 127.5).sub_(1).clamp_(-1, 1))
             del target, lines, pixels
-        given = [strip[None].to(device)]
-        del strip
+        given = [row_block[None].to(device)]
+        del row_block
         yield given.pop()  # which the network may free when it has read it
 
 

@@ -1,9 +1,9 @@
-"""Strips of rows become a picture file.
+"""Row blocks become a picture file.
 
     target = check_target(Path("dusk.png"), 4096, 4096)      # refuses here, before any work
-    write_image(target, strips, parameters)                  # strips: uint8 [rows, width, 3], top to bottom
+    write_image(target, row_blocks, parameters)  # row blocks: uint8 [rows, width, 3], top to bottom
 
-Strips stream into a raw scratch of 3 bytes a pixel beside the target; libvips then encodes from the scratch, top to
+Row blocks stream into a raw scratch of 3 bytes a pixel beside the target; libvips then encodes from the scratch, top to
 bottom, into a hidden file that is renamed over the final name once it is whole. Memory follows the width, not the
 height, except for the levels of a TIFF pyramid (up to about 130 MiB; larger ones wait in the temporary folder) and
 for WebP, whose encoder holds the whole picture: 0.1 to 0.4 GiB at 4096x4096, about 16 times that at its largest.
@@ -34,7 +34,7 @@ from handscroll.pictures.vips import load_vips
 
 def write_image(
     target: Target,
-    strips: Iterable[np.ndarray],
+    row_blocks: Iterable[np.ndarray],
     parameters: str = "",
     *,
     quality: int | None = None,
@@ -42,15 +42,17 @@ def write_image(
     part: Path | None = None,
     beside: bool = False,
 ) -> Path:
-    """Write `strips` (uint8 [rows, width, 3], top to bottom, any number of rows each) and return the file's path.
+    """Write `row_blocks` (uint8 [rows, width, 3], top to bottom, any number of rows each) and return the file's path.
 
     `parameters` is stored in the file for `read_parameters` and other image tools. `quality`, 1 to 100, is for JPEG,
-    WebP and Deep Zoom tiles; PNG and TIFF are lossless. `on_rows` is told the rows received so far after each strip.
+    WebP and Deep Zoom tiles; PNG and TIFF are lossless. `on_rows` is told the rows received so far after each row
+    block.
 
-    The file appears whole or not at all; an older one stays until then. Raises ValueError for strips that do not make
-    up the picture, OutputError where it cannot be written; what `strips` or `on_rows` raise passes through unchanged.
-    Until it is whole it is called `part`, a name on the same file system that nobody else uses, and the scratch has
-    that name with the suffix `.rows`; what a killed process left there is replaced. Left out, hidden names beside it.
+    The file appears whole or not at all; an older one stays until then. Raises ValueError for row blocks that do not
+    make up the picture, OutputError where it cannot be written; what `row_blocks` or `on_rows` raise passes through
+    unchanged. Until it is whole it is called `part`, a name on the same file system that nobody else uses, and the
+    scratch has that name with the suffix `.rows`; what a killed process left there is replaced. Left out, hidden names
+    beside it.
 
     beside: encode on a thread while rows come, without a scratch, to the same bytes. That is for rows that another
     device makes: on a CPU the encoder and those who make rows would take each other's cores, and memory on top.
@@ -69,11 +71,11 @@ def write_image(
             cleanup.callback(discard, part)
             encoder = _Encoder(target, lambda image: encode_picture(image, target, part, parameters, quality))
             with encoder:
-                _receive(target, strips, encoder.write, on_rows)
+                _receive(target, row_blocks, encoder.write, on_rows)
         else:
             with output_errors(target):
                 scratch, scratch_name = _open_scratch(part.with_suffix(".rows"), cleanup)
-            _receive(target, strips, lambda strip: write_all(scratch, strip), on_rows)
+            _receive(target, row_blocks, lambda row_block: write_all(scratch, row_block), on_rows)
             cleanup.callback(discard, part)
             with output_errors(target, vips.Error):
                 encode_picture(_picture(scratch_name, target), target, part, parameters, quality)
@@ -99,31 +101,31 @@ def _open_scratch(path: Path, cleanup: contextlib.ExitStack) -> tuple[int, str]:
 
 def _receive(
     target: Target,
-    strips: Iterable[np.ndarray],
+    row_blocks: Iterable[np.ndarray],
     write: Callable[[np.ndarray], None],
     on_rows: Callable[[int], None] | None,
 ) -> None:
-    """Hands contiguous strips of a row and more to `write`, after a look at each, and counts their rows."""
+    """Hands contiguous row blocks of a row and more to `write`, after a look at each, and counts their rows."""
     rows = 0
-    for strip in strips:
-        if strip.dtype != np.uint8 or strip.ndim != 3 or strip.shape[1:] != (target.width, 3):
-            found = f"{strip.dtype} {list(strip.shape)}"
-            raise ValueError(f"a strip must be uint8 [rows, {target.width}, 3], not {found}")
-        rows += len(strip)
+    for row_block in row_blocks:
+        if row_block.dtype != np.uint8 or row_block.ndim != 3 or row_block.shape[1:] != (target.width, 3):
+            found = f"{row_block.dtype} {list(row_block.shape)}"
+            raise ValueError(f"a row block must be uint8 [rows, {target.width}, 3], not {found}")
+        rows += len(row_block)
         if rows > target.height:
-            raise ValueError(f"the strips hold more than the picture's {target.height} rows")
-        if len(strip) == 0:
+            raise ValueError(f"the row blocks hold more than the picture's {target.height} rows")
+        if len(row_block) == 0:
             continue
         with output_errors(target):
-            write(np.ascontiguousarray(strip))
+            write(np.ascontiguousarray(row_block))
         if on_rows is not None:
             on_rows(rows)
     if rows != target.height:
-        raise ValueError(f"the strips hold {rows} rows, the picture has {target.height}")
+        raise ValueError(f"the row blocks hold {rows} rows, the picture has {target.height}")
 
 
 class _Encoder:
-    """Encodes on a thread the strips that are written to it, from top to bottom.
+    """Encodes on a thread the row blocks that are written to it, from top to bottom.
 
     libvips reads no raw rows from a pipe, so they go through it as a PNG that is not compressed, at 0.5 GB/s. A context
     manager, left when all rows are written, or none will come any more; raises what the encoder raised.
@@ -155,11 +157,11 @@ class _Encoder:
             pass
         os.close(self.read_end)
 
-    def write(self, strip: np.ndarray) -> None:
+    def write(self, row_block: np.ndarray) -> None:
         if self.error is not None:
             raise self.error
-        unfiltered = np.zeros((len(strip), 1 + 3 * strip.shape[1]), np.uint8)
-        unfiltered[:, 1:] = strip.reshape(len(strip), -1)
+        unfiltered = np.zeros((len(row_block), 1 + 3 * row_block.shape[1]), np.uint8)
+        unfiltered[:, 1:] = row_block.reshape(len(row_block), -1)
         write_all(self.write_end, png_chunk(b"IDAT", self.stored.compress(unfiltered.data)))
 
     def __exit__(

@@ -1,4 +1,4 @@
-"""The decoding stage: which maps are kept, spilled or recomputed, and how tall the strips of each sweep are.
+"""The decoding stage: which maps are kept, spilled or recomputed, and how tall the row blocks of each sweep are.
 
 A decoder with n barriers takes n + 1 sweeps; sweep i starts from map i, the input of attention i (map 0 is the latent).
 Encoding is planned by the same arithmetic, and map 0 is then the image.
@@ -17,7 +17,7 @@ from handscroll.plan.decoder_shape import DecoderShape, PassShape
 from handscroll.plan.inputs import Hardware, heights_up_to
 from handscroll.plan.store import Store
 
-# What calling one operator for a strip costs, whatever its size.
+# What calling one operator for a row block costs, whatever its size.
 SECONDS_A_CALL = 5e-5
 
 
@@ -66,7 +66,7 @@ def decode_stages(
     strip_rows: int | None = None,
     held_bytes: int = 0,
 ) -> Iterator[DecodeStage]:
-    """Every way worth considering, each with the fastest strips that the limit lets; else with the smallest.
+    """Every way worth considering, each with the fastest row blocks that the limit lets; else with the smallest.
 
     `strip_rows` fixes the height in the last sweep, and the others' by the same bytes. `held_bytes` are there all the
     time, beside what the stage itself makes.
@@ -93,7 +93,7 @@ def _by_bytes(option: SweepStage) -> tuple[int, float]:
 def _routes(
     shape: DecoderShape, precision: str, hardware: Hardware, strip_rows: int | None, held_bytes: int
 ) -> tuple[tuple[tuple[SweepStage, ...], ...], ...]:
-    """For every layout, for every sweep, what each strip height makes of it, the fastest first."""
+    """For every layout, for every sweep, what each row block height makes of it, the fastest first."""
     held_bytes += shape.rows * shape.columns * shape.spec.latent_channels * (4 + 2 * shape.element_bytes)
     heights = [_heights(shape, index, hardware, strip_rows) for index in range(len(shape))]
     routes = []
@@ -118,7 +118,7 @@ def _routes(
 
 
 def _heights(shape: DecoderShape, index: int, hardware: Hardware, strip_rows: int | None) -> list[int]:
-    """Strip heights to choose from: powers of two up to what makes the largest activation big."""
+    """Row block heights to choose from: powers of two up to what makes the largest activation big."""
     row_bytes = shape.row_bytes(index)
     if strip_rows is not None:
         last = len(shape) - 1
@@ -174,8 +174,8 @@ class _Layout:
 
     def sweep(self, index: int, strip_rows: int, made: PassShape) -> SweepStage:
         start, rates = self.starts[index], self.hardware.rates
-        strips = -(-self.shape.map_rows(index) // strip_rows)
-        seconds = made.flops / rates.flops(self.precision) + strips * made.calls * SECONDS_A_CALL
+        row_blocks = -(-self.shape.map_rows(index) // strip_rows)
+        seconds = made.flops / rates.flops(self.precision) + row_blocks * made.calls * SECONDS_A_CALL
         seconds += made.weight_bytes / rates.weight_bytes
         for place in (start, index + 1):  # the map that is read, and the one that is written
             store = self.stores[place] if 0 < place < len(self.shape) else None

@@ -310,8 +310,8 @@ class DecoderShape:
         working = workspace = waiting = 0
         for part in dict.fromkeys(parts):  # layers of the same shape on the same map are one
             unit = part.unit
-            columns, strip = self.columns * unit.scale, _rows_at(strip_rows, unit.scale, own)
-            rows = min(strip, self.rows * unit.scale)
+            columns, row_block = self.columns * unit.scale, _rows_at(strip_rows, unit.scale, own)
+            rows = min(row_block, self.rows * unit.scale)
             for size, channels in part.windows:
                 workspace = max(workspace, (size - 1 + max(rows, size // 2)) * channels * columns * element_bytes)
             working = max(working, waiting + unit.working_bytes(rows, columns, element_bytes))
@@ -334,7 +334,7 @@ class DecoderShape:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Part:
-    """A unit and what it takes whatever the strips: the same of every unit of this shape on this map.
+    """A unit and what it takes whatever the row blocks: the same of every unit of this shape on this map.
 
     held_channels: rows x channels of line buffers and queues, and macs, both for one pixel of the latent's width or
     area.
@@ -361,5 +361,5 @@ class _Part:
 
 
 def _rows_at(strip_rows: int, scale: int, own: int) -> int:
-    """A strip's rows where the map is `scale` times the latent's size, given those at `own`; at least one."""
+    """A row block's rows where the map is `scale` times the latent's size, given those at `own`; at least one."""
     return max(1, -(-strip_rows * scale // own))

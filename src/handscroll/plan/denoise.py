@@ -1,7 +1,7 @@
-"""The denoising stage: bytes and FLOPs of the transformer in row bands, and the ways to run it within a budget.
+"""The denoising stage: bytes and FLOPs of the transformer in row blocks, and the ways to run it within a budget.
 
 Only the residual stream is whole, a map of tokens x width for each branch (with and without the prompt). Layers stay in
-memory or are read anew at every step; bands are as tall as memory allows.
+memory or are read anew at every step; row blocks are as tall as memory allows.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from handscroll.plan.inputs import Hardware, heights_up_to
 from handscroll.plan.precision import BYTES
 from handscroll.plan.store import Store, stored_bytes
 
-# What calling a layer's operators costs for a band, whatever its size.
+# What calling a layer's operators costs for a row block, whatever its size.
 SECONDS_A_BAND = 1e-3
 # Laid out for a CPU's kernels, matrices take a layer's memory again and save this share of the computing.
 LAID_OUT_GAIN = 0.05
@@ -32,8 +32,8 @@ class DenoiseStage:
 
     `together`: guidance's branches pass through each layer one after another, so that it is read once a step; else one
     forward follows the other, and one residual stream exists at a time. `residual` is where the streams live between
-    bands. `lay_out`: a layer is laid out for the CPU's kernels, beside itself. Beside a CUDA device, `host_bytes` of
-    the layers that are read anew are kept in the host's memory.
+    row blocks. `lay_out`: a layer is laid out for the CPU's kernels, beside itself. Beside a CUDA device, `host_bytes`
+    of the layers that are read anew are kept in the host's memory.
     `peak_bytes` of the whole stage; `seconds` by the hardware's rates.
     """
 
@@ -84,8 +84,8 @@ def denoise_stages(
         moving_seconds = moved_bytes / (hardware.rates.disk_bytes if residual == "disk" else hardware.rates.host_bytes)
         layouts = (False,) if hardware.is_cuda else (True, False)
         for band_rows, lay_out in product(band_heights(spec, job, hardware), layouts):
-            bands = -(-job.rows // band_rows)
-            calls = job.steps * job.branches * spec.num_layers * bands
+            row_blocks = -(-job.rows // band_rows)
+            calls = job.steps * job.branches * spec.num_layers * row_blocks
             working = held + band_bytes(spec, job.columns, band_rows, job.tokens, element_bytes) + lay_out * layer_bytes
             readings = job.steps * (1 if together else job.branches)
             laying_seconds = lay_out * readings * spec.num_layers * layer_bytes / LAYING_OUT_BYTES
@@ -134,7 +134,7 @@ def _resident_layers(layers: int, layer_bytes: int, slots: int, other_bytes: int
 
 
 def band_heights(spec: TransformerSpec, job: Sampling, hardware: Hardware) -> list[int]:
-    """Heights of bands to choose from, in rows of tokens: powers of two up to what makes the widest activation big."""
+    """Heights of row blocks to choose from, in rows of tokens: powers of two, while the widest activation is small."""
     row_bytes = job.columns * 2 * spec.hidden_channels * BYTES[job.precision]
     most = min(job.rows, max(1, (CUDA_BAND_BYTES if hardware.is_cuda else BAND_BYTES) // row_bytes))
     return heights_up_to(most)
@@ -153,17 +153,17 @@ def forward_flops(spec: TransformerSpec, job: Sampling) -> float:
 
 @lru_cache(maxsize=4096)
 def band_bytes(spec: TransformerSpec, columns: int, band_rows: int, tokens: int, element_bytes: int) -> int:
-    """The most that a layer holds for one band, beside weights and residual streams: in its Mix-FFN.
+    """The most that a layer holds for one row block, beside weights and residual streams: in its Mix-FFN.
 
     Its hidden channels are made a slab at a time (banded/transformer/); the gated half of them exists for the whole
-    band, and four rows of both halves in line buffers. The text's keys and values, the attention's sums and what is
-    laid out of the depthwise convolution come on top.
+    row block, and four rows of both halves in line buffers. The text's keys and values, the attention's sums and what
+    is laid out of the depthwise convolution come on top.
     """
     width, hidden = spec.width, spec.hidden_channels
     slabs = -(-hidden // SLAB_CHANNELS)
     slab = -(-hidden // (slabs * SLAB_MULTIPLE)) * SLAB_MULTIPLE
-    band = band_rows * hidden + (3 * band_rows + 2) * slab + (2 * band_rows + 1) * width + 4 * hidden
+    row_block = band_rows * hidden + (3 * band_rows + 2) * slab + (2 * band_rows + 1) * width + 4 * hidden
     keys_and_values = 2 * tokens * spec.cross_width
     small = 20 * hidden + 20 * width
     sums = 4 * width * (spec.attention_head_dim + 1)
-    return (columns * band + keys_and_values + small) * element_bytes + sums
+    return (columns * row_block + keys_and_values + small) * element_bytes + sums

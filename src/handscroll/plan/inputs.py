@@ -8,7 +8,7 @@ MIB = 2**20
 
 
 def heights_up_to(most: int) -> list[int]:
-    """Strip or band heights worth choosing from: powers of two, and the most itself."""
+    """Heights of row blocks worth choosing from: powers of two, and the most itself."""
     return [*(2**power for power in range(most.bit_length()) if 2**power < most), most]
 
 

@@ -1,6 +1,6 @@
 """What encoding a picture's file takes of this process's memory, by format.
 
-Fitted to libvips 8.18 from above, on noise from 2048x2048 to 16384x4096: writers keep bands of rows, so they grow with
+Fitted to libvips 8.18 from above, on noise from 2048x2048 to 16384x4096: writers keep some rows, so they grow with
 the width; WebP alone holds the whole picture and its encoder's planes.
 """
 

@@ -240,9 +240,9 @@ class _Bench:
         def ours(latent: Tensor) -> Tensor:
             picture = latent.new_empty(1, 3, latent.shape[2] * ratio, latent.shape[3] * ratio)
             top = 0
-            for strip in decode_rows(autoencoder.decoder, latent, on_sweep=lambda done, of: trim()):
-                picture[:, :, top : top + strip.shape[2]] = strip
-                top += strip.shape[2]
+            for row_block in decode_rows(autoencoder.decoder, latent, on_sweep=lambda done, of: trim()):
+                picture[:, :, top : top + row_block.shape[2]] = row_block
+                top += row_block.shape[2]
             return picture
 
         def whole(latent: Tensor) -> Tensor:

@@ -20,24 +20,24 @@ from handscroll.weights.dtypes import DTYPES
 
 
 def decode_rows(session: Session, plan: Plan, latent: Tensor) -> Iterator[np.ndarray]:
-    """latent [1, C, h, w] as the sampler leaves it -> strips [rows, width, 3] uint8, the plan's height in all.
+    """latent [1, C, h, w] as the sampler leaves it -> row blocks [rows, width, 3] uint8, the plan's height in all.
 
     Raises NumericsError for NaN or infinity, OutputError where a map finds no room on disk.
     """
     row = 0
     waiting: _Pixels | None = None
-    with closing(_strips(session, plan, latent)) as strips:
-        for strip in strips:
-            strip = strip[..., : plan.height - row, : plan.width]
-            row += strip.shape[-2]
-            if not strip.shape[-2]:
+    with closing(_row_blocks(session, plan, latent)) as row_blocks:
+        for row_block in row_blocks:
+            row_block = row_block[..., : plan.height - row, : plan.width]
+            row += row_block.shape[-2]
+            if not row_block.shape[-2]:
                 continue
-            pixels = _Pixels(strip)
-            del strip
+            pixels = _Pixels(row_block)
+            del row_block
             if not pixels.on_their_way:
                 yield pixels.arrived()
                 continue
-            # A device works on the next strip while this one is copied and the one before is written.
+            # A device works on the next row block while this one is copied and the one before is written.
             if waiting is not None:
                 yield waiting.arrived()
             waiting = pixels
@@ -51,14 +51,14 @@ def whole_picture(session: Session, plan: Plan, latent: Tensor) -> np.ndarray:
     Raises as `decode_rows`.
     """
     picture, row = np.empty((plan.height, plan.width, 3), np.uint8), 0
-    for strip in decode_rows(session, plan, latent):
-        picture[row : row + len(strip)] = strip
-        row += len(strip)
+    for row_block in decode_rows(session, plan, latent):
+        picture[row : row + len(row_block)] = row_block
+        row += len(row_block)
     return picture
 
 
-def _strips(session: Session, plan: Plan, latent: Tensor) -> Generator[Tensor, None, None]:
-    """Strips [1, 3, rows, W] in the autoencoder's dtype, by the way that the plan names."""
+def _row_blocks(session: Session, plan: Plan, latent: Tensor) -> Generator[Tensor, None, None]:
+    """Row blocks [1, 3, rows, W] in the autoencoder's dtype, by the way that the plan names."""
     opened = session.open_autoencoder(plan, "decoder")
     autoencoder = opened.module
     scaled = latent.to(plan.device, DTYPES[plan.precision.autoencoder]) / autoencoder.config.scaling_factor
@@ -91,11 +91,11 @@ def _strips(session: Session, plan: Plan, latent: Tensor) -> Generator[Tensor, N
 
 
 class _Pixels:
-    """A strip [1, 3, rows, W] in -1 ... 1 as uint8, rounded as diffusers' image processor rounds, on its way here."""
+    """A row block [1, 3, rows, W] in -1 ... 1 as uint8, rounded as diffusers' image processor does, on its way here."""
 
-    def __init__(self, strip: Tensor) -> None:
-        self.on_their_way = strip.device.type == "cuda"
-        pixels, finite = _to_uint8(strip)
+    def __init__(self, row_block: Tensor) -> None:
+        self.on_their_way = row_block.device.type == "cuda"
+        pixels, finite = _to_uint8(row_block)
         if self.on_their_way:
             # Nothing here waits for the device, not even to look whether the numbers are finite.
             self.pixels = torch.empty(pixels.shape, dtype=torch.uint8, pin_memory=True)
@@ -116,14 +116,14 @@ class _Pixels:
         return self.pixels.numpy()
 
 
-def _to_uint8(strip: Tensor) -> tuple[Tensor, Tensor]:
+def _to_uint8(row_block: Tensor) -> tuple[Tensor, Tensor]:
     """[1, 3, rows, W] -> [rows, W, 3] uint8, and whether all of it was finite."""
-    pixels = strip.new_empty((*strip.shape[2:], 3), dtype=torch.uint8)
-    finite = torch.ones((), dtype=torch.bool, device=strip.device)
-    row_bytes = 4 * strip[0, :, 0].numel()
-    # Strips are tall where channels are few: on a CPU one would take several times its own memory in fp32.
-    step = max(1, PIXEL_PIECE_BYTES // row_bytes) if strip.device.type == "cpu" else strip.shape[2]
-    for piece, target in zip(strip[0].permute(1, 2, 0).split(step), pixels.split(step), strict=True):
+    pixels = row_block.new_empty((*row_block.shape[2:], 3), dtype=torch.uint8)
+    finite = torch.ones((), dtype=torch.bool, device=row_block.device)
+    row_bytes = 4 * row_block[0, :, 0].numel()
+    # Row blocks are tall where channels are few: on a CPU one would take several times its own memory in fp32.
+    step = max(1, PIXEL_PIECE_BYTES // row_bytes) if row_block.device.type == "cpu" else row_block.shape[2]
+    for piece, target in zip(row_block[0].permute(1, 2, 0).split(step), pixels.split(step), strict=True):
         values = piece.float()
         finite &= torch.isfinite(values.sum())
         target.copy_((values * 0.5).add_(0.5).clamp_(0, 1).mul_(255).round_())

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from handscroll.banded.autoencoder import encode_strips
+from handscroll.banded.autoencoder import encode_row_blocks
 from handscroll.errors import NumericsError
 from handscroll.pictures.resizing import enlarged
 from handscroll.plan.plan import Plan
@@ -20,7 +20,7 @@ from handscroll.weights.dtypes import DTYPES
 def encode_picture(session: Session, plan: Plan, picture: np.ndarray) -> Tensor:
     """picture [h, w, 3] uint8, enlarged to the plan's size -> its latent [1, C, H/32, W/32] fp32, as samplers take it.
 
-    The enlarged picture exists only in strips. Raises OutputError where a map finds no room on disk,
+    The enlarged picture exists only in row blocks. Raises OutputError where a map finds no room on disk,
     NumericsError for NaN or infinity.
     """
     opened, encoding = session.open_autoencoder(plan, "encoder"), plan.encoding
@@ -28,7 +28,7 @@ def encode_picture(session: Session, plan: Plan, picture: np.ndarray) -> Tensor:
     autoencoder, dtype = opened.module, DTYPES[plan.precision.autoencoder]
     factor = session.spec.autoencoder.spatial_compression_ratio
     height, width = plan.latent_height * factor, plan.latent_width * factor
-    latent = encode_strips(
+    latent = encode_row_blocks(
         autoencoder.encoder,
         lambda rows: enlarged(picture, height, width, rows, dtype, plan.device),
         height,

@@ -16,7 +16,7 @@ from typing import BinaryIO
 import torch
 from torch import Tensor
 
-from handscroll.banded.rows import RowMap, Strip
+from handscroll.banded.rows import RowBlock, RowMap
 from handscroll.errors import OutputError
 from handscroll.files import write_all
 from handscroll.limits import MAP_CHUNK_BYTES
@@ -24,7 +24,7 @@ from handscroll.plan.decode import DecodeStage
 from handscroll.plan.store import Store
 from handscroll.units import gibibytes
 
-# A strip that is not contiguous is written in pieces of about this size, and never copied as a whole.
+# A row block that is not contiguous is written in pieces of about this size, and never copied as a whole.
 COPY_BYTES = 2**20
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -32,25 +32,31 @@ _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 class HostMap(RowMap):
     """A device's map in host memory, pinned where the device is CUDA; on a CPU no different from a `RowMap`.
 
-    Strips are copied one by one, to the host when they are written and back when they are read.
+    Row blocks are copied one by one, to the host when they are written and back when they are read.
     """
 
     def __init__(self, height: int, chunk_bytes: int = MAP_CHUNK_BYTES) -> None:
         super().__init__(height, chunk_bytes)
         self.device = torch.device("cpu")
 
-    def new_chunk(self, strip: Tensor, rows: int) -> Tensor:
-        self.device = strip.device
-        batch, _, width, channels = strip.shape
+    def new_chunk(self, row_block: Tensor, rows: int) -> Tensor:
+        self.device = row_block.device
+        batch, _, width, channels = row_block.shape
         return torch.empty(
-            batch, rows, width, channels, dtype=strip.dtype, device="cpu", pin_memory=strip.device.type == "cuda"
+            batch,
+            rows,
+            width,
+            channels,
+            dtype=row_block.dtype,
+            device="cpu",
+            pin_memory=row_block.device.type == "cuda",
         )
 
-    def strips(self, strip_rows: int, keep: bool = False) -> Iterator[Tensor]:
-        for strip in super().strips(strip_rows, keep):
+    def row_blocks(self, strip_rows: int, keep: bool = False) -> Iterator[Tensor]:
+        for row_block in super().row_blocks(strip_rows, keep):
             # From pinned memory the copy does not wait; PyTorch keeps the memory until it has ended.
-            held = [strip.to(self.device, non_blocking=strip.is_pinned())]
-            del strip
+            held = [row_block.to(self.device, non_blocking=row_block.is_pinned())]
+            del row_block
             yield held.pop()
 
 
@@ -82,30 +88,30 @@ class DiskMap(RowMap):
         """The size of the file once all rows are written; 0 before the first row is written."""
         return 0 if self.like is None else self.like.shape[0] * self.height * self.row_bytes
 
-    def write(self, strip: Strip) -> None:
-        if strip is None or not strip.shape[1]:
+    def write(self, row_block: RowBlock) -> None:
+        if row_block is None or not row_block.shape[1]:
             return
         if self.like is None:
-            self.like = strip.new_empty(strip.shape[0], 0, *strip.shape[2:])
+            self.like = row_block.new_empty(row_block.shape[0], 0, *row_block.shape[2:])
             self._check_room()
         step = max(1, COPY_BYTES // self.row_bytes)
         try:
-            for index, image in enumerate(strip):
+            for index, image in enumerate(row_block):
                 pieces = [image] if image.is_contiguous() and image.device.type == "cpu" else image.split(step)
                 self.file.seek((index * self.height + self.rows_written) * self.row_bytes)
                 for piece in pieces:
                     write_all(self.file.fileno(), _bytes_of(piece.cpu().contiguous()))
         except OSError as error:
             raise self._failed(error) from None
-        self.rows_written += strip.shape[1]
+        self.rows_written += row_block.shape[1]
 
-    def strips(self, strip_rows: int, keep: bool = False) -> Iterator[Tensor]:
+    def row_blocks(self, strip_rows: int, keep: bool = False) -> Iterator[Tensor]:
         if self.like is None:
             return
         batch, _, width, channels = self.like.shape
         for top in range(0, self.rows_written, strip_rows):
             rows = min(strip_rows, self.rows_written - top)
-            # New memory for each strip, since a residual branch may hold on to rows of the last one.
+            # New memory for each row block, since a residual branch may hold on to rows of the last one.
             held = [torch.empty(batch, rows, width, channels, dtype=self.like.dtype)]
             try:
                 for index in range(batch):

@@ -41,9 +41,9 @@ def trim() -> None:
 def enforce(device: str, budget_bytes: int | None) -> None:
     """Makes the allocator keep to a budget, as far as it can be made to; without one, lets it go.
 
-    CUDA: the caching allocator reserves no more than the budget, and raises instead. CPU: every block of a strip's size
-    goes back to the system when it is freed, at the price of page faults (about a tenth of a decode's time), so that
-    what is resident is what is in use; that holds for the rest of the process.
+    CUDA: the caching allocator reserves no more than the budget, and raises instead. CPU: every buffer of a row block's
+    size goes back to the system when it is freed, at the price of page faults (about a tenth of a decode's time), so
+    that what is resident is what is in use; that holds for the rest of the process.
     """
     if device.startswith("cuda"):
         total_bytes = torch.cuda.get_device_properties(device).total_memory

@@ -45,7 +45,7 @@ class Opened:
 
 
 class Transformer:
-    """A checkpoint's transformer as a plan runs it: in bands, layer by layer. `scratch`: the folder for its maps."""
+    """A checkpoint's transformer as a plan runs it: in row blocks, layer by layer. `scratch`: where its maps go."""
 
     def __init__(self, opened: Opened, plan: Plan, scratch: Path | None) -> None:
         self.module, self.stream, self.plan, self.scratch = opened.module, opened.stream, plan, scratch

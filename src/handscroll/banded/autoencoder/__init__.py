@@ -18,7 +18,7 @@ a map of at most `head_dim` pixels, where diffusers switches to quadratic attent
 
 from __future__ import annotations
 
-from handscroll.banded.autoencoder.run import Materialize, decode_rows, encode, encode_strips
+from handscroll.banded.autoencoder.run import Materialize, decode_rows, encode, encode_row_blocks
 from handscroll.banded.autoencoder.sweeps import Sweep, cut_at_barriers, strip_heights
 from handscroll.banded.autoencoder.units import Attention, Local, Unit, decoder_units, encoder_units
 
@@ -32,7 +32,7 @@ __all__ = [
     "decode_rows",
     "decoder_units",
     "encode",
-    "encode_strips",
+    "encode_row_blocks",
     "encoder_units",
     "strip_heights",
 ]

@@ -14,7 +14,7 @@ from torch import Tensor
 from handscroll.banded.backend import Conv, LinearAttentionSums
 from handscroll.banded.layers import Pass, check_dense
 from handscroll.banded.modules import SanaMultiscaleAttentionProjection, SanaMultiscaleLinearAttention
-from handscroll.banded.rows import Chain, Join, Pointwise, Residual, RowOp, Strip, Whole
+from handscroll.banded.rows import Chain, Join, Pointwise, Residual, RowBlock, RowOp, Whole
 
 # What an attention keeps of the whole map: the sums of each of its scales.
 Sums = tuple[LinearAttentionSums, ...]
@@ -31,7 +31,7 @@ def _scales(attention: SanaMultiscaleLinearAttention, thirds: Sequence[int], thi
     check_dense(attention.to_q, attention.to_k, attention.to_v)
     head_dim = attention.attention_head_dim
     weight = _thirds_of_all([attention.to_q.weight, attention.to_k.weight, attention.to_v.weight], thirds, head_dim)
-    scales: list[RowOp] = [Pointwise(lambda strip: strip)]
+    scales: list[RowOp] = [Pointwise(lambda row_block: row_block)]
     for module in attention.to_qkv_multiscale:
         scale = cast(SanaMultiscaleAttentionProjection, module)
         check_dense(scale.proj_in, scale.proj_out)
@@ -71,14 +71,14 @@ class AttentionSums(RowOp):
         self.project, self.scales = _scales(attention, (1, 2), this)
         self.sums: Sums = tuple(LinearAttentionSums() for _ in self.scales)
 
-    def push(self, strip: Strip, last: bool) -> Strip:
-        held = [None if strip is None else self.project(strip)]
-        del strip
+    def push(self, row_block: RowBlock, last: bool) -> RowBlock:
+        held = [None if row_block is None else self.project(row_block)]
+        del row_block
         for scale, sums in zip(self.scales, self.sums, strict=True):
             self._add(scale.push(held[0] if scale is not self.scales[-1] else held.pop(), last), sums)
         return None
 
-    def _add(self, of_scale: Strip, sums: LinearAttentionSums) -> None:
+    def _add(self, of_scale: RowBlock, sums: LinearAttentionSums) -> None:
         if of_scale is not None:
             heads = of_scale.unflatten(-1, (-1, 2, self.head_dim))
             sums.add(heads[..., 0, :], heads[..., 1, :])
@@ -91,12 +91,12 @@ def apply_attention(attention: SanaMultiscaleLinearAttention, sums: Sums, this: 
     to_out = this.linear_by(attention.to_out.weight, attention.to_out.bias)
     head_dim, eps = attention.attention_head_dim, attention.eps
 
-    def attend_(strip: Tensor) -> Tensor:
+    def attend_(row_block: Tensor) -> Tensor:
         # [B, rows, W, scales * heads * head_dim] of q, written over
-        by_scale = strip.unflatten(-1, (len(sums), -1, head_dim))
+        by_scale = row_block.unflatten(-1, (len(sums), -1, head_dim))
         for index, of_scale in enumerate(sums):
             of_scale.apply_(by_scale[:, :, :, index], eps)
-        return strip
+        return row_block
 
     ops: list[RowOp] = [
         Pointwise(project),

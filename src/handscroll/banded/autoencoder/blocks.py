@@ -54,12 +54,12 @@ def _convolved_and_gated(depthwise: nn.Conv2d, this: Pass) -> Callable[[Tensor],
     return rows
 
 
-def _repeat_channels(strip: Tensor, repeats: int) -> Tensor:
-    return strip if repeats == 1 else strip.repeat_interleave(repeats, dim=-1)
+def _repeat_channels(row_block: Tensor, repeats: int) -> Tensor:
+    return row_block if repeats == 1 else row_block.repeat_interleave(repeats, dim=-1)
 
 
-def _mean_of_groups(strip: Tensor, group_size: int) -> Tensor:
-    return strip.unflatten(-1, (-1, group_size)).mean(dim=-1)
+def _mean_of_groups(row_block: Tensor, group_size: int) -> Tensor:
+    return row_block.unflatten(-1, (-1, group_size)).mean(dim=-1)
 
 
 def conv_with_repeat(conv: nn.Conv2d, repeats: int, this: Pass) -> RowOp:
@@ -158,12 +158,12 @@ def _upsample_by_phases(block: DCUpBlock2d) -> Callable[[Tensor], Tensor]:
     return rows
 
 
-def _shuffled_source(strip: Tensor, repeats: int, phase: int) -> Tensor:
+def _shuffled_source(row_block: Tensor, repeats: int, phase: int) -> Tensor:
     """What pixel_shuffle of the repeated channels puts at one of the four phases: channel (4c + phase) // repeats."""
     if 4 % repeats == 0:
-        return strip[..., phase // repeats :: 4 // repeats]
-    shuffled = torch.arange(phase, strip.shape[-1] * repeats, 4, device=strip.device)
-    return strip.index_select(-1, shuffled // repeats)
+        return row_block[..., phase // repeats :: 4 // repeats]
+    shuffled = torch.arange(phase, row_block.shape[-1] * repeats, 4, device=row_block.device)
+    return row_block.index_select(-1, shuffled // repeats)
 
 
 def down_block(block: DCDownBlock2d, this: Pass) -> RowOp:

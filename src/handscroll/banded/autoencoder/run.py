@@ -34,7 +34,7 @@ class StreamOptions(TypedDict, total=False):
 
 def stream(
     sweeps: Sequence[Sweep],
-    strips_of: Callable[[int], Iterable[Tensor]],
+    row_blocks_of: Callable[[int], Iterable[Tensor]],
     height: int,
     heights: Sequence[int],
     *,
@@ -46,8 +46,8 @@ def stream(
 ) -> Generator[Tensor, None, None]:
     """Runs a network sweep by sweep and yields the rows of its output.
 
-    `strips_of(rows)` gives the input as strips `[B, rows, W, C]`; `height` is its height; `heights` are
-    the strip heights of the sweeps. The rest is as in `decode_rows`.
+    `row_blocks_of(rows)` gives the input as row blocks `[B, rows, W, C]`; `height` is its height; `heights` are
+    the row block heights of the sweeps. The rest is as in `decode_rows`.
     """
     count = len(sweeps)
     starts = range(count) if starts is None else starts
@@ -64,9 +64,9 @@ def stream(
             stages = list(_stages(sweeps, range(start, index + 1), sums, rows_at_1, real, this))
             source_rows = _rows_at(sweeps[start].in_scale, rows_at_1)
             if start == 0:
-                source = strips_of(source_rows)
+                source = row_blocks_of(source_rows)
             else:
-                source = maps[start].strips(source_rows, keep=last_reader[start] != index)
+                source = maps[start].row_blocks(source_rows, keep=last_reader[start] != index)
             following = sweeps[index + 1].attention if index + 1 < count else None
             if following is None:
                 yield from sweep(source, stages)
@@ -114,12 +114,12 @@ def _stages(
             yield Stage(op, _rows_at(unit.in_scale * unit.factor, rows_at_1))
 
 
-def _fill(result: RowMap | None, strips: Iterable[Tensor]) -> None:
+def _fill(result: RowMap | None, row_blocks: Iterable[Tensor]) -> None:
     """Runs a sweep to its end; its rows are kept where a map is given."""
-    for strip in strips:
+    for row_block in row_blocks:
         if result is not None:
-            result.write(strip)
-        del strip
+            result.write(row_block)
+        del row_block
 
 
 def _modules_of(unit: Unit) -> list[nn.Module]:
@@ -127,7 +127,7 @@ def _modules_of(unit: Unit) -> list[nn.Module]:
 
 
 def _rows_at(scale: float, rows_at_1: float) -> int:
-    """A strip's rows where the map is `scale` times the size of the network's input, at least one."""
+    """A row block's rows where the map is `scale` times the size of the network's input, at least one."""
     return max(1, ceil(scale * rows_at_1))
 
 
@@ -186,11 +186,11 @@ def decode_rows(
     if heights is None:
         heights = strip_heights(sweeps, latent, strip_rows)
     map_ = latent.permute(0, 2, 3, 1).contiguous()
-    strips = stream(sweeps, lambda rows: cut(map_, rows), height, heights, **options)
-    with closing(strips):
-        for strip in strips:
-            yield strip.permute(0, 3, 1, 2)
-            del strip
+    row_blocks = stream(sweeps, lambda rows: cut(map_, rows), height, heights, **options)
+    with closing(row_blocks):
+        for row_block in row_blocks:
+            yield row_block.permute(0, 3, 1, 2)
+            del row_block
 
 
 @torch.no_grad()
@@ -212,27 +212,27 @@ def encode(
         heights = strip_heights(cut_at_barriers(encoder_units(encoder), height, width), image, strip_rows)
     map_ = image.permute(0, 2, 3, 1)
 
-    def strips_of(rows: int) -> Iterator[Tensor]:
-        return (strip.contiguous() for strip in cut(map_, rows))
+    def row_blocks_of(rows: int) -> Iterator[Tensor]:
+        return (row_block.contiguous() for row_block in cut(map_, rows))
 
-    return encode_strips(encoder, strips_of, height, width, heights, **options)
+    return encode_row_blocks(encoder, row_blocks_of, height, width, heights, **options)
 
 
 @torch.no_grad()
-def encode_strips(
+def encode_row_blocks(
     encoder: Encoder,
-    strips_of: Callable[[int], Iterable[Tensor]],
+    row_blocks_of: Callable[[int], Iterable[Tensor]],
     height: int,
     width: int,
     heights: Sequence[int],
     **options: Unpack[StreamOptions],
 ) -> Tensor:
-    """`encode` of an image that need not exist: `strips_of(rows)` gives it from top to bottom, `[B, rows, width, 3]`
-    contiguous in the encoder's dtype, as often as a sweep starts from it. Raises ValueError as `encode`.
+    """`encode` of an image that need not exist: `row_blocks_of(rows)` gives it from top to bottom, `[B, rows, width,
+    3]` contiguous in the encoder's dtype, as often as a sweep starts from it. Raises ValueError as `encode`.
     """
     units = encoder_units(encoder)
     ratio = round(1 / units[-1].in_scale)
     if height % ratio or width % ratio:
         raise ValueError(f"an image of {width}x{height} cannot be encoded: its sides must be multiples of {ratio}")
-    strips = stream(cut_at_barriers(units, height, width), strips_of, height, heights, **options)
-    return torch.cat(list(strips), dim=1).permute(0, 3, 1, 2).contiguous()
+    row_blocks = stream(cut_at_barriers(units, height, width), row_blocks_of, height, heights, **options)
+    return torch.cat(list(row_blocks), dim=1).permute(0, 3, 1, 2).contiguous()

@@ -1,4 +1,4 @@
-"""A network's units cut into sweeps at its attentions, and how tall the strips of each sweep are."""
+"""A network's units cut into sweeps at its attentions, and how tall the row blocks of each sweep are."""
 
 from __future__ import annotations
 
@@ -57,11 +57,11 @@ def cut_at_barriers(units: Sequence[Unit], height: int, width: int) -> list[Swee
 def strip_heights(sweeps: Sequence[Sweep], given: Tensor, strip_rows: int | None) -> list[int]:
     """Rows of its own input that each sweep takes at a time; the network is `given` [B, C, H, W].
 
-    `strip_rows` is the height in the last sweep, that is in rows of the map at the last barrier; the others get strips
-    of the same bytes. None stands for what makes the largest activation about as big as is best on the device.
+    `strip_rows` is the height in the last sweep, that is in rows of the map at the last barrier; the others get row
+    blocks of the same bytes. None stands for what makes the largest activation about as big as is best on the device.
     """
     if strip_rows is not None and strip_rows < 1:
-        raise ValueError(f"strips of {strip_rows} rows end nowhere")
+        raise ValueError(f"row blocks of {strip_rows} rows end nowhere")
     row_bytes = [sweep.row_bytes(given.shape[-1], len(given) * given.element_size()) for sweep in sweeps]
     default_bytes = STRIP_BYTES if given.device.type == "cpu" else CUDA_STRIP_BYTES
     strip_bytes = default_bytes if strip_rows is None else strip_rows * row_bytes[-1]

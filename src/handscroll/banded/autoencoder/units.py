@@ -39,7 +39,7 @@ class Unit(ABC):
     """One step of the network, made of a diffusers `module`, whose weights are real while it is built.
 
     `in_scale` is the size of its input map over the size of the network's input, `factor` what it multiplies that by,
-    `channels` the most channels it holds for a pixel of its output (the estimate behind default strip heights).
+    `channels` the most channels it holds for a pixel of its output (the estimate behind default row block heights).
     """
 
     module: Any
@@ -135,7 +135,7 @@ def decoder_units(decoder: Decoder) -> list[Unit]:
 
     def norm_and_activation(this: Pass) -> RowOp:
         norm_ = this.norm_(norm_out)
-        return Pointwise(lambda strip: activation_(norm_(strip)))
+        return Pointwise(lambda row_block: activation_(norm_(row_block)))
 
     units.append(Local(norm_out, norm_and_activation, scale, norm_out.dim[0]))
     units.append(_up(final, scale) if is_up_block(final) else _conv(final, scale, final.in_channels))

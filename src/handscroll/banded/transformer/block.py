@@ -1,4 +1,4 @@
-"""A layer of the transformer, `SanaTransformerBlock`, in bands of rows."""
+"""A layer of the transformer, `SanaTransformerBlock`, in row blocks."""
 
 from __future__ import annotations
 
@@ -19,46 +19,46 @@ from handscroll.banded.transformer.mix_ffn import MixFFN
 
 
 def through_block(block: SanaTransformerBlock, state: BranchState, this: LayerPass) -> Iterator[Tensor]:
-    """`SanaTransformerBlock` on a branch's map, which is freed on the way: the bands of the next map."""
+    """`SanaTransformerBlock` on a branch's map, which is freed on the way: the row blocks of the next map."""
     if not isinstance(block.attn1.processor, SanaLinearAttnProcessor2_0):
-        raise TypeError(f"a self-attention by {type(block.attn1.processor)} cannot be run in bands")
+        raise TypeError(f"a self-attention by {type(block.attn1.processor)} cannot be run in row blocks")
     if not isinstance(block.attn2.processor, SanaAttnProcessor2_0):
-        raise TypeError(f"a cross-attention by {type(block.attn2.processor)} cannot be run in bands")
+        raise TypeError(f"a cross-attention by {type(block.attn2.processor)} cannot be run in row blocks")
     batch = len(state.modulation)
     table = block.scale_shift_table[None] + state.modulation.reshape(batch, 6, -1)
     shift_attn, scale_attn, gate_attn, shift_ff, scale_ff, gate_ff = table[:, :, None, None].unbind(1)
     normed = _modulated(block.norm1, shift_attn, scale_attn)
-    sums = _attention_sums(block.attn1, normed, state.map.strips(state.band_rows, keep=True), this)
+    sums = _attention_sums(block.attn1, normed, state.map.row_blocks(state.band_rows, keep=True), this)
     attend = _self_attention(block.attn1, normed, sums, gate_attn, this)
     read = _cross_attention(block.attn2, state, this)
     feed = MixFFN(block.ff, _modulated(block.norm2, shift_ff, scale_ff), gate_ff, this)
     stages = [
-        Stage(Pointwise(lambda band: read(attend(band))), state.band_rows),
+        Stage(Pointwise(lambda row_block: read(attend(row_block))), state.band_rows),
         Stage(Residual(feed), state.band_rows),
     ]
-    return sweep(state.map.strips(state.band_rows), stages)
+    return sweep(state.map.row_blocks(state.band_rows), stages)
 
 
 def _modulated(norm: nn.LayerNorm, shift: Tensor, scale: Tensor) -> Function:
     """Norm, scale and shift of [B, rows, w, width], in memory of its own."""
     if type(norm) is not nn.LayerNorm:
-        raise TypeError(f"a layer with the norm {type(norm)} cannot be run in bands")
+        raise TypeError(f"a layer with the norm {type(norm)} cannot be run in row blocks")
     scale = 1 + scale
     if norm.elementwise_affine:
-        return lambda band: norm(band).mul_(scale).add_(shift)
-    return lambda band: backend.layer_norm_modulate(band, shift, scale, norm.eps)
+        return lambda row_block: norm(row_block).mul_(scale).add_(shift)
+    return lambda row_block: backend.layer_norm_modulate(row_block, shift, scale, norm.eps)
 
 
 def _attention_sums(
-    attention: Attention, normed: Function, bands: Iterable[Tensor], this: LayerPass
+    attention: Attention, normed: Function, row_blocks: Iterable[Tensor], this: LayerPass
 ) -> LinearAttentionSums:
     to_k, to_v = this.linear(attention.to_k), this.linear(attention.to_v)
     norm_k_, heads = this.norm_(attention.norm_k), attention.heads
     sums = LinearAttentionSums()
-    for band in bands:
-        band = normed(band)
-        keys = norm_k_(to_k(band)).unflatten(-1, (heads, -1))
-        sums.add(keys, to_v(band).unflatten(-1, (heads, -1)))
+    for row_block in row_blocks:
+        row_block = normed(row_block)
+        keys = norm_k_(to_k(row_block)).unflatten(-1, (heads, -1))
+        sums.add(keys, to_v(row_block).unflatten(-1, (heads, -1)))
         del keys
     return sums
 
@@ -70,10 +70,10 @@ def _self_attention(
     to_q, to_out = this.linear(attention.to_q), this.linear(attention.to_out[0])
     norm_q_, heads = this.norm_(attention.norm_q), attention.heads
 
-    def attend(band: Tensor) -> Tensor:
-        mixed = norm_q_(to_q(normed(band)))
+    def attend(row_block: Tensor) -> Tensor:
+        mixed = norm_q_(to_q(normed(row_block)))
         mixed = sums.apply_(mixed.unflatten(-1, (heads, -1))).flatten(-2)
-        return backend.gate_add_(to_out(mixed), gate, band)
+        return backend.gate_add_(to_out(mixed), gate, row_block)
 
     return attend
 
@@ -92,14 +92,14 @@ def _cross_attention(attention: Attention, state: BranchState, this: LayerPass) 
         answer = this.once(attention.to_out[0])(values[:, None])  # [B, 1, 1, width]
         if rescale != 1:
             answer.div_(rescale)
-        return lambda band: answer + band
+        return lambda row_block: answer + row_block
 
     to_q, to_out, norm_q_ = this.linear(attention.to_q), this.linear(attention.to_out[0]), this.norm_(attention.norm_q)
     # [B, heads, T, head_dim]
     keys, values = (each.unflatten(-1, (heads, -1)).transpose(1, 2).contiguous() for each in (keys, values))
 
-    def read(band: Tensor) -> Tensor:
-        queries = norm_q_(to_q(band)).unflatten(-1, (heads, -1))  # [B, rows, w, heads, head_dim]
+    def read(row_block: Tensor) -> Tensor:
+        queries = norm_q_(to_q(row_block)).unflatten(-1, (heads, -1))  # [B, rows, w, heads, head_dim]
         for rows in row_by_row(queries):
             asked = rows.flatten(1, 2).transpose(1, 2)
             answer = F.scaled_dot_product_attention(asked, keys, values, bias)
@@ -107,6 +107,6 @@ def _cross_attention(attention: Attention, state: BranchState, this: LayerPass) 
         out = to_out(queries.flatten(-2))
         if rescale != 1:
             out.div_(rescale)
-        return out.add_(band)
+        return out.add_(row_block)
 
     return read

@@ -74,13 +74,13 @@ class BranchState:
             band_rows = max(1, band_bytes // row_bytes)
         return BranchState(rows, columns, min(band_rows, rows), text, bias, modulation, embedded)
 
-    def refill(self, new_map: Callable[[int], RowMap], bands: Iterable[Tensor]) -> None:
-        """Writes the next map; `bands` read the last one."""
+    def refill(self, new_map: Callable[[int], RowMap], row_blocks: Iterable[Tensor]) -> None:
+        """Writes the next map; `row_blocks` read the last one."""
         written = new_map(self.rows)
         try:
-            for band in bands:
-                written.write(band)
-                del band
+            for row_block in row_blocks:
+                written.write(row_block)
+                del row_block
         except BaseException:
             written.close()
             raise

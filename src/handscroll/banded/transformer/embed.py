@@ -14,9 +14,9 @@ from handscroll.banded.transformer.branch import BranchState
 
 
 def embedded(embed: PatchEmbed, latent: Tensor, band_rows: int, this: LayerPass) -> Iterator[Tensor]:
-    """`PatchEmbed` in bands: latent [B, C, H, W] -> tokens [B, rows, w, width]."""
+    """`PatchEmbed` in row blocks: latent [B, C, H, W] -> tokens [B, rows, w, width]."""
     if embed.pos_embed_max_size is not None or embed.layer_norm:
-        raise TypeError("a patch embedding with a norm or with cropped positions cannot be run in bands")
+        raise TypeError("a patch embedding with a norm or with cropped positions cannot be run in row blocks")
     batch, channels, height, width = latent.shape
     patch, proj = embed.patch_size, embed.proj
     rows, columns = height // patch, width // patch
@@ -26,11 +26,11 @@ def embedded(embed: PatchEmbed, latent: Tensor, band_rows: int, this: LayerPass)
     if embed.pos_embed is not None:
         positions = [_sincos(embed, count, latent.device) for count in (columns, rows)]  # [count, width / 2] fp32
     for top in range(0, rows, band_rows):
-        band = latent[:, :, top * patch : (top + band_rows) * patch]
+        row_block = latent[:, :, top * patch : (top + band_rows) * patch]
         if project is None:
-            tokens = proj(band).permute(0, 2, 3, 1).contiguous()
+            tokens = proj(row_block).permute(0, 2, 3, 1).contiguous()
         else:
-            patches = band.reshape(batch, channels, -1, patch, columns, patch).permute(0, 2, 4, 1, 3, 5)
+            patches = row_block.reshape(batch, channels, -1, patch, columns, patch).permute(0, 2, 4, 1, 3, 5)
             # Contiguous also where a view would do: without oneDNN, a product of another layout rounds otherwise.
             tokens = project(patches.reshape(batch, -1, columns, channels * patch * patch).contiguous())
         if positions is not None:
@@ -58,9 +58,9 @@ def projected(transformer: SanaTransformer2DModel, state: BranchState, this: Lay
     shift, scale = shift[:, None], 1 + scale[:, None]
     out: Tensor | None = None
     top = 0
-    for band in state.map.strips(state.band_rows):
-        patches = project(norm(band).mul_(scale).add_(shift))
-        del band
+    for row_block in state.map.row_blocks(state.band_rows):
+        patches = project(norm(row_block).mul_(scale).add_(shift))
+        del row_block
         batch, rows, columns, channels = patches.shape
         channels //= patch * patch
         if out is None:

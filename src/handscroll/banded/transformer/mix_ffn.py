@@ -13,7 +13,7 @@ from handscroll.banded import triton
 from handscroll.banded.backend import Function
 from handscroll.banded.layers import LayerPass, row_by_row
 from handscroll.banded.modules import GLUMBConv
-from handscroll.banded.rows import RowOp, Strip, Windowed
+from handscroll.banded.rows import RowBlock, RowOp, Windowed
 from handscroll.limits import SLAB_CHANNELS, SLAB_MULTIPLE
 
 
@@ -27,9 +27,13 @@ class MixFFN(RowOp):
         expand, depthwise = feed_forward.conv_inverted, feed_forward.conv_depth
         activation = feed_forward.nonlinearity
         if feed_forward.norm is not None or feed_forward.residual_connection or type(activation) is not nn.SiLU:
-            raise TypeError("a Mix-FFN with a norm, a shortcut or another activation than SiLU cannot be run in bands")
+            raise TypeError(
+                "a Mix-FFN with a norm, a shortcut or another activation than SiLU cannot be run in row blocks"
+            )
         if type(depthwise) is not nn.Conv2d or depthwise.kernel_size != (3, 3) or depthwise.groups == 1:
-            raise TypeError(f"a Mix-FFN with {type(depthwise)} for its depthwise convolution cannot be run in bands")
+            raise TypeError(
+                f"a Mix-FFN with {type(depthwise)} for its depthwise convolution cannot be run in row blocks"
+            )
         self.normed, self.gate = normed, gate
         self.project = this.linear(feed_forward.conv_point)
         self.hidden = depthwise.out_channels // 2
@@ -53,9 +57,9 @@ class MixFFN(RowOp):
             self.slabs.append(_Slab(first, end, makes[0], ops[0], makes[1], ops[1], combine, halo_rows))
         self.expand_whole = None if sliceable else this.linear(expand, activation)
 
-    def push(self, strip: Strip, last: bool) -> Strip:
-        source = None if strip is None else self.normed(strip)
-        del strip
+    def push(self, row_block: RowBlock, last: bool) -> RowBlock:
+        source = None if row_block is None else self.normed(row_block)
+        del row_block
         if self.expand_whole is not None and source is not None:
             source = self.expand_whole(source)
         gated: Tensor | None = None
@@ -73,10 +77,10 @@ class MixFFN(RowOp):
         return None if gated is None else self.project(gated).mul_(self.gate)
 
     @staticmethod
-    def _made(make: Function | None, strip: Strip, offset: int, slab: _Slab) -> Strip:
-        if strip is None or make is not None:
-            return None if strip is None or make is None else make(strip)
-        return strip[..., offset + slab.first : offset + slab.end]
+    def _made(make: Function | None, row_block: RowBlock, offset: int, slab: _Slab) -> RowBlock:
+        if row_block is None or make is not None:
+            return None if row_block is None or make is None else make(row_block)
+        return row_block[..., offset + slab.first : offset + slab.end]
 
 
 @dataclass(frozen=True)

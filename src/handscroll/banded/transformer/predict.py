@@ -34,17 +34,17 @@ def predict(
     """What `SanaTransformer2DModel` gives for each branch, [B, C', H, W] in the dtype of its latent.
 
     transformer: diffusers' module in eval mode. All but `transformer_blocks` must be in memory, and of that all but
-    `patch_embed.pos_embed`, which is computed band by band. layer: called once for each layer, from the first to the
-    last; materializes that layer's block. None stands for the transformer's own. band_rows: rows of the token map at a
-    time; None lets the size decide. new_map: makes the map, given its height, that holds a branch's residual stream.
-    lay_out: each layer's matrices are reordered for the CPU's kernels, once for all branches, which takes a layer's
-    memory again and saves a twentieth of the time; it changes no bit. plain: by `torch.nn.functional` alone, but for
-    norms and sums where Triton is asked for (triton.in_use).
+    `patch_embed.pos_embed`, which is computed row block by row block. layer: called once for each layer, from the first
+    to the last; materializes that layer's block. None stands for the transformer's own. band_rows: rows of the token
+    map at a time; None lets the size decide. new_map: makes the map, given its height, that holds a branch's residual
+    stream. lay_out: each layer's matrices are reordered for the CPU's kernels, once for all branches, which takes a
+    layer's memory again and saves a twentieth of the time; it changes no bit. plain: by `torch.nn.functional` alone,
+    but for norms and sums where Triton is asked for (triton.in_use).
 
-    Raises TypeError for a module that cannot be run in bands, ValueError for a latent that does not fit.
+    Raises TypeError for a module that cannot be run in row blocks, ValueError for a latent that does not fit.
     """
     if band_rows is not None and band_rows < 1:
-        raise ValueError(f"bands of {band_rows} rows end nowhere")
+        raise ValueError(f"row blocks of {band_rows} rows end nowhere")
     materialize = layer or (lambda index: nullcontext(transformer.transformer_blocks[index]))
     make_map = new_map or RowMap
     workspace = Workspace()

@@ -1,13 +1,14 @@
 """Triton kernels for what lies between the matrix products of the two networks, for CUDA devices.
 
-Between two products a strip `[B, rows, W, C]` is read, changed a little and written; on a device only the bytes count.
-Each function here makes in one pass what PyTorch makes in two to six, with the same roundings: everything is computed
-in fp32, and rounded to the strip's type wherever the operators that it stands for would have written a tensor. Results
-differ from theirs by the order of sums and the last bits of exponentials and square roots, before they are rounded.
+Between two products a row block `[B, rows, W, C]` is read, changed a little and written; on a device only the bytes
+count. Each function here makes in one pass what PyTorch makes in two to six, with the same roundings: everything is
+computed in fp32, and rounded to the row block's type wherever the operators that it stands for would have written a
+tensor. Results differ from theirs by the order of sums and the last bits of exponentials and square roots, before they
+are rounded.
 
 Sizes of blocks are functions of the channels wherever a block decides the order of a sum over channels, so that a
-pixel has the same bits in strips of any height. Offsets within a program fit 32 bits; where a program starts is counted
-in 64, so that a strip may have more than 2^31 elements.
+pixel has the same bits in row blocks of any height. Offsets within a program fit 32 bits; where a program starts is
+counted in 64, so that a row block may have more than 2^31 elements.
 
 Importing this package does not import Triton (launch.py).
 """

@@ -117,13 +117,13 @@ def add_parts_kernel(
 
 
 def attention_sums(keys: Tensor, values: Tensor, products: Tensor, normaliser: Tensor) -> None:
-    """Adds `sum_i relu(k_i) v_i^T` to products and `sum_i relu(k_i)` to normaliser, over all pixels of a strip.
+    """Adds `sum_i relu(k_i) v_i^T` to products and `sum_i relu(k_i)` to normaliser, over all pixels of a row block.
 
     keys (before their ReLU) and values: [B, rows, W, heads, d] and [B, rows, W, heads, d'] of one dtype and any strides
     (copied if rows do not follow each other). products: [B, heads, d, d'], normaliser: [B, heads, d], contiguous, fp32.
 
-    Parts of the strip are summed beside each other and then added in an order that depends on their number alone,
-    without atomics: the same strips give the same bits. (Strips cut otherwise do not.)
+    Parts of the row block are summed beside each other and then added in an order that depends on their number alone,
+    without atomics: the same row blocks give the same bits. (Row blocks cut otherwise do not.)
     """
     batch, _, _, heads, key_dim = keys.shape
     value_dim = values.shape[-1]

@@ -30,7 +30,7 @@ WARP_ELEMENTS = 2048
 # Programs that keep a device busy where more of them would only read more halo rows.
 BUSY_PROGRAMS = 2048
 
-# What may change with every strip: a kernel is not compiled anew because a count is 1 or a multiple of 16.
+# What may change with every row block: a kernel is not compiled anew because a count is 1 or a multiple of 16.
 COUNTS = {"pixels", "rows", "width", "program_pixels", "program_rows", "parts"}
 KERNELS: list[Kernel] = []  # all that there are
 _INLINED: list[Callable[..., Any]] = []

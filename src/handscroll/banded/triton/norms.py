@@ -72,15 +72,15 @@ def _finish_rms(
 
 @Kernel
 def rms_norm_kernel(
-    strip: tl.tensor,
+    row_block: tl.tensor,
     weight: tl.tensor,
     bias: tl.tensor,
     residual: tl.tensor,
     out: tl.tensor,
     pixels: tl.tensor,
     eps: tl.tensor,
-    strip_batch: tl.tensor,
-    strip_pixel: tl.tensor,
+    row_block_batch: tl.tensor,
+    row_block_pixel: tl.tensor,
     residual_batch: tl.tensor,
     residual_pixel: tl.tensor,
     out_batch: tl.tensor,
@@ -93,7 +93,7 @@ def rms_norm_kernel(
 ) -> None:
     first = tl.program_id(0).to(tl.int64) * PIXELS
     batch = tl.program_id(1).to(tl.int64)
-    strip += batch * strip_batch + first * strip_pixel
+    row_block += batch * row_block_batch + first * row_block_pixel
     out += batch * out_batch + first * out_pixel
     if residual is not None:
         residual += batch * residual_batch + first * residual_pixel
@@ -101,12 +101,12 @@ def rms_norm_kernel(
     inside = first + pixel < pixels
 
     column = tl.arange(0, BODY)[None, :]
-    body = tl.load(strip + pixel * strip_pixel + column, mask=inside, other=0).to(tl.float32)
+    body = tl.load(row_block + pixel * row_block_pixel + column, mask=inside, other=0).to(tl.float32)
     squares = tl.sum(body * body, axis=1)
     if TAIL > 0:
         tail_column = BODY + tl.arange(0, TAIL)[None, :]
         of_tail = inside & (tail_column < CHANNELS)
-        tail = tl.load(strip + pixel * strip_pixel + tail_column, mask=of_tail, other=0).to(tl.float32)
+        tail = tl.load(row_block + pixel * row_block_pixel + tail_column, mask=of_tail, other=0).to(tl.float32)
         squares += tl.sum(tail * tail, axis=1)
     scale = tl.rsqrt(squares / CHANNELS + eps)[:, None]
 
@@ -122,7 +122,7 @@ def rms_norm_kernel(
 
 
 def rms_norm(
-    strip: Tensor,
+    row_block: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
     eps: float,
@@ -130,29 +130,30 @@ def rms_norm(
     activation: str | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
-    """`activation(rms_norm(strip) * weight + bias) + residual`, each pixel normed over its channels (arXiv 1910.07467).
+    """`activation(rms_norm(row_block) * weight + bias) + residual`, each pixel normed over its channels (arXiv
+    1910.07467).
 
-    strip, residual and out: [B, rows, W, C] of one dtype, or some of the rows or channels of such. weight, bias: [C].
-    activation: "silu", "relu" or None. out: where to write it, new memory by default; it may be the strip.
+    row_block, residual and out: [B, rows, W, C] of one dtype, or some of the rows or channels of such. weight, bias:
+    [C]. activation: "silu", "relu" or None. out: where to write it, new memory by default; it may be the row block.
 
     Rounded as `backend.rms_norm_`, then the activation, then `+=` would be.
     """
-    out = torch.empty_like(strip, memory_format=torch.contiguous_format) if out is None else out
-    check_like(strip, residual, out)
-    check_vectors(strip.shape[-1], weight, bias)
+    out = torch.empty_like(row_block, memory_format=torch.contiguous_format) if out is None else out
+    check_like(row_block, residual, out)
+    check_vectors(row_block.shape[-1], weight, bias)
     assert activation in (None, "silu", "relu"), activation
-    batch, rows, width, channels = strip.shape
+    batch, rows, width, channels = row_block.shape
     blocks = _row_blocks(channels)
     rms_norm_kernel.launch(
         (-(-rows * width // blocks["PIXELS"]), batch),
-        strip,
+        row_block,
         weight,
         bias,
         residual,
         out,
         rows * width,
         eps,
-        *pixel_strides(strip),
+        *pixel_strides(row_block),
         *((0, 0) if residual is None else pixel_strides(residual)),
         *pixel_strides(out),
         ACTIVATION=activation or "none",
@@ -182,14 +183,14 @@ def _finish_layer(
 
 @Kernel
 def layer_norm_modulate_kernel(
-    strip: tl.tensor,
+    row_block: tl.tensor,
     shift: tl.tensor,
     scale: tl.tensor,
     out: tl.tensor,
     pixels: tl.tensor,
     eps: tl.tensor,
-    strip_batch: tl.tensor,
-    strip_pixel: tl.tensor,
+    row_block_batch: tl.tensor,
+    row_block_pixel: tl.tensor,
     shift_batch: tl.tensor,
     scale_batch: tl.tensor,
     out_batch: tl.tensor,
@@ -201,7 +202,7 @@ def layer_norm_modulate_kernel(
 ) -> None:
     first = tl.program_id(0).to(tl.int64) * PIXELS
     batch = tl.program_id(1).to(tl.int64)
-    strip += batch * strip_batch + first * strip_pixel
+    row_block += batch * row_block_batch + first * row_block_pixel
     out += batch * out_batch + first * out_pixel
     shift += batch * shift_batch
     scale += batch * scale_batch
@@ -209,12 +210,12 @@ def layer_norm_modulate_kernel(
     inside = first + pixel < pixels
 
     column = tl.arange(0, BODY)[None, :]
-    body = tl.load(strip + pixel * strip_pixel + column, mask=inside, other=0).to(tl.float32)
+    body = tl.load(row_block + pixel * row_block_pixel + column, mask=inside, other=0).to(tl.float32)
     total = tl.sum(body, axis=1)
     if TAIL > 0:
         tail_column = BODY + tl.arange(0, TAIL)[None, :]
         of_tail = inside & (tail_column < CHANNELS)
-        tail = tl.load(strip + pixel * strip_pixel + tail_column, mask=of_tail, other=0).to(tl.float32)
+        tail = tl.load(row_block + pixel * row_block_pixel + tail_column, mask=of_tail, other=0).to(tl.float32)
         total += tl.sum(tail, axis=1)
     mean = (total / CHANNELS)[:, None]
 
@@ -231,27 +232,30 @@ def layer_norm_modulate_kernel(
         _finish_layer(tail, rescale, scale, shift, out, of_out, tail_column, of_tail, CHANNELS)
 
 
-def layer_norm_modulate(strip: Tensor, shift: Tensor, scale: Tensor, eps: float, out: Tensor | None = None) -> Tensor:
-    """`layer_norm(strip) * scale + shift`, each pixel normed over its channels, without weights of the norm's own.
+def layer_norm_modulate(
+    row_block: Tensor, shift: Tensor, scale: Tensor, eps: float, out: Tensor | None = None
+) -> Tensor:
+    """`layer_norm(row_block) * scale + shift`, each pixel normed over its channels, without weights of the norm's own.
 
-    strip and out: [B, rows, W, C] of one dtype, or some of the rows or channels of such. shift, scale: [B, 1, 1, C].
-    out: where to write it, new memory by default; it may be the strip. Rounded after the norm, the product and the sum.
+    row_block and out: [B, rows, W, C] of one dtype, or some of the rows or channels of such. shift, scale: [B, 1, 1,
+    C]. out: where to write it, new memory by default; it may be the row block. Rounded after the norm, the product and
+    the sum.
     """
-    out = torch.empty_like(strip, memory_format=torch.contiguous_format) if out is None else out
-    check_like(strip, out)
-    batch, rows, width, channels = strip.shape
+    out = torch.empty_like(row_block, memory_format=torch.contiguous_format) if out is None else out
+    check_like(row_block, out)
+    batch, rows, width, channels = row_block.shape
     blocks = _row_blocks(channels)
     layer_norm_modulate_kernel.launch(
         (-(-rows * width // blocks["PIXELS"]), batch),
-        strip,
+        row_block,
         shift,
         scale,
         out,
         rows * width,
         eps,
-        *pixel_strides(strip),
-        batch_stride(shift, strip),
-        batch_stride(scale, strip),
+        *pixel_strides(row_block),
+        batch_stride(shift, row_block),
+        batch_stride(scale, row_block),
         *pixel_strides(out),
         **blocks,
     )
