@@ -123,7 +123,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def digests(name: str, checkout: Path) -> dict[str, str]:
     """The sha256 of every file that a request leaves behind, by its path."""
-    environment = {**os.environ, "PYTHONPATH": str(checkout.resolve() / "src"), "OMP_NUM_THREADS": "2"}
+    environment = {"OMP_NUM_THREADS": "2", **os.environ, "PYTHONPATH": str(checkout.resolve() / "src")}
     with tempfile.TemporaryDirectory() as made:
         folder, cache = Path(made) / "work", Path(made) / "cache"
         folder.mkdir()
