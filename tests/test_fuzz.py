@@ -72,7 +72,10 @@ REFUSED: dict[str, tuple[bytes, str]] = {
     "a space first": (header(" {}"), "does not begin with {"),
     "zeros after it": (header("{}\0\0\0\0\0\0"), "not JSON"),
     "an overflow": (header(f'{{"a":{tensor(0, 0, "[4294967296,4294967296,0]")}}}'), "cannot be the tensor a"),
-    "too many dimensions": (header(f'{{"a":{tensor(0, 4, "[" + "1," * 64 + "1]")}}}', 4), "cannot be the tensor a"),
+    "too many dimensions": (
+        header(f'{{"a":{tensor(0, 4, "[" + "1," * 64 + "1]")}}}', 4),
+        "the tensor a has 65 dimensions; at most 64",
+    ),
     "NaN": (header(f'{{"a":{tensor(0, 4, "[NaN]")}}}', 4), "NaN is no number"),
     "Infinity": (header(f'{{"a":{tensor(0, 4, more=",")[:-1]}"x":-Infinity}}}}', 4), "-Infinity is no number"),
     "1e0": (header(f'{{"a":{tensor(0, 4, "[1e0]")}}}', 4), "cannot be the tensor"),

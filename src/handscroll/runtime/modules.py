@@ -8,6 +8,7 @@ downloaded here but through `open_checkpoint`, and no diffusers pipeline is impo
 from __future__ import annotations
 
 import importlib
+import inspect
 from collections.abc import Collection
 from typing import Any, Literal
 
@@ -131,7 +132,8 @@ def load_scheduler(spec: CheckpointSpec) -> Any:
     if name not in SCHEDULERS:
         raise CheckpointError(f"{file}: scheduler is a {name}; handscroll runs {' or '.join(SCHEDULERS)}")
     try:
-        return getattr(importlib.import_module(SCHEDULERS[name]), name).from_config(spec.scheduler.config)
+        cls = getattr(importlib.import_module(SCHEDULERS[name]), name)
+        return cls.from_config(_known(cls, spec.scheduler.config))
     except Exception as error:  # settings of other types than the class takes fail anywhere in it
         if is_out_of_memory(error):
             raise
@@ -147,11 +149,11 @@ def _build(spec: CheckpointSpec, component: Component) -> nn.Module:
             case "transformer":
                 from diffusers.models.transformers.sana_transformer import SanaTransformer2DModel
 
-                return SanaTransformer2DModel.from_config(config)
+                return SanaTransformer2DModel.from_config(_known(SanaTransformer2DModel, config))
             case "vae":
                 from diffusers.models.autoencoders.autoencoder_dc import AutoencoderDC
 
-                return AutoencoderDC.from_config(config)
+                return AutoencoderDC.from_config(_known(AutoencoderDC, config))
             case "text_encoder":
                 from transformers.models.gemma2.configuration_gemma2 import Gemma2Config
                 from transformers.models.gemma2.modeling_gemma2 import Gemma2Model
@@ -166,6 +168,12 @@ def _build(spec: CheckpointSpec, component: Component) -> nn.Module:
         said = one_line(error, MAX_MESSAGE)
         raise CheckpointError(f"{file}: describes no {component} that can be made: {said}") from error
     raise ValueError(f"no component {component!r}")
+
+
+def _known(cls: Any, config: dict[str, Any]) -> dict[str, Any]:
+    """What a class of diffusers takes of a config; of the rest it would print every value."""
+    taken = inspect.signature(cls.__init__).parameters
+    return {name: value for name, value in config.items() if name in taken}
 
 
 # What no file stores.

@@ -156,12 +156,14 @@ def _entry(file: Path, name: str, value: Any, first_byte: int) -> TensorEntry:
         shape = tuple(value["shape"])
         start, end = value["data_offsets"]
         plain = all(type(number) is int and 0 <= number <= MOST for number in (*shape, start, end))
-        plain = plain and len(shape) <= MAX_DIMENSIONS and isinstance(value["shape"], list)
-        if not plain or 8 * (end - start) != _bits(shape, element_bits):
+        if not plain or not isinstance(value["shape"], list) or 8 * (end - start) != _bits(shape, element_bits):
             raise ValueError
     except (KeyError, TypeError, ValueError) as error:
         said = f"{one_line(name, MAX_NAME)}: {one_line(repr(value), MAX_NAME)}"
         raise _broken(file, f"this cannot be the tensor {said}") from error
+    if len(shape) > MAX_DIMENSIONS:
+        said = f"{one_line(name, MAX_NAME)} has {len(shape)} dimensions"
+        raise CheckpointError(f"{file}: the tensor {said}; at most {MAX_DIMENSIONS} are read")
     return TensorEntry(name, file, dtype, shape, first_byte + start, end - start)
 
 
