@@ -17,7 +17,7 @@ from handscroll.errors import CheckpointError
 from handscroll.weights.header import read_all
 
 Miniature = Callable[..., Path]
-FEW = {"headers": 300, "configs": 60, "indexes": 30}
+FEW = {"headers": 300, "configs": 40, "indexes": 20}
 MANY = {"headers": 2000, "configs": 500, "indexes": 500}
 
 
