@@ -70,6 +70,7 @@ class Handscroll:
         inputs = probe(self.spec, request)
         plan = make_plan(self.spec, request, inputs, random_seed())
         enforce(plan.device, plan.budget_bytes)
+        self.session.on_event = on_event
         recovery = Recovery(self.session, inputs, plan.precision, on_event)
         with torch.inference_mode():
             texts, plan = encode_stage(recovery, plan, request)
@@ -116,6 +117,7 @@ class Picture:
         inputs = dataclasses.replace(self._inputs, suffix=target.path.suffix)
         plan = replan(self.plan, self._session.spec, inputs, DECODE)
         enforce(plan.device, plan.budget_bytes)
+        self._session.on_event = on_event
         recovery = Recovery(self._session, inputs, plan.precision, on_event)
         with torch.inference_mode():
             for attempt in recovery.attempts(DECODE, plan):

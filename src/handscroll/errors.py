@@ -21,14 +21,27 @@ The command line prints the message alone, on one line, and leaves with `exit_co
 from __future__ import annotations
 
 import errno
+import re
 from typing import Any
+
+# What a terminal obeys or lays out anew instead of showing it: control characters, marks of the direction of writing,
+# ends of lines; and halves of characters, which no file or terminal takes.
+_UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def printable(text: str) -> str:
+    """A text with whatever is not shown as it is written out: `\\x1b`, `\\n`. Names in files may hold anything."""
+    return _UNPRINTABLE.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
 class HandscrollError(Exception):
-    """Root of the tree. The message is one line and says what to do."""
+    """Root of the tree. The message is one line, without control characters, and says what to do."""
 
     code = "failed"
     exit_code = 1
+
+    def __init__(self, message: str = "") -> None:
+        super().__init__(printable(str(message)))
 
     def as_dict(self) -> dict[str, Any]:
         """The error as `--json` shows it: `code`, `message`, and what a branch adds."""
@@ -97,7 +110,10 @@ class BusyError(RunFolderError):
 
 
 class NumericsError(HandscrollError):
-    """A stage produced NaN or infinity. `component`: whose numbers they were, as `Precision` names it."""
+    """A stage produced NaN or infinity.
+
+    `component`: whose numbers they were, as `Precision` names it, or `latent`. Trying again unchanged will not help.
+    """
 
     code = "not_finite"
 

@@ -61,7 +61,7 @@ def generate(
     with (
         torch.inference_mode(),
         RunFolder.open(job, on_event, must_go_on=must_go_on) as run,
-        Session(spec, scratch=scratch_folder(run.folder)) as session,
+        Session(spec, scratch=scratch_folder(run.folder), on_event=on_event) as session,
     ):
         plan = dataclasses.replace(plan, seeds=run.seeds)
         plans = [plan] * len(plan.seeds)
@@ -126,7 +126,8 @@ def decode_latent(
     target = check_target(path, plan.width, plan.height)
     enforce(plan.device, plan.budget_bytes)
     meter = Meter(plan.device)
-    with torch.inference_mode(), Session(spec, scratch=scratch_folder(path.parent)) as session:
+    scratch = scratch_folder(path.parent)
+    with torch.inference_mode(), Session(spec, scratch=scratch, on_event=on_event) as session:
         recovery = Recovery(session, inputs, plan.precision, on_event)
         with meter.stage(DECODE.name):
             for attempt in recovery.attempts(DECODE, plan):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from handscroll.errors import SizeError, UsageError
+from handscroll.errors import SizeError, UsageError, printable
 
 MIN_SIDE_PX, MAX_SIDE_PX = 32, 131_072
 MIN_COMPOSE_PX = 64
@@ -90,7 +90,7 @@ def duration(seconds: float) -> str:
 
 def one_line(said: str | BaseException, most: int | None = None) -> str:
     """A text, or what an error says (its kind where that is nothing), on one line of at most `most` characters."""
-    line = " ".join(str(said).split())
+    line = printable(" ".join(str(said).split()))
     if not line and isinstance(said, BaseException):
         line = type(said).__name__
     return line if most is None or len(line) <= most else f"{line[: most - 3]}..."
@@ -98,4 +98,4 @@ def one_line(said: str | BaseException, most: int | None = None) -> str:
 
 def first_line(error: BaseException) -> str:
     """The first line of what an error says, for libraries that go on for many; its kind where it says nothing."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    return printable((str(error).strip() or type(error).__name__).splitlines()[0])

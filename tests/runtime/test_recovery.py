@@ -384,9 +384,10 @@ def test_numbers_that_fp32_cannot_hold_either_end_the_run(
     request = Request("a lake", model=str(folder), width=64, height=64, steps=1, seed=3, precision=cast(Any, precision))
     with pytest.raises(NumericsError) as failed:
         generate(request, tmp_path / "p.png", on_event=notices(lines))
-    assert str(failed.value) == LINES[stage].partition(":")[0]
+    file, _, weight = FRAGILE[stage]
+    assert f"{file}.safetensors: the tensor {weight} holds numbers that are not finite" in str(failed.value)
     assert failed.value.exit_code == 1
-    assert lines == ([] if precision == "fp32" else [LINES[stage]])
+    assert lines == []  # trying again in fp32 would not help
     assert not (tmp_path / "p.png").exists()
     if stage == "text":
         assert list((tmp_path / "cache" / "text").rglob("*.safetensors")) == []

@@ -26,9 +26,14 @@ from handscroll.plan.search import replan_in_precision, shrink
 from handscroll.plan.stages import Stage
 from handscroll.runtime.session import Session
 from handscroll.units import one_line
+from handscroll.weights.files import first_not_finite
+from handscroll.weights.header import MAX_NAME
 
 # When a stage takes the least already, only another program can make room: it is given some time to.
 LAST_TRIES, WAIT_SECONDS = 3, 1.0
+
+# Whose numbers may be wrong, and the component that holds the weights.
+WEIGHTS_OF = {"text_encoder": "text_encoder", "transformer": "transformer", "autoencoder": "vae"}
 
 MAX_LINE = 120  # of what a library says of an error, in characters
 
@@ -44,7 +49,8 @@ class Fault:
     def of(cls, error: BaseException | None, stage: Stage) -> Fault | None:
         """None for what trying again does not mend."""
         if isinstance(error, NumericsError):
-            return cls(str(error), error.component or stage.components[0])
+            component = error.component or stage.components[0]
+            return cls(str(error), component) if component in WEIGHTS_OF else None
         if isinstance(error, Exception) and is_out_of_memory(error):
             return cls(one_line(error, MAX_LINE))
         return None
@@ -111,15 +117,29 @@ class Recovery:
             time.sleep(WAIT_SECONDS)
 
     def _in_fp32(self, plan: Plan, stage: Stage, fault: Fault, picture: int) -> Plan:
-        """The plan with one component in fp32. Raises NumericsError where it was, or where fp32 does not fit."""
+        """The plan with one component in fp32. Raises NumericsError where that cannot help, or does not fit.
+
+        It cannot where the component was in fp32, or where its weights are not finite themselves.
+        """
         component = fault.component
         assert component is not None
+        weights = self.session.spec.weights_of(WEIGHTS_OF[component])
+        if entry := first_not_finite(weights.tensors):
+            raise NumericsError(
+                f"{entry.file}: the tensor {one_line(entry.name, MAX_NAME)} holds numbers that are not finite, so no "
+                "picture can be made with it; fetch the file again, or use another checkpoint",
+                component,
+            )
         if getattr(plan.precision, component) == "fp32":
-            raise NumericsError(fault.line)
+            raise NumericsError(
+                f"{fault.line}: its weights are finite and it computed in fp32, so the same again gives the same; "
+                "change the prompt, --seed, --steps or --guidance, or use another checkpoint",
+                component,
+            )
         try:
             plan = self._in_precision(plan, stage, dataclasses.replace(plan.precision, **{component: "fp32"}))
         except BudgetError as error:
-            raise NumericsError(f"{fault.line}; fp32 does not fit: {error}") from error
+            raise NumericsError(f"{fault.line}; fp32 does not fit: {error}", component) from error
         self.on_event(notice(f"{fault.line}: {stage.title} again in fp32", picture))
         return plan
 

@@ -25,7 +25,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
-from handscroll.errors import CheckpointError, OutputError, RunFolderError
+from handscroll.errors import BudgetError, CheckpointError, NumericsError, OutputError, RunFolderError
 from handscroll.events import OnEvent, ignore, notice
 from handscroll.files import Lock, discard, write_whole
 from handscroll.jobs.latent_file import load_latent, save_latent
@@ -211,7 +211,9 @@ class RunFolder:
     ) -> None:
         if error is not None and self._is_worth_keeping():
             with contextlib.suppress(MemoryError):  # it may be what has just happened
-                error.add_note(f"`handscroll resume {shlex.quote(str(self.folder))}` goes on {self._where()}")
+                # The same steps give the same numbers, unless there is more memory for fp32 the next time.
+                if not isinstance(error, NumericsError) or isinstance(error.__cause__, BudgetError):
+                    error.add_note(f"`handscroll resume {shlex.quote(str(self.folder))}` goes on {self._where()}")
             self.release()
             return
         clear_folder(self.folder)

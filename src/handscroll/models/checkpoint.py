@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
+from handscroll.errors import printable
 from handscroll.models.autoencoder import AutoencoderSpec
-from handscroll.models.config import build_spec
 from handscroll.models.folder import (
     COMPONENTS,
     check_agreement,
@@ -80,10 +80,9 @@ class CheckpointSpec:
         """Read only the JSON of a checkpoint folder, whose weights may not be there yet. Raises CheckpointError."""
         folder = Path(folder)
         check_layout(folder)
-        configs = {component: read_component(folder, component) for component in COMPONENTS}
-        transformer = build_spec(TransformerSpec, folder / "transformer/config.json", configs["transformer"])
-        autoencoder = build_spec(AutoencoderSpec, folder / "vae/config.json", configs["vae"])
-        text_encoder = build_spec(TextEncoderSpec, folder / "text_encoder/config.json", configs["text_encoder"])
+        text_encoder = read_component(folder, "text_encoder", TextEncoderSpec)
+        transformer = read_component(folder, "transformer", TransformerSpec)
+        autoencoder = read_component(folder, "vae", AutoencoderSpec)
         scheduler = read_scheduler(folder)
         check_agreement(folder, transformer, autoencoder, text_encoder)
 
@@ -91,7 +90,7 @@ class CheckpointSpec:
         sprint = scheduler.class_name == "SCMScheduler" or transformer.guidance_embeds
         return cls(
             folder=folder,
-            name=own.name or folder.resolve().name,
+            name=printable(own.name or folder.resolve().name),
             transformer=transformer,
             autoencoder=autoencoder,
             text_encoder=text_encoder,
@@ -101,7 +100,7 @@ class CheckpointSpec:
             default_guidance=4.5 if own.default_guidance is None else own.default_guidance,
             instruction=own.instruction,
             instruction_lines=own.complex_human_instruction,
-            licence=own.licence,
+            licence=None if own.licence is None else printable(own.licence),
             max_prompt_tokens=own.max_prompt_tokens,
             compose_px=own.compose_px,
         )

@@ -5,16 +5,19 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from handscroll.errors import CheckpointError
 from handscroll.models.autoencoder import AutoencoderSpec
-from handscroll.models.config import build_spec, freeze, read_config, require_positive, shown
+from handscroll.models.config import Spec, build_spec, freeze, read_config, require_positive, require_within, shown
 from handscroll.models.scheduler import SchedulerSpec
 from handscroll.models.text_encoder import TextEncoderSpec
 from handscroll.models.transformer import TransformerSpec
+from handscroll.units import MAX_SIDE_PX, one_line
+from handscroll.weights.foreign import USE_THE_ORIGINAL, quantised_by_config, strange_folder
+from handscroll.weights.json_text import MAX_MESSAGE
 
 COMPONENTS = ("text_encoder", "transformer", "vae")
+MAX_TEXT = 20_000  # characters of one text in handscroll.json
 LAYOUT = "model_index.json, tokenizer/, text_encoder/, transformer/, vae/ and scheduler/"
 PIPELINES = frozenset(
     {
@@ -51,6 +54,17 @@ class OwnSettings:
         for field in ("native_px", "default_steps", "max_prompt_tokens", "compose_px"):
             if getattr(self, field) is not None:
                 require_positive(self, field)
+        require_within(
+            self,
+            native_px=(1, MAX_SIDE_PX),
+            compose_px=(1, MAX_SIDE_PX),
+            default_steps=(1, 1000),
+            default_guidance=(0, 1000),
+            max_prompt_tokens=(1, 2**13),
+        )
+        for text in (self.name, self.licence, *(self.complex_human_instruction or ())):
+            if text is not None and len(text) > MAX_TEXT:
+                raise ValueError(f"a text has {len(text)} characters; at most {MAX_TEXT} are read: {shown(text)}")
 
 
 def read_own_settings(folder: Path) -> OwnSettings:
@@ -60,7 +74,9 @@ def read_own_settings(folder: Path) -> OwnSettings:
     config = read_config(file)
     known = {field.name for field in dataclasses.fields(OwnSettings)} - {"instruction"}
     if unknown := sorted(config.keys() - known):
-        raise CheckpointError(f"{file}: {unknown[0]!r} is not a setting; the settings are {', '.join(sorted(known))}")
+        raise CheckpointError(
+            f"{file}: {shown(unknown[0])} is not a setting; the settings are {', '.join(sorted(known))}"
+        )
     # Left out means diffusers' text; null means no instruction at all.
     silent = config.get("complex_human_instruction", ()) is None
     return build_spec(OwnSettings, file, {**config, "instruction": not silent})
@@ -71,7 +87,7 @@ def check_layout(folder: Path) -> None:
         raise CheckpointError(f"{folder}: no such folder; a checkpoint folder holds {LAYOUT}")
     index = folder / "model_index.json"
     if not index.is_file():
-        raise CheckpointError(f"{index}: missing; a checkpoint folder holds {LAYOUT}")
+        raise CheckpointError(_no_checkpoint(folder))
     config = read_config(index)
     pipeline = config.get("_class_name")
     if str(pipeline) not in PIPELINES:
@@ -87,21 +103,41 @@ def check_layout(folder: Path) -> None:
             raise CheckpointError(f"{folder / component}: missing; a checkpoint folder holds {LAYOUT}")
 
 
+def _no_checkpoint(folder: Path) -> str:
+    """What is said of a folder without model_index.json."""
+    try:
+        names = {path.name for path in folder.iterdir()}
+    except OSError as error:
+        return f"{folder}: cannot be listed: {error.strerror}"
+    if said := strange_folder(names):
+        return f"{folder}: {said}"
+    if (folder.resolve().parent / "model_index.json").is_file():
+        return f"{folder}: only one part of a checkpoint; give the folder that it lies in, {folder.resolve().parent}"
+    inside = sorted(path.parent.name for path in folder.glob("*/model_index.json"))
+    if inside:
+        return f"{folder}: no checkpoint itself; give one of the folders in it, such as {folder / inside[0]}"
+    return f"{folder / 'model_index.json'}: missing; a checkpoint folder holds {LAYOUT}"
+
+
 def _check_class(file: Path, component: str, name: str, allowed: frozenset[str]) -> None:
     if name not in allowed:
         raise CheckpointError(f"{file}: {component} is {shown(name)}; handscroll runs {' or '.join(sorted(allowed))}")
 
 
-def read_component(folder: Path, component: str) -> dict[str, Any]:
+def read_component(folder: Path, component: str, cls: type[Spec]) -> Spec:
+    """The spec of one component, from its config.json. Raises CheckpointError naming the file."""
     file = folder / component / "config.json"
     config = read_config(file)
     if config.get("quantization_config") is not None:
-        raise CheckpointError(f"{file}: this {component} is stored quantised, which is not supported; use the original")
+        how = quantised_by_config(config["quantization_config"])
+        raise CheckpointError(
+            f"{file}: this {component} is stored {how}, which handscroll does not read; {USE_THE_ORIGINAL}"
+        )
     names = config.get("architectures") if component == "text_encoder" else [config.get("_class_name")]
     for name in names if isinstance(names, list) else []:
         if isinstance(name, str):
             _check_class(file, component, name, CLASSES[component])
-    return config
+    return build_spec(cls, file, config)
 
 
 def read_scheduler(folder: Path) -> SchedulerSpec:
@@ -110,10 +146,10 @@ def read_scheduler(folder: Path) -> SchedulerSpec:
     name = config.get("_class_name") or read_config(folder / "model_index.json")["scheduler"][1]
     _check_class(file, "scheduler", str(name), CLASSES["scheduler"])
     settings = tuple((key, freeze(value)) for key, value in config.items() if not key.startswith("_"))
-    for key, value in settings:
-        if isinstance(value, dict):
-            raise CheckpointError(f"{file}: {key} should be a plain value or a list, found {shown(value)}")
-    return SchedulerSpec(str(name), settings)
+    try:
+        return SchedulerSpec(str(name), settings)
+    except ValueError as error:
+        raise CheckpointError(f"{file}: {one_line(error, MAX_MESSAGE)}") from error
 
 
 def check_agreement(folder: Path, dit: TransformerSpec, vae: AutoencoderSpec, text: TextEncoderSpec) -> None:

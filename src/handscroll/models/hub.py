@@ -36,7 +36,8 @@ from handscroll.models.checkpoint import CheckpointSpec
 from handscroll.models.folder import COMPONENTS, LAYOUT
 from handscroll.system import free_disk_bytes
 from handscroll.units import first_line, gibibytes
-from handscroll.weights.folder import PICKLE_SUFFIXES, candidates
+from handscroll.weights.folder import candidates
+from handscroll.weights.foreign import PICKLE_SUFFIXES
 
 TIMEOUT_SECONDS = 20.0
 DEFAULT_REVISION = "main"

@@ -59,6 +59,10 @@ def whole_picture(session: Session, plan: Plan, latent: Tensor) -> np.ndarray:
 
 def _row_blocks(session: Session, plan: Plan, latent: Tensor) -> Generator[Tensor, None, None]:
     """Row blocks [1, 3, rows, W] in the autoencoder's dtype, by the way that the plan names."""
+    if not torch.isfinite(latent.sum(dtype=torch.float64)):
+        raise NumericsError(
+            "the latent holds numbers that are not finite, so there is no picture in it; make it again", "latent"
+        )
     opened = session.open_autoencoder(plan, "decoder")
     autoencoder = opened.module
     scaled = latent.to(plan.device, DTYPES[plan.precision.autoencoder]) / autoencoder.config.scaling_factor

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from handscroll.banded.autoencoder import Materialize
 from handscroll.banded.transformer import Branch, predict
 from handscroll.errors import HandscrollError
+from handscroll.events import OnEvent, Progress, ignore
 from handscroll.models.checkpoint import CheckpointSpec
 from handscroll.plan.plan import Plan
 from handscroll.plan.store import Store
@@ -81,11 +82,19 @@ class Session:
     A context manager; `resident=True` holds on to every module once it is opened, whole, for repeated use. `scratch` is
     the folder for maps that a plan puts on disk. What a module is opened in, and how much of it stays in memory, is the
     plan's that it is first opened with; `free` before another plan is to be followed. `opened` says what is open, by
-    component, half of the autoencoder, precision and device.
+    component, half of the autoencoder, precision and device. `on_event` is told once of each tensor that is not used.
     """
 
-    def __init__(self, spec: CheckpointSpec, *, resident: bool = False, scratch: Path | None = None) -> None:
-        self.spec, self.resident, self.scratch = spec, resident, scratch
+    def __init__(
+        self,
+        spec: CheckpointSpec,
+        *,
+        resident: bool = False,
+        scratch: Path | None = None,
+        on_event: OnEvent = ignore,
+    ) -> None:
+        self.spec, self.resident, self.scratch, self.on_event = spec, resident, scratch, on_event
+        self._told: set[str] = set()
         self.opened: dict[str, Opened] = {}
         self._device = "cpu"
 
@@ -111,7 +120,7 @@ class Session:
 
         def opened() -> Opened:
             dtype = DTYPES[plan.precision.text_encoder]
-            module, stream = open_text_encoder(self.spec, dtype=dtype, device=plan.device)
+            module, stream = open_text_encoder(self.spec, dtype=dtype, device=plan.device, on_event=self._tell_once)
             if self.resident:
                 stream.make_resident(module)
             return Opened(module, stream, resident=self.resident)
@@ -150,7 +159,14 @@ class Session:
     ) -> tuple[Any, WeightStream]:
         leave = {"patch_embed.pos_embed"} if component == "transformer" else set()
         dtype = DTYPES[precision]
-        return open_module(self.spec, component, dtype=dtype, device=plan.device, part=half, leave=leave)
+        return open_module(
+            self.spec, component, dtype=dtype, device=plan.device, part=half, leave=leave, on_event=self._tell_once
+        )
+
+    def _tell_once(self, event: Progress) -> None:
+        if event.detail not in self._told:
+            self._told.add(event.detail)
+            self.on_event(event)
 
     def _once(self, name: str, precision: str, plan: Plan, opened: Callable[[], Opened]) -> Opened:
         """What is open under a name, in a precision and on the plan's device; else it takes the place of the others."""

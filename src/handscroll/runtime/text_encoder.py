@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from handscroll.events import OnEvent, ignore
 from handscroll.models.checkpoint import CheckpointSpec
 from handscroll.runtime.modules import open_module
 from handscroll.weights.stream import WeightStream
@@ -16,7 +17,7 @@ EMBEDDING_TABLE = "embed_tokens.weight"
 
 
 def open_text_encoder(
-    spec: CheckpointSpec, *, dtype: torch.dtype, device: torch.device | str
+    spec: CheckpointSpec, *, dtype: torch.dtype, device: torch.device | str, on_event: OnEvent = ignore
 ) -> tuple[nn.Module, WeightStream]:
     """A `Gemma2Model` that runs in the memory of one decoder layer, and the stream to close when it is done with.
 
@@ -28,7 +29,9 @@ def open_text_encoder(
     dtypes are converted. Raises CheckpointError as `load_module` does, and when a layer cannot be read.
     """
     encoder: Any
-    encoder, stream = open_module(spec, "text_encoder", dtype=dtype, device=device, leave={EMBEDDING_TABLE})
+    encoder, stream = open_module(
+        spec, "text_encoder", dtype=dtype, device=device, leave={EMBEDDING_TABLE}, on_event=on_event
+    )
     stream.make_resident(encoder, but=[encoder.layers])
     _materialize_in_turn(stream, list(encoder.layers))
     return encoder, stream

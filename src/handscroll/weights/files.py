@@ -74,6 +74,26 @@ def read_rows(entry: TensorEntry, rows: Tensor) -> Tensor:
     return filled.view(*rows.shape, channels)
 
 
+def first_not_finite(entries: Iterable[TensorEntry]) -> TensorEntry | None:
+    """The first tensor that holds NaN or infinity, in the numbers that are stored; None where all are finite.
+
+    Every tensor is read, in pieces of STAGING_BYTES. Raises CheckpointError.
+    """
+    files = OpenFiles()
+    for entry in entries:
+        stored = DTYPES.get(entry.dtype)
+        if stored is None or not stored.is_floating_point:
+            continue
+        for first in range(0, entry.n_bytes, STAGING_BYTES):
+            count = min(STAGING_BYTES, entry.n_bytes - first) // stored.itemsize
+            piece = torch.empty(count, dtype=stored)
+            part = TensorEntry(entry.name, entry.file, entry.dtype, (count,), entry.start + first, piece.nbytes)
+            files.read(part, piece)
+            if not torch.isfinite(piece).all():
+                return entry
+    return None
+
+
 def promised_entries(entries: Iterable[TensorEntry]) -> dict[Path, list[TensorEntry]]:
     promised: dict[Path, list[TensorEntry]] = {}
     for entry in entries:
