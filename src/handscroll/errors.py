@@ -30,6 +30,9 @@ class HandscrollError(Exception):
     code = "failed"
     exit_code = 1
 
+    def __init__(self, message: str = "") -> None:
+        super().__init__(" ".join(message.splitlines()))  # a file's name may hold more than one
+
     def as_dict(self) -> dict[str, Any]:
         """The error as `--json` shows it: `code`, `message`, and what a branch adds."""
         return {"code": self.code, "message": str(self)}

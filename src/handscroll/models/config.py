@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from handscroll.errors import CheckpointError
-from handscroll.units import one_line
+from handscroll.units import one_line, shown
 
 Spec = TypeVar("Spec")
 
@@ -92,8 +92,3 @@ def freeze(value: Any) -> Any:
 
 def thaw(value: Any) -> Any:
     return [thaw(element) for element in value] if isinstance(value, tuple) else value
-
-
-def shown(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 40 else text[:37] + "..."

@@ -6,11 +6,13 @@ The checkpoints live under https://huggingface.co/Efficient-Large-Model; nothing
 from __future__ import annotations
 
 import difflib
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
 
 from handscroll.errors import UnknownModelError, UsageError
+from handscroll.units import shown
 
 BUILTIN_FOLDER = Path(__file__).parents[1] / "builtin"
 # As the model cards state it: https://huggingface.co/Efficient-Large-Model/Sana_1600M_1024px_BF16_diffusers
@@ -78,8 +80,9 @@ def split_revision(model: str | Path, revision: str | None = None) -> tuple[str 
 
     A folder whose name holds an @ is a folder. Raises UsageError for two revisions, or none after the @.
     """
+    model = model_name(model)
     text = str(model)
-    if isinstance(model, Path) or "@" not in text or Path(text).expanduser().is_dir():
+    if isinstance(model, Path) or "@" not in text or _folder(text):
         return model, revision
     name, _, named = text.partition("@")
     if not named:
@@ -96,24 +99,42 @@ def resolve(model: str | Path) -> Entry | Path | str:
     checkpoint is its entry. A revision after an @ is not looked at. Raises UnknownModelError, with the closest short
     names, for anything else.
     """
+    model = model_name(model)
     if isinstance(model, Path):
-        if model.expanduser().is_dir():
-            return model.expanduser()
+        if folder := _folder(model):
+            return folder
         raise UnknownModelError(f"no such model folder: {model}")
     model = str(split_revision(model)[0])
     entry = BY_NAME.get(model.lower()) or BY_HUB_ID.get(model)
     if entry is not None:
         return entry
-    folder = Path(model).expanduser()
-    if model and folder.is_dir():
+    if model and (folder := _folder(model)):
         return folder
     if model.startswith((".", "/", "~")) or "\\" in model:
         raise UnknownModelError(f"no such model folder: {model}")
     if _HUB_ID.fullmatch(model):
         return model
     raise UnknownModelError(
-        f"no model {model!r}; {_closest(model)}; a checkpoint folder or a hub id owner/name also does"
+        f"no model {shown(model)}; {_closest(model)}; a checkpoint folder or a hub id owner/name also does"
     )
+
+
+def model_name(model: object) -> str | Path:
+    """A model as somebody gave it, a name or a path. Raises UnknownModelError for what is neither."""
+    if isinstance(model, os.PathLike) and not isinstance(model, Path):
+        model = os.fspath(model)
+    if not isinstance(model, str | Path):
+        raise UnknownModelError(f"model {shown(model)} is no name; give a text or a pathlib.Path")
+    return model
+
+
+def _folder(model: str | Path) -> Path | None:
+    """The folder of a name, if there is one; None also for what no file system takes for a name."""
+    try:
+        folder = Path(model).expanduser()
+        return folder if folder.is_dir() else None
+    except (OSError, RuntimeError, ValueError):
+        return None
 
 
 def _closest(model: str) -> str:

@@ -135,7 +135,7 @@ def load_scheduler(spec: CheckpointSpec) -> Any:
         raise CheckpointError(f"{file}: scheduler is a {name}; handscroll runs {' or '.join(SCHEDULERS)}")
     try:
         return getattr(importlib.import_module(SCHEDULERS[name]), name).from_config(spec.scheduler.config)
-    except (TypeError, ValueError, NotImplementedError) as error:
+    except (TypeError, ValueError, NotImplementedError, ImportError) as error:
         raise CheckpointError(f"{file}: {first_line(error)}") from error
 
 
