@@ -11,11 +11,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from handscroll.events import OnEvent, ignore
+from handscroll.errors import UsageError
+from handscroll.events import OnEvent, listener, notice, warn_of_notices
+from handscroll.files import as_path
 from handscroll.jobs.recovery import Recovery
+from handscroll.jobs.result import picture_facts
 from handscroll.models.checkpoint import CheckpointSpec
 from handscroll.models.opening import on_fetch, open_checkpoint
 from handscroll.options import fields_of
+from handscroll.pictures.formats import check_quality, quality_not_used
 from handscroll.pictures.targets import check_target
 from handscroll.pipeline import encode_stage, write_picture
 from handscroll.plan.inputs import PlanInputs
@@ -29,6 +33,7 @@ from handscroll.runtime.device import scratch_folder
 from handscroll.runtime.memory import enforce
 from handscroll.runtime.probe import probe
 from handscroll.runtime.session import Session
+from handscroll.units import shown
 
 
 class Handscroll:
@@ -41,12 +46,17 @@ class Handscroll:
     def __init__(
         self, spec: CheckpointSpec, device: str = "auto", precision: str = "auto", memory_bytes: int | None = None
     ) -> None:
-        self.spec, self.device, self.precision, self.memory_bytes = spec, device, precision, memory_bytes
-        self.session = Session(spec, resident=memory_bytes is None, scratch=scratch_folder(None))
+        if not isinstance(spec, CheckpointSpec):
+            raise UsageError(f"{shown(spec)} is not an open checkpoint; use Handscroll.from_pretrained(model)")
+        given = {"device": device, "precision": precision, "memory_bytes": memory_bytes}
+        fields = {"device": "auto", "precision": "auto", **fields_of(Request, given, "from_pretrained")}
+        self.spec, self.device, self.precision = spec, str(fields["device"]), str(fields["precision"])
+        self.memory_bytes: int | None = fields.get("memory_bytes")
+        self.session = Session(spec, resident=self.memory_bytes is None, scratch=scratch_folder(None))
 
     @classmethod
     def from_pretrained(
-        cls, model: str | Path = DEFAULT_MODEL, *, on_event: OnEvent = ignore, **options: Any
+        cls, model: str | Path = DEFAULT_MODEL, *, on_event: OnEvent | None = None, **options: Any
     ) -> Handscroll:
         """A model by short name, checkpoint folder or hub id, fetched first if need be.
 
@@ -55,20 +65,24 @@ class Handscroll:
         HandscrollError.
         """
         fields = fields_of(Request, options, "from_pretrained")
-        spec = open_checkpoint(model, fields.pop("revision", None), on_progress=on_fetch(on_event))
+        spec = open_checkpoint(model, fields.pop("revision", None), on_progress=on_fetch(listener(on_event)))
         return cls(spec, **fields)
 
-    def __call__(self, prompt: str, *, on_event: OnEvent = ignore, **options: Any) -> Picture:
+    def __call__(self, prompt: str, *, on_event: OnEvent | None = None, **options: Any) -> Picture:
         """Denoises a prompt; the rows are decoded when the picture is saved or read.
 
         options: those of `handscroll generate` that describe one picture, as size='1024x512' or width=1024, height=512,
-        steps, guidance, negative, seed, compose, decode. Raises HandscrollError, of which BudgetError before anything
+        steps, guidance, negative, seed, compose, decode. Without a listener, what is asked for and not used becomes a
+        warning; it is in the picture's `notices` too. Raises HandscrollError, of which BudgetError before anything
         is read.
         """
         own: dict[str, Any] = {"precision": self.precision, "device": self.device, "memory_bytes": self.memory_bytes}
         request = Request(prompt, **own, **fields_of(Request, options, "scroll"))
+        on_event = listener(on_event, warn_of_notices)
         inputs = probe(self.spec, request)
         plan = make_plan(self.spec, request, inputs, random_seed())
+        for line in plan.notices:
+            on_event(notice(line))
         enforce(plan.device, plan.budget_bytes)
         self.session.on_event = on_event
         recovery = Recovery(self.session, inputs, plan.precision, on_event)
@@ -85,7 +99,7 @@ class Handscroll:
 class Picture:
     """A denoised picture. Its rows are decoded each time they are asked for and never all held but by `numpy`.
 
-    `latent` [1, C, h, w] fp32; `plan` is what it was made by.
+    `latent` [1, C, h, w] fp32; `plan` is what it was made by. `notices`: what was asked for and not used, a line each.
     """
 
     def __init__(
@@ -95,6 +109,7 @@ class Picture:
         self._session, self._inputs, self._request, self._on_event = session, inputs, request, on_event
         self.width, self.height = plan.width, plan.height
         self.seed = plan.seeds[0]
+        self.notices = plan.notices
 
     @torch.inference_mode()
     def rows(self) -> Iterator[np.ndarray]:
@@ -112,8 +127,11 @@ class Picture:
         on_event: a listener for this alone, in place of the one that the picture was denoised with. Raises as
         `check_target`, and BudgetError where that format's writer does not fit.
         """
-        on_event = self._on_event if on_event is None else on_event
-        target = check_target(Path(path), self.width, self.height)
+        on_event = self._on_event if on_event is None else listener(on_event)
+        path, quality = as_path("path", path), check_quality(quality)
+        target = check_target(path, self.width, self.height)
+        for line in quality_not_used(path.suffix, quality):
+            on_event(notice(line))
         inputs = dataclasses.replace(self._inputs, suffix=target.path.suffix)
         plan = replan(self.plan, self._session.spec, inputs, DECODE)
         enforce(plan.device, plan.budget_bytes)
@@ -122,5 +140,6 @@ class Picture:
         with torch.inference_mode():
             for attempt in recovery.attempts(DECODE, plan):
                 with attempt:
-                    write_picture(self._session, attempt.plan, self.latent, self._request, target, 0, quality, on_event)
+                    facts = picture_facts(self._request, self._session.spec, attempt.plan, 0)
+                    write_picture(self._session, attempt.plan, self.latent, facts, target, 0, quality, on_event)
         return target.path

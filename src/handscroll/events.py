@@ -6,8 +6,12 @@ it raises ends the job cleanly.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+
+from handscroll.errors import UsageError
+from handscroll.units import shown
 
 
 @dataclass(frozen=True)
@@ -36,3 +40,18 @@ OnEvent = Callable[[Progress], None]
 
 def ignore(event: Progress) -> None:
     """The listener of those who do not listen."""
+
+
+def warn_of_notices(event: Progress) -> None:
+    """The listener of a program that gave none: lines that its user should read become Python's warnings."""
+    if event.stage == "notice":
+        warnings.warn(event.detail, stacklevel=3)
+
+
+def listener(given: object, default: OnEvent = ignore) -> OnEvent:
+    """What somebody gave to listen with, the default for None. Raises UsageError for what cannot be called."""
+    if given is None:
+        return default
+    if not callable(given):
+        raise UsageError(f"on_event {shown(given)} is not a function of one event")
+    return given

@@ -11,6 +11,25 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Self
 
+from handscroll.errors import UsageError
+from handscroll.units import shown
+
+
+def as_path(name: str, value: object) -> Path:
+    """A path that somebody gave as text or as a path. Raises UsageError, naming what it is for, for anything else."""
+    if isinstance(value, os.PathLike):
+        value = os.fspath(value)
+    if not isinstance(value, str) or not value:
+        raise UsageError(f"{name} {shown(value)} is not a path; give a text or a pathlib.Path")
+    try:
+        os.lstat(value)
+    except ValueError:
+        raise UsageError(f"{name} {shown(value)} is not a valid file name") from None
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            raise UsageError(f"{name} {shown(value)} is longer than a file name can be") from None
+    return Path(value)
+
 
 def write_whole(
     path: Path, pieces: Iterable[bytes | memoryview], *, part: Path | None = None, mode: int = 0o666

@@ -9,22 +9,31 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from handscroll.events import OnEvent, Progress, ignore
+from handscroll.events import OnEvent, Progress, ignore, listener, notice
+from handscroll.files import as_path
 from handscroll.jobs.job import Job, find_run, read_job
-from handscroll.jobs.latent_file import check_latent_target, load_latent, request_of_latent, with_size_of
+from handscroll.jobs.latent_file import (
+    check_latent_target,
+    facts_of_latent,
+    how_read,
+    load_latent,
+    request_of_latent,
+    with_size_of,
+)
 from handscroll.jobs.recovery import Recovery
-from handscroll.jobs.result import Result, latent_facts, made_as, picture_facts
+from handscroll.jobs.result import Facts, Result, decoded_facts, latent_facts, made_as, picture_facts
 from handscroll.jobs.store import RunFolder
 from handscroll.models.checkpoint import CheckpointSpec
 from handscroll.models.opening import on_fetch, open_checkpoint
 from handscroll.options import fields_of
+from handscroll.pictures.formats import check_quality, quality_not_used
 from handscroll.pictures.metadata import parameters_text
-from handscroll.pictures.targets import Target, check_target
+from handscroll.pictures.targets import Target, check_format, check_target
 from handscroll.pictures.writing import write_image
 from handscroll.plan.plan import Plan
 from handscroll.plan.search import make_plan, minimum_bytes
 from handscroll.plan.stages import DECODE, DENOISE, TEXT
-from handscroll.request import Request, indexed, random_seed
+from handscroll.request import Request, as_request, indexed, random_seed
 from handscroll.runtime.decode import decode_rows
 from handscroll.runtime.denoise import denoise_picture
 from handscroll.runtime.device import scratch_folder
@@ -36,9 +45,9 @@ from handscroll.runtime.text import Texts, encode_prompts
 
 def generate(
     request: Request,
-    path: Path,
+    path: str | Path,
     *,
-    save_latent: Path | None = None,
+    save_latent: str | Path | None = None,
     quality: int | None = None,
     on_event: OnEvent = ignore,
     must_go_on: bool = False,
@@ -49,11 +58,15 @@ def generate(
     until the pictures are written: the same request goes on from there, another starts over (`must_go_on` refuses to).
     Seconds and memory in the results are this session's. Raises HandscrollError.
     """
+    request, on_event = as_request(request), listener(on_event)
+    path, quality = as_path("path", path), check_quality(quality)
+    save_latent = None if save_latent is None else as_path("save_latent", save_latent)
     spec = open_checkpoint(request.model, request.revision, on_progress=on_fetch(on_event))
     inputs = probe(spec, request, path)
     plan = make_plan(spec, request, inputs, random_seed())
     targets = _targets(path, plan)
     latent_paths = _latent_targets(save_latent, plan)
+    plan = _told(plan, quality_not_used(path.suffix, quality), on_event)
     enforce(plan.device, plan.budget_bytes)
     meter = Meter(plan.device)
     job = Job.of(request, spec, plan, path, save_latent, quality)
@@ -82,21 +95,22 @@ def generate(
             with meters[index].stage(DECODE.name):
                 plan, plans[index] = decode_stage(recovery, plan, request, index, run, targets[index], quality)
                 run.mark_done(index)
+    facts = [picture_facts(request, spec, made, index) for index, made in enumerate(plans)]
     return [
-        Result.of(target.path, spec, plans[index], meters[index], index, run.resumed_from(index))
+        Result.of(target.path, spec, plans[index], meters[index], facts[index], run.resumed_from(index))
         for index, target in enumerate(targets)
     ]
 
 
 def resume(
-    run: Path, *, device: str | None = None, memory_bytes: int | None = None, on_event: OnEvent = ignore
+    run: str | Path, *, device: str | None = None, memory_bytes: int | None = None, on_event: OnEvent = ignore
 ) -> list[Result]:
     """Goes on with an unfinished run, given by its folder or by its picture's path, to the same pictures.
 
     Raises RunFolderError for what is no run of this version, or whose model or device is another now; BusyError where
     another process is at it; and as `generate`.
     """
-    job = read_job(find_run(run))
+    job = read_job(find_run(as_path("run", run)))
     return generate(
         job.resumed(device, memory_bytes),
         job.output,
@@ -108,22 +122,26 @@ def resume(
 
 
 def decode_latent(
-    latent: Path, path: Path, *, quality: int | None = None, on_event: OnEvent = ignore, **options: Any
+    latent: str | Path, path: str | Path, *, quality: int | None = None, on_event: OnEvent = ignore, **options: Any
 ) -> Result:
-    """Decodes a latent that `generate` saved to a picture file, without denoising again.
+    """Decodes a latent that `generate` or another tool saved to a picture file, without denoising again.
 
-    options: those of `handscroll decode`, as memory='1GiB', strip_rows=4. Left out, the model is the file's. Raises
+    What the latent's file does not say of how it was made is said nowhere. options: those of `handscroll decode`, as
+    memory='1GiB', strip_rows=4. Left out, the model is the file's. Raises
     HandscrollError.
     """
     wanted = fields_of(Request, options, "decode")
-    tensor, facts = load_latent(latent)
+    latent, path, quality = as_path("latent", latent), as_path("path", path), check_quality(quality)
+    on_event = listener(on_event)
+    facts = facts_of_latent(latent)
     request = request_of_latent(latent, facts, wanted)
     spec = open_checkpoint(request.model, request.revision, on_progress=on_fetch(on_event))
+    tensor, _ = load_latent(latent, spec.autoencoder)
     request = with_size_of(latent, tensor, request, spec)
     inputs = probe(spec, request, path, prompts=False)
-    # A few-step model refuses a negative prompt, which the file may still name.
-    plan = make_plan(spec, dataclasses.replace(request, negative=""), inputs, 0)
+    plan = make_plan(spec, request, inputs, 0)
     target = check_target(path, plan.width, plan.height)
+    plan = _told(plan, (*how_read(latent, spec.autoencoder), *quality_not_used(path.suffix, quality)), on_event)
     enforce(plan.device, plan.budget_bytes)
     meter = Meter(plan.device)
     scratch = scratch_folder(path.parent)
@@ -133,20 +151,25 @@ def decode_latent(
             for attempt in recovery.attempts(DECODE, plan):
                 with attempt:
                     plan = made_as(attempt.plan, facts)
-                    write_picture(session, plan, tensor, request, target, 0, quality, on_event)
-    return Result.of(target.path, spec, plan, meter)
+                    made = decoded_facts(facts, request, spec, plan)
+                    write_picture(session, plan, tensor, made, target, 0, quality, on_event)
+    return Result.of(target.path, spec, plan, meter, made)
 
 
 def plan_of(
-    request: Request, path: Path | None = None, on_event: OnEvent = ignore
+    request: Request, path: str | Path | None = None, on_event: OnEvent = ignore
 ) -> tuple[CheckpointSpec, Plan, int | None]:
     """What `generate` would run, where and in how much memory, and the smallest budget that would do.
 
     No weight is read, or fetched. Raises as `generate` does before it begins, BudgetError included.
     """
+    request, on_event = as_request(request), listener(on_event)
+    output = None if path is None else as_path("path", path)
     spec = open_checkpoint(request.model, request.revision, on_progress=on_fetch(on_event), weights_too=False)
-    inputs = probe(spec, request, path)
-    plan = make_plan(spec, request, inputs, random_seed())
+    inputs = probe(spec, request, output)
+    plan = _told(make_plan(spec, request, inputs, random_seed()), (), on_event)
+    if output is not None:
+        check_format(output, plan.width, plan.height)
     return spec, plan, minimum_bytes(plan, spec, inputs)
 
 
@@ -186,7 +209,8 @@ def decode_stage(
             latent, facts = run.latent_and_facts(index)
             made = made_as(attempt.plan, facts)
             part = run.part_for(target.final_path)
-            write_picture(recovery.session, made, latent, request, target, index, quality, recovery.on_event, part)
+            own = picture_facts(request, recovery.session.spec, made, index)
+            write_picture(recovery.session, made, latent, own, target, index, quality, recovery.on_event, part)
     return attempt.plan, made
 
 
@@ -194,25 +218,36 @@ def write_picture(
     session: Session,
     plan: Plan,
     latent: Tensor,
-    request: Request,
+    facts: Facts,
     target: Target,
     index: int,
     quality: int | None,
     on_event: OnEvent,
     part: Path | None = None,
 ) -> None:
-    """Decodes a latent straight into its file, row block by row block. `part` is the file's name until it is whole."""
+    """Decodes a latent straight into its file, row block by row block.
+
+    facts: what the file says of itself, by the arguments of `parameters_text`. part: its name until it is whole.
+    """
     on_event(Progress(DECODE.name, 0, target.height, index))
     write_image(
         target,
         decode_rows(session, plan, latent),
-        parameters_text(**picture_facts(request, session.spec, plan, index)),
+        parameters_text(**facts),
         quality=quality,
         on_rows=lambda rows: on_event(Progress(DECODE.name, rows, target.height, index)),
         part=part,
         beside=plan.device.startswith("cuda"),
     )
     on_event(Progress("write", 1, 1, index))
+
+
+def _told(plan: Plan, more: tuple[str, ...], on_event: OnEvent) -> Plan:
+    """The plan with more notices, once the listener has been told of all of them."""
+    plan = dataclasses.replace(plan, notices=plan.notices + more)
+    for line in plan.notices:
+        on_event(notice(line))
+    return plan
 
 
 def _targets(path: Path, plan: Plan) -> list[Target]:

@@ -62,13 +62,15 @@ def look_at(path: Path) -> Found:
             if path.name and (run_folder_of(path) / "job.json").is_file():
                 return _run(find_run(path))
             raise UsageError(f"{path}: no such file or folder")
-        if path.suffix.lower() == ".safetensors":
+        if path.suffix.lower() in (".safetensors", ".latent"):
             return _safetensors(path)
         if path.suffix.lower() in FORMATS:
             return _picture(path)
     except OSError as error:
         raise FormatError(f"{path}: cannot be read: {error.strerror or one_line(error)}") from error
-    raise FormatError(f"{path}: not known; info takes {' '.join(FORMATS)} .safetensors, a checkpoint or a run folder")
+    raise FormatError(
+        f"{path}: not known; info takes {' '.join(FORMATS)} .safetensors .latent, a checkpoint or a run folder"
+    )
 
 
 # What is there

@@ -16,6 +16,7 @@ from typing import Annotated, Any
 import typer
 
 from handscroll.cli.bench import bench
+from handscroll.cli.dashes import prompts_apart, way_out
 from handscroll.cli.decode import decode
 from handscroll.cli.doctor import doctor
 from handscroll.cli.generate import generate
@@ -105,14 +106,14 @@ def run(arguments: Sequence[str]) -> int:
 def _attempt(arguments: Sequence[str]) -> int:
     command = typer.main.get_command(app)
     try:
-        with command.make_context("handscroll", list(arguments)) as context:
+        with command.make_context("handscroll", prompts_apart(command, arguments)) as context:
             command.invoke(context)
     except typer.Exit as done:
         return done.exit_code
     except BrokenPipeError:
         raise
     except (Exception, KeyboardInterrupt) as error:
-        exit_code, line, facts = _told(error)
+        exit_code, line, facts = _told(error, way_out(arguments))
         print(line, file=sys.stderr)
         if "--json" in arguments:
             print(to_json({"error": facts}))
@@ -120,9 +121,14 @@ def _attempt(arguments: Sequence[str]) -> int:
     return 0
 
 
-def _told(error: Any) -> tuple[int, str, dict[str, Any]]:
-    """Exit code, the line for stderr, and the error as `--json` shows it. What can be gone on with is said last."""
+def _told(error: Any, hint: str = "") -> tuple[int, str, dict[str, Any]]:
+    """Exit code, the line for stderr, and the error as `--json` shows it. What can be gone on with is said last.
+
+    hint: what is added to an error of how the command line was written.
+    """
     exit_code, opening, facts = _described(error)
+    if isinstance(error, _USAGE_FAULTS):
+        facts["message"] += hint
     facts["message"] = "; ".join([facts["message"], *getattr(error, "__notes__", ())])
     return exit_code, opening + one_line(facts["message"]), facts
 

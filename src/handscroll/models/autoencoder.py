@@ -14,14 +14,18 @@ from handscroll.models.config import (
     require_known,
     require_positive,
     require_within,
-    shown,
     spec_from_config,
 )
 from handscroll.models.parameters import convolution_parameters, linear_parameters
+from handscroll.units import shown
 
 BLOCK_TYPES = frozenset({"ResBlock", "EfficientViTBlock"})
 NORM_TYPES = frozenset({"rms_norm", "layer_norm", "batch_norm"})
 MAX_STAGES, MAX_KERNEL, MAX_SCALES = 10, 63, 8
+# As diffusers reads them: whatever is not the first of each is taken for the second.
+UPSAMPLE_TYPES = frozenset({"interpolate", "pixel_shuffle"})
+DOWNSAMPLE_TYPES = frozenset({"pixel_unshuffle", "Conv", "conv"})
+ACTIVATIONS = frozenset({"silu", "swish", "mish", "gelu", "relu"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +70,10 @@ class AutoencoderSpec:
         for field in ("decoder_norm_types", "decoder_act_fns"):
             require_a_stage(field, getattr(self, field), len(self.decoder_block_out_channels))
         require_known("decoder_norm_types", self.decoder_norm_types, NORM_TYPES)
+        require_known("decoder_act_fns", tuple(each.lower() for each in self.decoder_act_fns), ACTIVATIONS)
+        require_known("decoder_conv_act_fn", (self.decoder_conv_act_fn.lower(),), ACTIVATIONS)
+        require_known("upsample_block_type", (self.upsample_block_type,), UPSAMPLE_TYPES)
+        require_known("downsample_block_type", (self.downsample_block_type,), DOWNSAMPLE_TYPES)
         require_within(
             self,
             in_channels=(1, MAX_CHANNELS),

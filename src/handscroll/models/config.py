@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from handscroll.errors import CheckpointError
-from handscroll.units import one_line
+from handscroll.units import one_line, shown
 from handscroll.weights.json_text import MAX_MESSAGE, read_json
 
 Spec = TypeVar("Spec")
@@ -115,12 +115,3 @@ def freeze(value: Any) -> Any:
 
 def thaw(value: Any) -> Any:
     return [thaw(element) for element in value] if isinstance(value, tuple) else value
-
-
-def shown(value: Any) -> str:
-    """A value as a message shows it, on one line. (Python does not write out whole numbers of thousands of digits.)"""
-    try:
-        text = repr(value)
-    except (ValueError, RecursionError):
-        text = "a very large value"
-    return one_line(text, 40)

@@ -33,7 +33,8 @@ from tqdm.std import tqdm
 from handscroll.errors import CheckpointError, FetchError, HandscrollError, UnknownModelError
 from handscroll.files import write_whole
 from handscroll.models.checkpoint import CheckpointSpec
-from handscroll.models.folder import COMPONENTS, LAYOUT
+from handscroll.models.folder import COMPONENTS
+from handscroll.models.index import LAYOUT
 from handscroll.system import free_disk_bytes
 from handscroll.units import first_line, gibibytes
 from handscroll.weights.folder import candidates
@@ -63,6 +64,7 @@ def fetch(
     on_progress: OnProgress | None = None,
     offline: bool | None = None,
     weights_too: bool = True,
+    on_listing: Callable[[Mapping[str, int]], None] | None = None,
 ) -> Path:
     """The folder of a hub checkpoint on this machine; downloaded first unless it is already here whole.
 
@@ -70,7 +72,7 @@ def fetch(
     commit, whose name is the folder's. A checkpoint that is here is used without asking the hub. `offline=True`, or
     HF_HUB_OFFLINE in the environment, never reaches for the network. The small files come first, so that a repository
     which is not Sana's is refused before gigabytes are fetched. Without `weights_too` nothing else is: enough for a
-    plan.
+    plan. `on_listing` is then given the weight files that would be, and their bytes.
 
     Raises UnknownModelError if the hub knows no such model, FetchError if it cannot be reached, wants a login or the
     disk is too small, and CheckpointError if what it holds is not a Sana checkpoint in safetensors.
@@ -82,7 +84,9 @@ def fetch(
         what = hub_id if revision is None else f"revision {revision} of {hub_id}"
         raise FetchError(f"{what} is not on this machine and fetching is off (offline); {_where_to_look(hub_id)}")
     try:
-        return _download(hub_id, revision or DEFAULT_REVISION, on_progress, weights_too=weights_too)
+        return _download(
+            hub_id, revision or DEFAULT_REVISION, on_progress, weights_too=weights_too, on_listing=on_listing
+        )
     except HandscrollError:
         raise
     except Exception as error:  # hub, HTTP, xet and disk errors share no root but this one
@@ -100,6 +104,20 @@ def find_local(hub_id: str, revision: str | None = None) -> Path | None:
     folders = _snapshot_folders(hub_id, revision)
     whole = [folder for folder in folders if _is_whole(folder)]
     return whole[0] if len(whole) == 1 else None
+
+
+def find_small_files(hub_id: str, revision: str | None = None) -> Path | None:
+    """The folder of a hub checkpoint whose small files are here, with its weights or without; else as `find_local`."""
+    described = [folder for folder in _snapshot_folders(hub_id, revision) if _is_described(folder)]
+    return described[0] if len(described) == 1 else None
+
+
+def _is_described(folder: Path) -> bool:
+    try:
+        CheckpointSpec.from_configs(folder)
+    except CheckpointError:
+        return False
+    return any((folder / "tokenizer" / name).is_file() for name in TOKENIZERS)
 
 
 def _is_whole(folder: Path) -> bool:
@@ -147,7 +165,14 @@ def choose_files(names: Iterable[str], hub_id: str) -> tuple[list[str], list[str
 # Downloading.
 
 
-def _download(hub_id: str, revision: str, on_progress: OnProgress | None, *, weights_too: bool = True) -> Path:
+def _download(
+    hub_id: str,
+    revision: str,
+    on_progress: OnProgress | None,
+    *,
+    weights_too: bool = True,
+    on_listing: Callable[[Mapping[str, int]], None] | None = None,
+) -> Path:
     api = HfApi(endpoint=constants.ENDPOINT)
     info = api.model_info(hub_id, revision=revision, files_metadata=True, timeout=TIMEOUT_SECONDS)
     commit = info.sha
@@ -161,6 +186,8 @@ def _download(hub_id: str, revision: str, on_progress: OnProgress | None, *, wei
     report = _Report(hub_id, on_progress, wanted, _snapshots(hub_id) / commit)
     folder = _snapshot(hub_id, commit, small, report)
     CheckpointSpec.from_configs(folder)
+    if on_listing is not None:
+        on_listing({name: sizes.get(name, 0) for name in weights})
     if weights_too:
         folder = _snapshot(hub_id, commit, weights, report)
     _note_commit(hub_id, revision, commit)

@@ -6,6 +6,7 @@ The checkpoints live under https://huggingface.co/Efficient-Large-Model; nothing
 from __future__ import annotations
 
 import difflib
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,7 @@ from pathlib import Path
 from handscroll.errors import UnknownModelError, UsageError
 from handscroll.models.links import split_link
 from handscroll.models.single_file import describe_file
-from handscroll.units import one_line
+from handscroll.units import shown
 
 BUILTIN_FOLDER = Path(__file__).parents[1] / "builtin"
 # As the model cards state it: https://huggingface.co/Efficient-Large-Model/Sana_1600M_1024px_BF16_diffusers
@@ -81,6 +82,7 @@ def split_revision(model: str | Path, revision: str | None = None) -> tuple[str 
 
     A folder whose name holds an @ is a folder. Raises UsageError for two revisions, or none after the @.
     """
+    model = model_name(model)
     text = str(model)
     if isinstance(model, Path) or _local(text) is not None:
         return model, revision
@@ -108,6 +110,7 @@ def resolve(model: str | Path) -> Entry | Path | str:
     checkpoint is its entry. A revision after an @ is not looked at. Raises UnknownModelError, with the closest short
     names, for anything else.
     """
+    model = model_name(model)
     if isinstance(model, Path):
         if folder := _local(model):
             return _as_folder(folder)
@@ -125,9 +128,17 @@ def resolve(model: str | Path) -> Entry | Path | str:
     if "://" in model:
         raise UnknownModelError(f"{model}: no link of huggingface.co; give a folder, a short name or owner/name")
     raise UnknownModelError(
-        f"no model {one_line(repr(model), 100)}; {_closest(model[:100])}; "
-        "a checkpoint folder or a hub id owner/name also does"
+        f"no model {shown(model, 100)}; {_closest(model[:100])}; a checkpoint folder or a hub id owner/name also does"
     )
+
+
+def model_name(model: object) -> str | Path:
+    """A model as somebody gave it, a name or a path. Raises UnknownModelError for what is neither."""
+    if isinstance(model, os.PathLike) and not isinstance(model, Path):
+        model = os.fspath(model)
+    if not isinstance(model, str | Path):
+        raise UnknownModelError(f"model {shown(model)} is no name; give a text or a pathlib.Path")
+    return model
 
 
 def _local(model: str | Path) -> Path | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from handscroll.errors import CheckpointError
-from handscroll.models.folder import LAYOUT
+from handscroll.models.index import LAYOUT
 from handscroll.weights.foreign import (
     FUSE_FIRST,
     LORA_FILES,

@@ -55,6 +55,16 @@ class Target:
         return FORMATS[self.path.suffix.lower()]
 
 
+def check_format(path: Path, width: int, height: int) -> Format:
+    """The format that a file name says. Raises FormatError and SizeError as `check_target`, and looks at no disk."""
+    known = FORMATS.get(path.suffix.lower())
+    if known is None:
+        suffix = f"{path.suffix!r} is not a suffix handscroll writes" if path.suffix else "the file name has no suffix"
+        raise FormatError(f"cannot tell the format of {path}: {suffix}; use one of {' '.join(FORMATS)}")
+    _check_size(known, width, height)
+    return known
+
+
 def check_target(path: Path, width: int, height: int) -> Target:
     """Refuse a file that could not be written, before any work is done. `width` and `height` are in pixels.
 
@@ -62,11 +72,7 @@ def check_target(path: Path, width: int, height: int) -> Target:
     or OutputError (a folder in the way, no such folder, no permission, too little free disk).
     """
     path = Path(path)
-    known = FORMATS.get(path.suffix.lower())
-    if known is None:
-        suffix = f"{path.suffix!r} is not a suffix handscroll writes" if path.suffix else "the file name has no suffix"
-        raise FormatError(f"cannot tell the format of {path}: {suffix}; use one of {' '.join(FORMATS)}")
-    _check_size(known, width, height)
+    known = check_format(path, width, height)
     target = Target(path, known.name, width, height)
     try:
         str(path).encode()

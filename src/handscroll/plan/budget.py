@@ -90,7 +90,7 @@ def part_budget(
 def _cpu_extra_bytes(part: Part, plan: Plan, spec: CheckpointSpec) -> int:
     """What a part takes beside tensors: kernels, and a buffer to read weights of another dtype through."""
     precision = getattr(plan.precision, part.component)
-    stored = {entry.dtype for entry in spec.weights_of(part.folder).tensors}
+    stored = {entry.dtype for entry in spec.weights_of(part.folder).tensors} or {spec.dtype_of(part.folder)}
     growths = 0 if part is TEXT_PART else len(plan.sizes) - 1
     extra_bytes = part.cpu_extra_bytes + growths * CPU_GROWTH_BYTES
     extra_bytes += (1 + growths) * CPU_HALF_EXTRA_BYTES if precision != "fp32" else 0

@@ -52,14 +52,41 @@ class Hardware:
 
 
 @dataclass(frozen=True, slots=True)
+class TextRead:
+    """How much of a prompt the model reads, in tokens of its own: without an instruction and special tokens.
+
+    `ends`: the last words that are read, where it is cut.
+    """
+
+    tokens: int
+    read: int
+    ends: str = ""
+
+    @property
+    def is_cut(self) -> bool:
+        return self.read < self.tokens
+
+    def as_dict(self) -> dict[str, int]:
+        return {"tokens": self.tokens, "read": self.read}
+
+    def __str__(self) -> str:
+        return f"{self.read} of {self.tokens} tokens"
+
+
+@dataclass(frozen=True, slots=True)
 class PlanInputs:
     """What a plan is made from beside spec and request: the hardware, and how long the prompts are.
 
     tokens: of the longest prompt as the text encoder will see it; None where there is none to encode or denoise by, as
-    when a kept latent is decoded. tokenizer_bytes: what the tokenizer takes while prompts are encoded.
+    when a kept latent is decoded. tokenizer_bytes: what the tokenizer takes while prompts are encoded. prompt_read and
+    negative_read: how much of each is read; None where that is not known. notices: what the user should know of the
+    checkpoint, a line each.
     """
 
     hardware: Hardware
     tokens: int | None = None
     tokenizer_bytes: int = 0
     suffix: str = ".png"
+    prompt_read: TextRead | None = None
+    negative_read: TextRead | None = None
+    notices: tuple[str, ...] = ()

@@ -15,7 +15,8 @@ from handscroll.plan.inputs import MIB, PlanInputs
 from handscroll.plan.plan import Plan
 from handscroll.plan.precision import Precision, resolve_precision
 from handscroll.plan.stages import BY_NAME, DECODE, DENOISE, DENOISE_PART, ENCODE_PART, TEXT, Stage
-from handscroll.request import Request
+from handscroll.plan.unused import unused, uses_negative
+from handscroll.request import DEFAULT_PATCHES, Request
 from handscroll.units import MAX_SIDE_PX, budget_text
 
 # A stated minimum is rounded up, so that it still does when the process itself takes a little more the next time.
@@ -53,12 +54,16 @@ def make_plan(spec: CheckpointSpec, request: Request, inputs: PlanInputs, seed: 
         precision=resolve_precision(spec, request.precision, hardware.device, hardware.bf16_is_faster),
         device=hardware.device,
         decode=request.decode,
-        patches=request.patches,
+        patches=request.patches or DEFAULT_PATCHES,
         strip_rows=request.strip_rows,
         budget_bytes=request.memory_bytes,
+        prompt_read=inputs.prompt_read,
     )
     if inputs.tokens is not None:
         plan = with_smaller_sizes(plan, spec, request.compose_px)
+    if uses_negative(spec, plan):
+        plan = dataclasses.replace(plan, negative_read=inputs.negative_read)
+    plan = dataclasses.replace(plan, notices=(*inputs.notices, *unused(request, spec, plan)))
     return plan_stages(plan, spec, inputs)
 
 

@@ -11,8 +11,8 @@ from typing import Any
 
 from handscroll.errors import CheckpointError, is_out_of_memory
 from handscroll.models.checkpoint import CheckpointSpec
-from handscroll.models.config import read_config, shown
-from handscroll.units import one_line
+from handscroll.models.config import read_config
+from handscroll.units import one_line, shown
 from handscroll.weights.foreign import first_bytes, what_it_is
 from handscroll.weights.json_text import MAX_MESSAGE
 

@@ -83,8 +83,8 @@ class WeightFiles:
 
     @property
     def dtype(self) -> str:
-        """The dtype that most bytes are in: `fp32`, `bf16` or `fp16` for everything published so far."""
-        return next(iter(self.dtype_bytes), "fp32")
+        """The dtype that most bytes are in, empty for none; `fp32`, `bf16` or `fp16` for all published so far."""
+        return next(iter(self.dtype_bytes), "")
 
 
 NO_WEIGHTS = WeightFiles((), ())
