@@ -18,7 +18,7 @@ from types import NoneType, UnionType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from handscroll.errors import UsageError
-from handscroll.units import check_range
+from handscroll.units import check_range, quoted
 
 Check = Callable[[str, Any], None]  # of an option's name and its value; raises UsageError
 
@@ -70,7 +70,7 @@ class Option:
             given = os.fspath(given)
         is_one_of_several = len(self.fields) > 1 and not isinstance(given, tuple | list)
         if self.parse is not None and (isinstance(given, str) or is_one_of_several):
-            given = self.parse(str(given))
+            given = self.parse(_text_of(self.name, given))
         values = [given] if len(self.fields) == 1 else list(given)
         if len(values) != len(self.fields):
             raise UsageError(f"{self.name} {given!r} should have {len(self.fields)} values")
@@ -198,8 +198,18 @@ def _converted(label: str, declared: Option, value: Any) -> Any:
         try:
             return declared.kind(value)
         except ValueError:
-            raise UsageError(f"{label} {value!r} is not {what}") from None
-    return declared.kind(value) if isinstance(value, wanted) else value
+            raise UsageError(f"{label} {quoted(value)} is not {what}") from None
+    try:
+        return declared.kind(value) if isinstance(value, wanted) else value
+    except OverflowError:
+        raise UsageError(f"{label} is out of range: no number is that large") from None
+
+
+def _text_of(label: str, value: Any) -> str:
+    try:
+        return str(value)
+    except ValueError:  # a whole number of thousands of digits
+        raise UsageError(f"{label} is out of range: no number is that large") from None
 
 
 def _check(label: str, declared: Option, value: Any) -> None:

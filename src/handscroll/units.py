@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import re
+import unicodedata
+from decimal import Decimal
 
 from handscroll.errors import SizeError, UsageError
 
 MIN_SIDE_PX, MAX_SIDE_PX = 32, 131_072
 MIN_COMPOSE_PX = 64
+QUOTED_CHARACTERS = 60  # of what a user wrote, in a message about it
 
 
 # What users write
@@ -18,7 +21,7 @@ def parse_size(text: str) -> tuple[int, int]:
     found = re.fullmatch(r"\s*(\d{1,9})(?:\s*[xX×*]\s*(\d{1,9}))?\s*", text)
     if found is None:
         raise SizeError(
-            f"size {text!r} is not a size; write WIDTHxHEIGHT such as 4096x2048, or one number for a square"
+            f"size {quoted(text)} is not a size; write WIDTHxHEIGHT such as 4096x2048, or one number for a square"
         )
     width, height = int(found[1]), int(found[2] or found[1])
     check_side("width", width)
@@ -36,29 +39,41 @@ def parse_compose(text: str) -> int | None:
         case digits if re.fullmatch(r"[0-9]{1,9}", digits):
             check_range("compose", int(digits), MIN_COMPOSE_PX, MAX_SIDE_PX)
             return int(digits)
-    raise UsageError(f"compose {text!r} is not known; use auto, off or a side in pixels such as 1024")
+    raise UsageError(f"compose {quoted(text)} is not known; use auto, off or a side in pixels such as 1024")
 
 
 def parse_bytes(text: str) -> int:
     """`6GiB`, `800MiB`, `1.5 GB`, `123456` -> bytes. Raises UsageError."""
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(?:([kmgt]i?)?b)?\s*", text, re.IGNORECASE)
+    found = re.fullmatch(r"\s*(\d{1,20}(?:\.\d{1,20})?)\s*(?:([kmgt]i?)?b)?\s*", text, re.IGNORECASE)
     if found is None:
-        raise UsageError(f"memory {text!r} is not an amount; write it as 6GiB or 800MiB")
+        raise UsageError(f"memory {quoted(text)} is not an amount; write it as 6GiB or 800MiB")
     unit = (found[2] or "").lower()
     base = 1024 if unit.endswith("i") else 1000
-    return int(float(found[1]) * base ** " kmgt".index(unit[:1] or " "))
+    return int(Decimal(found[1]) * base ** " kmgt".index(unit[:1] or " "))
 
 
 def check_side(name: str, side_px: int) -> None:
     """Raises SizeError for a side that no picture has."""
     if not MIN_SIDE_PX <= side_px <= MAX_SIDE_PX:
-        raise SizeError(f"{name} {side_px} is out of range; use {MIN_SIDE_PX} to {MAX_SIDE_PX} pixels")
+        raise SizeError(f"{name} {_number(side_px)} is out of range; use {MIN_SIDE_PX} to {MAX_SIDE_PX} pixels")
 
 
 def check_range(name: str, value: float | None, least: float, most: float) -> None:
     """Raises UsageError for a number outside its range, NaN included."""
     if value is not None and not least <= value <= most:
-        raise UsageError(f"{name} {value} is out of range; use {least} to {most}")
+        raise UsageError(f"{name} {_number(value)} is out of range; use {least} to {most}")
+
+
+def quoted(text: object) -> str:
+    """What a user wrote, in quotes, for a message about it: on one line, and not all of it where it is long."""
+    return repr(one_line(str(text), QUOTED_CHARACTERS))
+
+
+def _number(value: float) -> str:
+    try:
+        return one_line(str(value), QUOTED_CHARACTERS)
+    except ValueError:  # Python writes whole numbers of thousands of digits only where it is told to
+        return "of thousands of digits"
 
 
 # What users read
@@ -88,9 +103,39 @@ def duration(seconds: float) -> str:
     return f"{amount:.{int(amount < 100)}f} {unit}"
 
 
+# Texts of others
+
+
+def visible(text: str) -> str:
+    """A text as a terminal may print it: what would steer the terminal is shown as an escape, `\\x1b` and the like.
+
+    That is every control character but the end of a line and the tab, and the marks that turn the direction of writing
+    and so show letters in another order than they have.
+    """
+    return "".join(_escaped(character) if _steers(character) else character for character in text)
+
+
+def _steers(character: str) -> bool:
+    kind = unicodedata.category(character)
+    if kind == "Cc":
+        return character not in "\n\t"
+    return kind in ("Cs", "Zl", "Zp") or unicodedata.bidirectional(character) in _TURNS
+
+
+# Embeddings, overrides and isolates. The marks that only say which way a single place is written stay.
+_TURNS = {"LRE", "RLE", "PDF", "LRO", "RLO", "LRI", "RLI", "FSI", "PDI"}
+
+
+def _escaped(character: str) -> str:
+    return character.encode("unicode_escape").decode("ascii")
+
+
 def one_line(said: str | BaseException, most: int | None = None) -> str:
-    """A text, or what an error says (its kind where that is nothing), on one line of at most `most` characters."""
-    line = " ".join(str(said).split())
+    """A text, or what an error says (its kind where that is nothing), on one line of at most `most` characters.
+
+    Whatever would steer a terminal is made `visible`.
+    """
+    line = visible(" ".join(str(said).split()))
     if not line and isinstance(said, BaseException):
         line = type(said).__name__
     return line if most is None or len(line) <= most else f"{line[: most - 3]}..."
@@ -98,4 +143,4 @@ def one_line(said: str | BaseException, most: int | None = None) -> str:
 
 def first_line(error: BaseException) -> str:
     """The first line of what an error says, for libraries that go on for many; its kind where it says nothing."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    return visible((str(error).strip() or type(error).__name__).splitlines()[0])

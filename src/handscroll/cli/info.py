@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from handscroll.cli.options import Json
-from handscroll.cli.output import columns, to_json
+from handscroll.cli.output import columns, print_text, to_json
 from handscroll.errors import FormatError, UsageError
 from handscroll.units import gibibytes, one_line
 
@@ -35,7 +35,10 @@ def info(
     Reads no weights and no pixels.
     """
     found = look_at(file)
-    print(to_json(found) if as_json else "\n".join(_SHOWN[found["kind"]](found)))
+    if as_json:
+        print(to_json(found))
+    else:
+        print_text("\n".join(_SHOWN[found["kind"]](found)))
 
 
 def look_at(path: Path) -> Found:

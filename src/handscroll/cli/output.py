@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from handscroll.units import duration, gibibytes
+from handscroll.units import duration, gibibytes, one_line, visible
 
 if TYPE_CHECKING:
     from handscroll.jobs.result import Result
@@ -19,11 +19,11 @@ def print_results(results: Sequence[Result], as_json: bool, quiet: bool) -> None
         print(to_json(found[0] if len(found) == 1 else {"pictures": found}))
         return
     for result in results:
-        print(result.path)
+        print(visible(str(result.path)) if sys.stdout.isatty() else result.path)
     if not quiet:
         sys.stdout.flush()
         for note in {result.note for result in results if result.note}:
-            print(f"note: {note}", file=sys.stderr)
+            print(f"note: {one_line(note)}", file=sys.stderr)
         print(_summary(results), file=sys.stderr)
 
 
@@ -40,6 +40,11 @@ def _summary(results: Sequence[Result]) -> str:
         planned_bytes = max(result.memory["planned_peak_bytes"] or 0 for result in results)
         memory += f" (planned {gibibytes(planned_bytes)}, budget {gibibytes(first.memory['budget_bytes'])})"
     return f"{pictures}{first.width}x{first.height}, {duration(seconds)}, {memory}, {seeds}"
+
+
+def print_text(text: str) -> None:
+    """Prints lines for people. What they quote of files and of others cannot steer a terminal."""
+    print(visible(text))
 
 
 def columns(rows: Sequence[Sequence[str]]) -> list[str]:
