@@ -75,7 +75,7 @@ class Handscroll:
             texts, plan = encode_stage(recovery, plan, request)
             for attempt in recovery.attempts(DENOISE, plan):
                 with attempt:
-                    latent = denoise_picture(self.session, attempt.plan, texts, 0, on_event)
+                    latent = denoise_picture(self.session, attempt.plan, texts, 0, recovery.on_event)
         if self.memory_bytes is not None:
             self.session.free()
         return Picture(self.session, attempt.plan, inputs, latent, request, on_event)
@@ -98,10 +98,12 @@ class Picture:
     @torch.inference_mode()
     def rows(self) -> Iterator[np.ndarray]:
         """The picture from top to bottom as row blocks [rows, width, 3] uint8."""
+        self._session.listener = self._on_event
         yield from decode_rows(self._session, self.plan, self.latent)
 
     def numpy(self) -> np.ndarray:
         """The whole picture, [height, width, 3] uint8."""
+        self._session.listener = self._on_event
         with torch.inference_mode():
             return whole_picture(self._session, self.plan, self.latent)
 
@@ -120,5 +122,6 @@ class Picture:
         with torch.inference_mode():
             for attempt in recovery.attempts(DECODE, plan):
                 with attempt:
-                    write_picture(self._session, attempt.plan, self.latent, self._request, target, 0, quality, on_event)
+                    listener = recovery.on_event
+                    write_picture(self._session, attempt.plan, self.latent, self._request, target, 0, quality, listener)
         return target.path

@@ -8,9 +8,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from handscroll.errors import CheckpointError, FormatError, OutputError, SizeError
+from handscroll.errors import CheckpointError, FormatError, OutputError, SizeError, UsageError
 from handscroll.models.checkpoint import CheckpointSpec
 from handscroll.request import Request
+from handscroll.units import one_line
 from handscroll.weights.header import read_header, read_metadata
 from handscroll.weights.tensor_file import CHECKSUM, read_tensors, write_tensors
 
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 TENSOR_NAME = "latent"
+MAX_REASON = 120  # characters, of why a file is broken
 
 
 def check_latent_target(path: Path) -> None:
@@ -28,6 +30,16 @@ def check_latent_target(path: Path) -> None:
         raise OutputError(f"{path}: is a folder; give a file name in it")
     if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
         raise OutputError(f"{path}: the folder {path.parent} does not exist or cannot be written to")
+
+
+def check_is_latent(path: Path) -> None:
+    """Raises OutputError where a file is in the way of a latent and is not one itself. For names that a file gives."""
+    try:
+        is_latent = not os.path.lexists(path) or (not path.is_symlink() and describe_latent(path) is not None)
+    except CheckpointError:
+        is_latent = False
+    if not is_latent:
+        raise OutputError(f"{path}: is in the way and is no latent; move it, or name a file with --save-latent")
 
 
 def save_latent(path: Path, latent: Tensor, facts: Mapping[str, str], *, part: Path | None = None) -> None:
@@ -71,7 +83,7 @@ def request_of_latent(file: Path, facts: Mapping[str, str], wanted: Mapping[str,
     if named is None:
         raise CheckpointError(f"{file}: does not say which model made it; name it with --model")
     try:
-        made = {
+        made: dict[str, Any] = {
             "prompt": facts.get("prompt") or "unknown",
             "negative": facts.get("negative", ""),
             "model": named,
@@ -81,10 +93,11 @@ def request_of_latent(file: Path, facts: Mapping[str, str], wanted: Mapping[str,
             "guidance": float(facts["guidance"]) if "guidance" in facts else None,
             "seed": int(facts.get("seed", 0)),
         }
-    except ValueError as error:
-        raise CheckpointError(f"{file}: its metadata is broken: {error}") from error
-    if "model" not in wanted:
-        made["revision"] = facts.get("revision") or None
+        if "model" not in wanted:
+            made["revision"] = facts.get("revision") or None
+        Request(**made)
+    except (ValueError, OverflowError, UsageError) as error:
+        raise CheckpointError(f"{file}: its metadata is broken: {one_line(error, MAX_REASON)}") from error
     return Request(**{**made, **wanted})
 
 

@@ -19,8 +19,10 @@ from torch import Tensor, nn
 from handscroll.banded.autoencoder import Materialize
 from handscroll.banded.transformer import Branch, predict
 from handscroll.errors import HandscrollError
+from handscroll.events import OnEvent, ignore, pulse
 from handscroll.models.checkpoint import CheckpointSpec
 from handscroll.plan.plan import Plan
+from handscroll.plan.stages import DENOISE, TEXT
 from handscroll.plan.store import Store
 from handscroll.runtime.maps import new_map
 from handscroll.runtime.memory import release
@@ -45,10 +47,14 @@ class Opened:
 
 
 class Transformer:
-    """A checkpoint's transformer as a plan runs it: in row blocks, layer by layer. `scratch`: where its maps go."""
+    """A checkpoint's transformer as a plan runs it: in row blocks, layer by layer.
 
-    def __init__(self, opened: Opened, plan: Plan, scratch: Path | None) -> None:
+    `scratch`: where its maps go. `pulse` is called before each layer.
+    """
+
+    def __init__(self, opened: Opened, plan: Plan, scratch: Path | None, pulse: Callable[[str], None]) -> None:
         self.module, self.stream, self.plan, self.scratch = opened.module, opened.stream, plan, scratch
+        self._pulse = pulse
         self.config = opened.module.config
         self.dtype, self.device = DTYPES[plan.precision.transformer], torch.device(plan.device)
 
@@ -70,6 +76,7 @@ class Transformer:
     @contextmanager
     def _materialize(self, index: int) -> Iterator[nn.Module]:
         blocks = self.module.transformer_blocks
+        self._pulse(DENOISE.name)
         with self.stream.materialize(blocks[index]):
             self.stream.prefetch(blocks[(index + 1) % len(blocks)])  # after the last, for the next step
             yield blocks[index]
@@ -81,12 +88,13 @@ class Session:
     A context manager; `resident=True` holds on to every module once it is opened, whole, for repeated use. `scratch` is
     the folder for maps that a plan puts on disk. What a module is opened in, and how much of it stays in memory, is the
     plan's that it is first opened with; `free` before another plan is to be followed. `opened` says what is open, by
-    component, half of the autoencoder, precision and device.
+    component, half of the autoencoder, precision and device. `listener` is given a pulse between two blocks.
     """
 
     def __init__(self, spec: CheckpointSpec, *, resident: bool = False, scratch: Path | None = None) -> None:
         self.spec, self.resident, self.scratch = spec, resident, scratch
         self.opened: dict[str, Opened] = {}
+        self.listener: OnEvent = ignore
         self._device = "cpu"
 
     def __enter__(self) -> Self:
@@ -96,6 +104,10 @@ class Session:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.free()
+
+    def pulse(self, stage: str) -> None:
+        """Gives the listener a moment to end the job in."""
+        self.listener(pulse(stage))
 
     def free(self) -> None:
         """Forgets every module and gives its memory back."""
@@ -111,7 +123,9 @@ class Session:
 
         def opened() -> Opened:
             dtype = DTYPES[plan.precision.text_encoder]
-            module, stream = open_text_encoder(self.spec, dtype=dtype, device=plan.device)
+            module, stream = open_text_encoder(
+                self.spec, dtype=dtype, device=plan.device, on_layer=lambda: self.pulse(TEXT.name)
+            )
             if self.resident:
                 stream.make_resident(module)
             return Opened(module, stream, resident=self.resident)
@@ -131,7 +145,9 @@ class Session:
             stream.pin(int(1.01 * plan.denoise.host_bytes))  # alignment pads a little
             return Opened(module, stream)
 
-        return Transformer(self._once("transformer", plan.precision.transformer, plan, opened), plan, self.scratch)
+        return Transformer(
+            self._once("transformer", plan.precision.transformer, plan, opened), plan, self.scratch, self.pulse
+        )
 
     def open_autoencoder(self, plan: Plan, half: Half) -> Opened:
         """The autoencoder with one half alone."""
