@@ -281,7 +281,7 @@ def test_every_option_reaches_the_pipeline(shell: Shell, asked: list[dict[str, A
         "path": Path("a.jpg"),
         "save_latent": None,
         "quality": 70,
-        "on_event": work.print_notice,
+        "on_event": call["on_event"],
     }
 
 
@@ -290,6 +290,7 @@ def test_every_option_of_decode_reaches_the_pipeline(shell: Shell, asked: list[d
         "--model sana-1.6b --precision bf16 --device cuda:1 --decode patch --patches 8 --strip-rows 2 --memory 2GiB"
     )
     assert shell("decode", "a.safetensors", *options.split(), "-o", "a.jpg", "--quality", 70).exit_code == 0
+    [call] = asked
     assert asked == [
         {
             "latent": Path("a.safetensors"),
@@ -302,7 +303,8 @@ def test_every_option_of_decode_reaches_the_pipeline(shell: Shell, asked: list[d
             "strip_rows": 2,
             "memory_bytes": 2 * 2**30,
             "quality": 70,
-            "on_event": work.print_notice,
+            "fetch": False,
+            "on_event": call["on_event"],
         }
     ]
 
@@ -310,7 +312,16 @@ def test_every_option_of_decode_reaches_the_pipeline(shell: Shell, asked: list[d
 def test_every_option_of_resume_reaches_the_pipeline(shell: Shell, asked: list[dict[str, Any]]) -> None:
     options = "--device cuda:1 --memory 2GiB --quiet"
     assert shell("resume", "a.png.run", *options.split()) == Ran(0, "a.png\n", "")
-    assert asked == [{"run": Path("a.png.run"), "device": "cuda:1", "memory_bytes": 2 * 2**30, "on_event": ignore}]
+    assert asked == [
+        {
+            "run": Path("a.png.run"),
+            "device": "cuda:1",
+            "memory_bytes": 2 * 2**30,
+            "save_latent": None,
+            "fetch": False,
+            "on_event": ignore,
+        }
+    ]
 
 
 def test_left_out_means_the_models_own(shell: Shell, asked: list[dict[str, Any]]) -> None:

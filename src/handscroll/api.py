@@ -90,7 +90,7 @@ class Handscroll:
             texts, plan = encode_stage(recovery, plan, request)
             for attempt in recovery.attempts(DENOISE, plan):
                 with attempt:
-                    latent = denoise_picture(self.session, attempt.plan, texts, 0, on_event)
+                    latent = denoise_picture(self.session, attempt.plan, texts, 0, recovery.on_event)
         if self.memory_bytes is not None:
             self.session.free()
         return Picture(self.session, attempt.plan, inputs, latent, request, on_event)
@@ -114,10 +114,12 @@ class Picture:
     @torch.inference_mode()
     def rows(self) -> Iterator[np.ndarray]:
         """The picture from top to bottom as row blocks [rows, width, 3] uint8."""
+        self._session.on_event = self._on_event
         yield from decode_rows(self._session, self.plan, self.latent)
 
     def numpy(self) -> np.ndarray:
         """The whole picture, [height, width, 3] uint8."""
+        self._session.on_event = self._on_event
         with torch.inference_mode():
             return whole_picture(self._session, self.plan, self.latent)
 
@@ -141,5 +143,6 @@ class Picture:
             for attempt in recovery.attempts(DECODE, plan):
                 with attempt:
                     facts = picture_facts(self._request, self._session.spec, attempt.plan, 0)
-                    write_picture(self._session, attempt.plan, self.latent, facts, target, 0, quality, on_event)
+                    told = recovery.on_event
+                    write_picture(self._session, attempt.plan, self.latent, facts, target, 0, quality, told)
         return target.path

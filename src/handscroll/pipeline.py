@@ -9,10 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from handscroll.events import OnEvent, Progress, ignore, listener, notice
+from handscroll.errors import RunFolderError
+from handscroll.events import OnEvent, Progress, ignore, listener, notice, pulse
 from handscroll.files import as_path
+from handscroll.jobs.folder import check_plain
 from handscroll.jobs.job import Job, find_run, read_job
 from handscroll.jobs.latent_file import (
+    check_is_latent,
     check_latent_target,
     facts_of_latent,
     how_read,
@@ -24,7 +27,7 @@ from handscroll.jobs.recovery import Recovery
 from handscroll.jobs.result import Facts, Result, decoded_facts, latent_facts, made_as, picture_facts
 from handscroll.jobs.store import RunFolder
 from handscroll.models.checkpoint import CheckpointSpec
-from handscroll.models.opening import on_fetch, open_checkpoint
+from handscroll.models.opening import check_nothing_is_fetched, on_fetch, open_checkpoint
 from handscroll.options import fields_of
 from handscroll.pictures.formats import check_quality, quality_not_used
 from handscroll.pictures.metadata import parameters_text
@@ -34,7 +37,7 @@ from handscroll.plan.plan import Plan
 from handscroll.plan.search import make_plan, minimum_bytes
 from handscroll.plan.stages import DECODE, DENOISE, TEXT
 from handscroll.request import Request, as_request, indexed, random_seed
-from handscroll.runtime.decode import decode_rows
+from handscroll.runtime.decode import DecodeProgress, decode_rows
 from handscroll.runtime.denoise import denoise_picture
 from handscroll.runtime.device import scratch_folder
 from handscroll.runtime.memory import Meter, enforce
@@ -50,18 +53,31 @@ def generate(
     save_latent: str | Path | None = None,
     quality: int | None = None,
     on_event: OnEvent = ignore,
-    must_go_on: bool = False,
 ) -> list[Result]:
     """Makes the pictures of a request and writes them to `path` (`name-1.png`, ... for more than one).
 
     Whatever can be refused is refused before a weight is read. What is finished is kept in a run folder beside `path`
-    until the pictures are written: the same request goes on from there, another starts over (`must_go_on` refuses to).
-    Seconds and memory in the results are this session's. Raises HandscrollError.
+    until the pictures are written: the same request goes on from there, another starts over.
+    Seconds and memory in the results are this session's. Raises HandscrollError, and what `on_event` raises.
     """
     request, on_event = as_request(request), listener(on_event)
     path, quality = as_path("path", path), check_quality(quality)
     save_latent = None if save_latent is None else as_path("save_latent", save_latent)
     spec = open_checkpoint(request.model, request.revision, on_progress=on_fetch(on_event))
+    return _made(request, spec, path, save_latent, quality, on_event)
+
+
+def _made(
+    request: Request,
+    spec: CheckpointSpec,
+    path: Path,
+    save_latent: Path | None,
+    quality: int | None,
+    on_event: OnEvent,
+    *,
+    must_go_on: bool = False,
+) -> list[Result]:
+    """`generate` by a model that is there. `must_go_on` refuses to start over."""
     inputs = probe(spec, request, path)
     plan = make_plan(spec, request, inputs, random_seed())
     targets = _targets(path, plan)
@@ -103,38 +119,79 @@ def generate(
 
 
 def resume(
-    run: str | Path, *, device: str | None = None, memory_bytes: int | None = None, on_event: OnEvent = ignore
+    run: str | Path,
+    *,
+    model: str | None = None,
+    save_latent: str | Path | None = None,
+    device: str | None = None,
+    memory_bytes: int | None = None,
+    fetch: bool = False,
+    on_event: OnEvent = ignore,
 ) -> list[Result]:
     """Goes on with an unfinished run, given by its folder or by its picture's path, to the same pictures.
 
+    A run folder may come from anybody. What it writes lies beside it: a latent that was kept elsewhere wants
+    `save_latent` again, and nothing but an older latent is replaced by one. A model that is not on this machine is
+    fetched only where it is named as `model`, or with `fetch`.
+
     Raises RunFolderError for what is no run of this version, or whose model or device is another now; BusyError where
-    another process is at it; and as `generate`.
+    another process is at it; UnconfirmedFetchError; and as `generate`.
     """
-    job = read_job(find_run(as_path("run", run)))
-    return generate(
-        job.resumed(device, memory_bytes),
-        job.output,
-        save_latent=job.save_latent,
-        quality=job.quality,
-        on_event=on_event,
-        must_go_on=True,
-    )
+    on_event = listener(on_event)
+    save_latent = None if save_latent is None else as_path("save_latent", save_latent)
+    folder = find_run(as_path("run", run))
+    check_plain(folder)
+    job = read_job(folder)
+    request = job.resumed(device, memory_bytes, model)
+    save_latent = save_latent or _latent_of(folder, job)
+    if model is None:
+        _check_fetch(folder / "job.json", request, fetch)
+    spec = open_checkpoint(request.model, request.revision, on_progress=on_fetch(on_event))
+    return _made(request, spec, job.output, save_latent, job.quality, on_event, must_go_on=True)
+
+
+def _check_fetch(file: Path, request: Request, fetch: bool) -> None:
+    """Raises UnconfirmedFetchError where the model of a request, which a file names, would be fetched without leave."""
+    if not fetch:
+        check_nothing_is_fetched(request.model, request.revision, file)
+
+
+def _latent_of(folder: Path, job: Job) -> Path | None:
+    """Where a run folder may put its latent. Raises RunFolderError and OutputError."""
+    if job.save_latent is None:
+        return None
+    if job.save_latent.parent.resolve() != job.output.parent.resolve():
+        raise RunFolderError(
+            f"{folder}: keeps its latent at {job.save_latent}, which is not beside the picture; name that file again "
+            "with --save-latent (in Python: save_latent=...), or run the same `handscroll generate` again"
+        )
+    for index in range(job.request.count):
+        check_is_latent(indexed(job.save_latent, index, job.request.count))
+    return job.save_latent
 
 
 def decode_latent(
-    latent: str | Path, path: str | Path, *, quality: int | None = None, on_event: OnEvent = ignore, **options: Any
+    latent: str | Path,
+    path: str | Path,
+    *,
+    quality: int | None = None,
+    fetch: bool = False,
+    on_event: OnEvent = ignore,
+    **options: Any,
 ) -> Result:
     """Decodes a latent that `generate` or another tool saved to a picture file, without denoising again.
 
     What the latent's file does not say of how it was made is said nowhere. options: those of `handscroll decode`, as
-    memory='1GiB', strip_rows=4. Left out, the model is the file's. Raises
-    HandscrollError.
+    memory='1GiB', strip_rows=4. Left out, the model is the file's; where that is not on this machine, it is fetched
+    only with `fetch`. Raises HandscrollError, of which UnconfirmedFetchError.
     """
     wanted = fields_of(Request, options, "decode")
     latent, path, quality = as_path("latent", latent), as_path("path", path), check_quality(quality)
     on_event = listener(on_event)
     facts = facts_of_latent(latent)
     request = request_of_latent(latent, facts, wanted)
+    if "model" not in wanted:
+        _check_fetch(latent, request, fetch)
     spec = open_checkpoint(request.model, request.revision, on_progress=on_fetch(on_event))
     tensor, _ = load_latent(latent, spec.autoencoder)
     request = with_size_of(latent, tensor, request, spec)
@@ -152,7 +209,7 @@ def decode_latent(
                 with attempt:
                     plan = made_as(attempt.plan, facts)
                     made = decoded_facts(facts, request, spec, plan)
-                    write_picture(session, plan, tensor, made, target, 0, quality, on_event)
+                    write_picture(session, plan, tensor, made, target, 0, quality, recovery.on_event)
     return Result.of(target.path, spec, plan, meter, made)
 
 
@@ -229,13 +286,14 @@ def write_picture(
 
     facts: what the file says of itself, by the arguments of `parameters_text`. part: its name until it is whole.
     """
-    on_event(Progress(DECODE.name, 0, target.height, index))
+    told = DecodeProgress(on_event, plan, index)
     write_image(
         target,
-        decode_rows(session, plan, latent),
+        decode_rows(session, plan, latent, told.on_sweep_rows),
         parameters_text(**facts),
         quality=quality,
-        on_rows=lambda rows: on_event(Progress(DECODE.name, rows, target.height, index)),
+        on_rows=told.on_rows,
+        on_wait=lambda: on_event(pulse("write", index)),
         part=part,
         beside=plan.device.startswith("cuda"),
     )

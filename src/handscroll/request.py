@@ -87,7 +87,10 @@ class Request:
         "What `models` lists, or yours.",
         metavar="NAME|FOLDER|HUB_ID",
         commands=("generate", "plan", "bench"),
-        left_to={"decode": "Whose autoencoder to use. Left out, the one in the file."},
+        left_to={
+            "decode": "Whose autoencoder to use. Left out, the one in the file.",
+            "resume": "The run's own, named again. Left out, the one in the folder.",
+        },
     )
     width: int | None = option(
         None,

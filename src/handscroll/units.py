@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from decimal import Decimal
 
 from handscroll.errors import SizeError, UsageError, printable
 
 MIN_SIDE_PX, MAX_SIDE_PX = 32, 131_072
 MIN_COMPOSE_PX = 64
+QUOTED_CHARACTERS = 60  # of what a user wrote, in a message about it
 
 
 # What users write
@@ -42,12 +44,12 @@ def parse_compose(text: str) -> int | None:
 
 def parse_bytes(text: str) -> int:
     """`6GiB`, `800MiB`, `1.5 GB`, `123456` -> bytes. Raises UsageError."""
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(?:([kmgt]i?)?b)?\s*", text, re.IGNORECASE)
+    found = re.fullmatch(r"\s*(\d{1,20}(?:\.\d{1,20})?)\s*(?:([kmgt]i?)?b)?\s*", text, re.IGNORECASE)
     if found is None:
         raise UsageError(f"memory {shown(text)} is not an amount; write it as 6GiB or 800MiB")
     unit = (found[2] or "").lower()
     base = 1024 if unit.endswith("i") else 1000
-    return int(float(found[1]) * base ** " kmgt".index(unit[:1] or " "))
+    return int(Decimal(found[1]) * base ** " kmgt".index(unit[:1] or " "))
 
 
 def check_side(name: str, side_px: int) -> None:
@@ -89,8 +91,19 @@ def duration(seconds: float) -> str:
     return f"{amount:.{int(amount < 100)}f} {unit}"
 
 
+# Texts of others
+
+
+def visible(text: str) -> str:
+    """A text of several lines as a terminal may print it: as `printable`, but that ends of lines and tabs stay."""
+    return re.sub(r"[^\n\t]+", lambda found: printable(found[0]), text)
+
+
 def one_line(said: str | BaseException, most: int | None = None) -> str:
-    """A text, or what an error says (its kind where that is nothing), on one line of at most `most` characters."""
+    """A text, or what an error says (its kind where that is nothing), on one line of at most `most` characters.
+
+    Whatever would steer a terminal is written out.
+    """
     line = printable(" ".join(str(said).split()))
     if not line and isinstance(said, BaseException):
         line = type(said).__name__
@@ -110,7 +123,7 @@ def listed(names: Iterable[str], most: int = 5) -> str:
     return " and ".join([", ".join(shown[:-1]), shown[-1]] if len(shown) > 1 else shown)
 
 
-def shown(value: object, most: int = 60) -> str:
+def shown(value: object, most: int = QUOTED_CHARACTERS) -> str:
     """What somebody gave, as Python writes it, on one line; its type where it cannot be written."""
     try:
         text = repr(value)

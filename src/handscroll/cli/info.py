@@ -10,8 +10,8 @@ from typing import Annotated, Any
 import typer
 
 from handscroll.cli.options import Json
-from handscroll.cli.output import columns, to_json
-from handscroll.errors import FormatError, UsageError, printable
+from handscroll.cli.output import columns, print_text, to_json
+from handscroll.errors import FormatError, UsageError
 from handscroll.units import gibibytes, one_line
 
 Found = dict[str, Any]
@@ -37,10 +37,8 @@ def info(
     found = look_at(file)
     if as_json:
         print(to_json(found))
-        return
-    # Names in a file may hold anything, also what a terminal would obey.
-    lines = "\n".join(_SHOWN[found["kind"]](found)).split("\n")
-    print("\n".join(map(printable, lines)))
+    else:
+        print_text("\n".join(_SHOWN[found["kind"]](found)))
 
 
 def look_at(path: Path) -> Found:

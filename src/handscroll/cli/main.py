@@ -25,11 +25,12 @@ from handscroll.cli.models import models
 from handscroll.cli.output import to_json
 from handscroll.cli.plan import plan
 from handscroll.cli.resume import resume
-from handscroll.errors import HandscrollError, is_out_of_memory
+from handscroll.errors import Cancelled, HandscrollError, is_out_of_memory
 from handscroll.units import one_line
 from handscroll.version import __version__
 
-INTERRUPTED = 130
+MAX_REASON = 300  # characters, of what a library says of an error that nobody expected
+INTERRUPTED = Cancelled.exit_code
 
 app = typer.Typer(
     add_completion=False,
@@ -135,7 +136,7 @@ def _told(error: Any, hint: str = "") -> tuple[int, str, dict[str, Any]]:
 
 def _described(error: Any) -> tuple[int, str, dict[str, Any]]:
     if isinstance(error, HandscrollError):
-        return error.exit_code, "error: ", error.as_dict()
+        return error.exit_code, "" if isinstance(error, Cancelled) else "error: ", error.as_dict()
     if isinstance(error, _USAGE_FAULTS):
         message = one_line(error.format_message()).rstrip(".")
         return 2, "error: ", {"code": "bad_usage", "message": message}
@@ -148,5 +149,6 @@ def _described(error: Any) -> tuple[int, str, dict[str, Any]]:
         message = "out of memory; try --decode rows, a smaller --strip-rows or --size, or --device cpu"
     else:
         code = "unexpected"
-        message = one_line(f"{type(error).__name__}: {error}; HANDSCROLL_TRACEBACK=1 shows where")
+        said = one_line(f"{type(error).__name__}: {error}", MAX_REASON)
+        message = f"{said}; this is a fault in handscroll itself, please report it: HANDSCROLL_TRACEBACK=1 shows where"
     return 1, "error: ", {"code": code, "message": message}

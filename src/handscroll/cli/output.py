@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from handscroll.units import duration, gibibytes
+from handscroll.units import duration, gibibytes, one_line, visible
 
 if TYPE_CHECKING:
     from handscroll.jobs.result import Result
@@ -19,11 +19,11 @@ def print_results(results: Sequence[Result], as_json: bool, quiet: bool) -> None
         print(to_json(found[0] if len(found) == 1 else {"pictures": found}))
         return
     for result in results:
-        print(result.path)
+        print(visible(str(result.path)) if sys.stdout.isatty() else result.path)
     if not quiet:
         sys.stdout.flush()
         for note in {result.note for result in results if result.note}:
-            print(f"note: {note}", file=sys.stderr)
+            print(f"note: {one_line(note)}", file=sys.stderr)
         print(_summary(results), file=sys.stderr)
 
 
@@ -48,6 +48,11 @@ def _summary(results: Sequence[Result]) -> str:
     if first.seed is not None:
         parts.append(f"seed {first.seed}" if len(results) == 1 else f"seeds {first.seed} to {last.seed}")
     return ", ".join(parts)
+
+
+def print_text(text: str) -> None:
+    """Prints lines for people. What they quote of files and of others cannot steer a terminal."""
+    print(visible(text))
 
 
 def columns(rows: Sequence[Sequence[str]]) -> list[str]:

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from handscroll.errors import CheckpointError, FormatError, OutputError, SizeError
+from handscroll.errors import CheckpointError, FormatError, OutputError, SizeError, UsageError
 from handscroll.models.autoencoder import AutoencoderSpec
 from handscroll.models.checkpoint import CheckpointSpec
 from handscroll.request import Request
@@ -30,6 +30,7 @@ NAMES = (TENSOR_NAME, "latents", "samples", COMFY_NAME, "image_latents", "z")
 # A latent decodes without its prompt, which a request cannot be without.
 _NO_PROMPT = "a latent"
 _FLOATS = ("fp64", "fp32", "fp16", "bf16")
+MAX_REASON = 120  # characters, of why a file is broken
 
 
 def check_latent_target(path: Path) -> None:
@@ -40,6 +41,16 @@ def check_latent_target(path: Path) -> None:
         raise OutputError(f"{path}: is a folder; give a file name in it")
     if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
         raise OutputError(f"{path}: the folder {path.parent} does not exist or cannot be written to")
+
+
+def check_is_latent(path: Path) -> None:
+    """Raises OutputError where a file is in the way of a latent and is not one itself. For names that a file gives."""
+    try:
+        is_latent = not os.path.lexists(path) or (not path.is_symlink() and describe_latent(path) is not None)
+    except CheckpointError:
+        is_latent = False
+    if not is_latent:
+        raise OutputError(f"{path}: is in the way and is no latent; move it, or name a file with --save-latent")
 
 
 def save_latent(path: Path, latent: Tensor, facts: Mapping[str, str], *, part: Path | None = None) -> None:
@@ -136,10 +147,11 @@ def request_of_latent(file: Path, facts: Mapping[str, str], wanted: Mapping[str,
     made: dict[str, Any] = {"model": named}
     try:
         made |= {side: int(facts[side]) for side in ("width", "height") if side in facts}
-    except ValueError as error:
-        raise CheckpointError(f"{file}: its metadata is broken: {one_line(error)}") from error
-    if "model" not in wanted:
-        made["revision"] = facts.get("revision") or None
+        if "model" not in wanted:
+            made["revision"] = facts.get("revision") or None
+        Request(_NO_PROMPT, **made)
+    except (ValueError, OverflowError, UsageError) as error:
+        raise CheckpointError(f"{file}: its metadata is broken: {one_line(error, MAX_REASON)}") from error
     return Request(_NO_PROMPT, **{**made, **wanted})
 
 

@@ -18,7 +18,7 @@ from types import TracebackType
 from typing import Self
 
 from handscroll.errors import BudgetError, NumericsError, OutOfMemoryError, is_out_of_memory
-from handscroll.events import OnEvent, notice
+from handscroll.events import OnEvent, Progress, notice
 from handscroll.plan.inputs import MIB, PlanInputs
 from handscroll.plan.plan import Plan
 from handscroll.plan.precision import Precision
@@ -57,10 +57,13 @@ class Fault:
 
 
 class Attempt:
-    """One try of a stage by `plan`. A context manager, which holds back what the next attempt may mend."""
+    """One try of a stage by `plan`. A context manager, which holds back what the next attempt may mend.
 
-    def __init__(self, stage: Stage, plan: Plan) -> None:
-        self.stage, self.plan = stage, plan
+    That is never what the listener raised, whatever it is.
+    """
+
+    def __init__(self, stage: Stage, plan: Plan, listener: _Listener) -> None:
+        self.stage, self.plan, self._listener = stage, plan, listener
         self.fault: Fault | None = None
 
     def __enter__(self) -> Self:
@@ -69,15 +72,36 @@ class Attempt:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> bool:
-        self.fault = Fault.of(error, self.stage)
+        is_listeners = error is not None and self._listener.raised is error
+        self._listener.raised = None  # or its traceback would keep the tensors of every frame
+        self.fault = None if is_listeners else Fault.of(error, self.stage)
         return self.fault is not None
 
 
+class _Listener:
+    """A job's listener. `raised` is what it ended the job with."""
+
+    def __init__(self, on_event: OnEvent) -> None:
+        self.on_event = on_event
+        self.raised: BaseException | None = None
+
+    def __call__(self, event: Progress) -> None:
+        try:
+            self.on_event(event)
+        except BaseException as error:
+            self.raised = error
+            raise
+
+
 class Recovery:
-    """Plans the attempts at the stages of one job. `inputs` and `precision` are what it was planned from and in."""
+    """Plans the attempts at the stages of one job. `inputs` and `precision` are what it was planned from and in.
+
+    All that the job tells goes by its `on_event`, also what the session tells between two blocks.
+    """
 
     def __init__(self, session: Session, inputs: PlanInputs, precision: Precision, on_event: OnEvent) -> None:
-        self.session, self.inputs, self.precision, self.on_event = session, inputs, precision, on_event
+        self.session, self.inputs, self.precision = session, inputs, precision
+        self.on_event = session.on_event = _Listener(on_event)
 
     def attempts(self, stage: Stage, plan: Plan, picture: int = 0) -> Iterator[Attempt]:
         """Attempts at a stage until one succeeds; its plan is what goes on from there.
@@ -89,7 +113,7 @@ class Recovery:
         plan = self._in_precision(plan, stage, self.precision)
         tries_left = LAST_TRIES
         while True:
-            attempt = Attempt(stage, plan)
+            attempt = Attempt(stage, plan, self.on_event)
             yield attempt
             if attempt.fault is None:
                 return

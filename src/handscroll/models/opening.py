@@ -6,13 +6,15 @@ import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 
-from handscroll.errors import CheckpointError, FetchError, UsageError
-from handscroll.events import OnEvent, Progress
+from handscroll.errors import CheckpointError, FetchError, UnconfirmedFetchError, UsageError
+from handscroll.events import OnEvent, Progress, notice
 from handscroll.models.checkpoint import CheckpointSpec
-from handscroll.models.hub import COMMIT, FetchProgress, fetch, find_small_files
+from handscroll.models.download import FetchProgress
+from handscroll.models.hub import COMMIT, fetch, find_local, find_small_files
 from handscroll.models.known import known_spec
 from handscroll.models.listing import stored_in
 from handscroll.models.registry import Entry, resolve, split_revision
+from handscroll.units import gibibytes
 
 OnProgress = Callable[[FetchProgress], None]
 
@@ -61,6 +63,21 @@ def open_checkpoint(
             return dataclasses.replace(spec, name=str(hub_id))
 
 
+def check_nothing_is_fetched(model: str | Path, revision: str | None, named_by: Path) -> None:
+    """Raises UnconfirmedFetchError where opening a model that a file names would fetch it. Reaches for no network."""
+    model, revision = split_revision(model, revision)
+    found = resolve(model)
+    hub_id = found.hub_id if isinstance(found, Entry) else found if isinstance(found, str) else None
+    if hub_id is None or find_local(hub_id, revision) is not None:
+        return
+    of = "" if revision is None else f" at revision {revision}"
+    raise UnconfirmedFetchError(
+        f"{named_by}: names the model {hub_id}{of}, which is not on this machine and would be fetched from the hub; "
+        f"name it yourself with --model {model}, or allow that with --yes (in Python: fetch=True)",
+        hub_id,
+    )
+
+
 def _fetched(
     hub_id: str, revision: str | None, on_progress: OnProgress | None, weights_too: bool, half: str = "bf16"
 ) -> CheckpointSpec:
@@ -92,7 +109,14 @@ def _of_folder(folder: Path) -> CheckpointSpec:
 
 
 def on_fetch(on_event: OnEvent) -> OnProgress:
-    """Tells a listener of a checkpoint that is fetched."""
-    return lambda progress: on_event(
-        Progress("fetch", progress.done_bytes, progress.total_bytes, detail=progress.hub_id)
-    )
+    """Tells a listener of a checkpoint that is fetched: first that it is, and how much."""
+    announced: set[str] = set()
+
+    def tell(progress: FetchProgress) -> None:
+        if progress.hub_id not in announced:
+            announced.add(progress.hub_id)
+            amount = gibibytes(progress.total_bytes - progress.done_bytes)
+            on_event(notice(f"fetching {progress.hub_id} from the hub, {amount}"))
+        on_event(Progress("fetch", progress.done_bytes, progress.total_bytes, detail=progress.hub_id))
+
+    return tell

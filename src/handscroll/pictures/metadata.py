@@ -10,7 +10,7 @@ import zlib
 from pathlib import Path
 from typing import Any
 
-from handscroll.errors import FormatError
+from handscroll.errors import FormatError, OutOfMemoryError, is_out_of_memory
 from handscroll.pictures.formats import DZI, FORMATS, PNG, TIFF, Format
 from handscroll.pictures.vips import load_vips
 
@@ -118,6 +118,8 @@ def _opened(path: Path, known: Format) -> Any:
     try:
         return vips.Image.new_from_file(str(path), access="sequential", revalidate=True)
     except vips.Error as error:
+        if is_out_of_memory(error):
+            raise OutOfMemoryError(f"out of memory while reading {path}; close other programs") from error
         raise FormatError(f"cannot read {path}: not a {known.title} picture, or a damaged one") from error
 
 

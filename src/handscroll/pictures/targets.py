@@ -11,13 +11,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from handscroll.errors import FormatError, OutputError, SizeError
+from handscroll.errors import FormatError, OutOfMemoryError, OutputError, SizeError, is_out_of_memory
 from handscroll.files import lock_folder
 from handscroll.pictures.formats import FORMATS, Format
 from handscroll.system import free_disk_bytes
 from handscroll.units import gibibytes, one_line
 
 EXCHANGING = ".exchanging"  # in a folder of Deep Zoom tiles: its index is gone, or not there yet
+MAX_REASON = 120  # characters, of what a library says
 TIFF_LEVEL_IN_MEMORY_BYTES = 100 << 20  # libvips keeps larger levels of a pyramid in the temporary folder
 
 
@@ -138,7 +139,16 @@ def output_errors(target: Target, *library_errors: type[Exception]) -> Iterator[
     try:
         yield
     except caught as error:
+        if is_out_of_memory(error):
+            raise OutOfMemoryError(_no_memory(target, error)) from error
         raise OutputError(_reason(target, error)) from error
+
+
+def _no_memory(target: Target, error: Exception) -> str:
+    """One line on memory that ran out in a writer, and what would take less."""
+    path, line = target.path, one_line(error, MAX_REASON)
+    smaller = "" if target.format == "png" else ", write a .png, which takes the least,"
+    return f"out of memory while writing {path} ({line}); close other programs{smaller} or use a smaller --size"
 
 
 def _reason(target: Target, error: Exception) -> str:

@@ -49,6 +49,11 @@ class DecodeStage:
     def starts(self) -> tuple[int, ...]:
         return tuple(sweep.start for sweep in self.sweeps)
 
+    def share_done(self, index: int, share: float) -> float:
+        """How much of the stage is done, 0 to 1, when `share` of sweep `index` is, by planned seconds."""
+        seconds = [sweep.seconds for sweep in self.sweeps]
+        return (sum(seconds[:index]) + share * seconds[index]) / self.seconds if self.seconds else 0.0
+
     @property
     def spilled(self) -> bool:
         return any(sweep.store in ("host", "disk") for sweep in self.sweeps)

@@ -19,9 +19,10 @@ from torch import Tensor, nn
 from handscroll.banded.autoencoder import Materialize
 from handscroll.banded.transformer import Branch, predict
 from handscroll.errors import HandscrollError
-from handscroll.events import OnEvent, Progress, ignore
+from handscroll.events import OnEvent, Progress, ignore, pulse
 from handscroll.models.checkpoint import CheckpointSpec
 from handscroll.plan.plan import Plan
+from handscroll.plan.stages import DENOISE, TEXT
 from handscroll.plan.store import Store
 from handscroll.runtime.maps import new_map
 from handscroll.runtime.memory import release
@@ -46,10 +47,14 @@ class Opened:
 
 
 class Transformer:
-    """A checkpoint's transformer as a plan runs it: in row blocks, layer by layer. `scratch`: where its maps go."""
+    """A checkpoint's transformer as a plan runs it: in row blocks, layer by layer.
 
-    def __init__(self, opened: Opened, plan: Plan, scratch: Path | None) -> None:
+    `scratch`: where its maps go. `pulse` is called before each layer.
+    """
+
+    def __init__(self, opened: Opened, plan: Plan, scratch: Path | None, pulse: Callable[[str], None]) -> None:
         self.module, self.stream, self.plan, self.scratch = opened.module, opened.stream, plan, scratch
+        self._pulse = pulse
         self.config = opened.module.config
         self.dtype, self.device = DTYPES[plan.precision.transformer], torch.device(plan.device)
 
@@ -71,6 +76,7 @@ class Transformer:
     @contextmanager
     def _materialize(self, index: int) -> Iterator[nn.Module]:
         blocks = self.module.transformer_blocks
+        self._pulse(DENOISE.name)
         with self.stream.materialize(blocks[index]):
             self.stream.prefetch(blocks[(index + 1) % len(blocks)])  # after the last, for the next step
             yield blocks[index]
@@ -82,7 +88,8 @@ class Session:
     A context manager; `resident=True` holds on to every module once it is opened, whole, for repeated use. `scratch` is
     the folder for maps that a plan puts on disk. What a module is opened in, and how much of it stays in memory, is the
     plan's that it is first opened with; `free` before another plan is to be followed. `opened` says what is open, by
-    component, half of the autoencoder, precision and device. `on_event` is told once of each tensor that is not used.
+    component, half of the autoencoder, precision and device. `on_event` is given a pulse between two blocks, and told
+    once of each tensor that is not used.
     """
 
     def __init__(
@@ -106,6 +113,10 @@ class Session:
     ) -> None:
         self.free()
 
+    def pulse(self, stage: str) -> None:
+        """Gives the listener a moment to end the job in."""
+        self.on_event(pulse(stage))
+
     def free(self) -> None:
         """Forgets every module and gives its memory back."""
         if not self.opened:
@@ -120,7 +131,13 @@ class Session:
 
         def opened() -> Opened:
             dtype = DTYPES[plan.precision.text_encoder]
-            module, stream = open_text_encoder(self.spec, dtype=dtype, device=plan.device, on_event=self._tell_once)
+            module, stream = open_text_encoder(
+                self.spec,
+                dtype=dtype,
+                device=plan.device,
+                on_event=self._tell_once,
+                on_layer=lambda: self.pulse(TEXT.name),
+            )
             if self.resident:
                 stream.make_resident(module)
             return Opened(module, stream, resident=self.resident)
@@ -140,7 +157,9 @@ class Session:
             stream.pin(int(1.01 * plan.denoise.host_bytes))  # alignment pads a little
             return Opened(module, stream)
 
-        return Transformer(self._once("transformer", plan.precision.transformer, plan, opened), plan, self.scratch)
+        return Transformer(
+            self._once("transformer", plan.precision.transformer, plan, opened), plan, self.scratch, self.pulse
+        )
 
     def open_autoencoder(self, plan: Plan, half: Half) -> Opened:
         """The autoencoder with one half alone."""
