@@ -28,9 +28,10 @@ from handscroll.request import Request, indexed, random_seed
 from handscroll.runtime.decode import decode_rows
 from handscroll.runtime.denoise import denoise_picture
 from handscroll.runtime.device import scratch_folder
-from handscroll.runtime.memory import Meter, enforce
+from handscroll.runtime.memory import Meter
 from handscroll.runtime.probe import probe
 from handscroll.runtime.session import Session
+from handscroll.runtime.settings import job_settings
 from handscroll.runtime.text import Texts, encode_prompts
 
 
@@ -54,11 +55,11 @@ def generate(
     plan = make_plan(spec, request, inputs, random_seed())
     targets = _targets(path, plan)
     latent_paths = _latent_targets(save_latent, plan)
-    enforce(plan.device, plan.budget_bytes)
     meter = Meter(plan.device)
     job = Job.of(request, spec, plan, path, save_latent, quality)
 
     with (
+        job_settings(plan.device, plan.budget_bytes),
         torch.inference_mode(),
         RunFolder.open(job, on_event, must_go_on=must_go_on) as run,
         Session(spec, scratch=scratch_folder(run.folder)) as session,
@@ -124,9 +125,12 @@ def decode_latent(
     # A few-step model refuses a negative prompt, which the file may still name.
     plan = make_plan(spec, dataclasses.replace(request, negative=""), inputs, 0)
     target = check_target(path, plan.width, plan.height)
-    enforce(plan.device, plan.budget_bytes)
     meter = Meter(plan.device)
-    with torch.inference_mode(), Session(spec, scratch=scratch_folder(path.parent)) as session:
+    with (
+        job_settings(plan.device, plan.budget_bytes),
+        torch.inference_mode(),
+        Session(spec, scratch=scratch_folder(path.parent)) as session,
+    ):
         recovery = Recovery(session, inputs, plan.precision, on_event)
         with meter.stage(DECODE.name):
             for attempt in recovery.attempts(DECODE, plan):

@@ -33,9 +33,9 @@ def _summary(results: Sequence[Result]) -> str:
     pictures = f"{len(results)} pictures of " if len(results) > 1 else ""
     shared_seconds = first.seconds.get("text", 0.0)  # one prompt, encoded once, counted with each picture
     seconds = sum(result.seconds["total"] - shared_seconds for result in results) + shared_seconds
-    peak_bytes = max(result.memory["measured_peak_bytes"] or 0 for result in results)
+    peaks_bytes = [result.memory["measured_peak_bytes"] for result in results]
     seeds = f"seed {first.seed}" if len(results) == 1 else f"seeds {first.seed} to {last.seed}"
-    memory = f"peak {gibibytes(peak_bytes)}"
+    memory = "peak unknown" if None in peaks_bytes else f"peak {gibibytes(max(peaks_bytes))}"
     if first.memory["budget_bytes"] is not None:
         planned_bytes = max(result.memory["planned_peak_bytes"] or 0 for result in results)
         memory += f" (planned {gibibytes(planned_bytes)}, budget {gibibytes(first.memory['budget_bytes'])})"

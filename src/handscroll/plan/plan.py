@@ -23,7 +23,8 @@ class Plan:
     others decode, which keep no budget.
 
     A picture that grows has a `smaller` one, which is decoded, enlarged, encoded as `encoding` says and denoised on
-    from step `first_step` of its schedule. `composed` says, as 512x512, at which size it began.
+    from step `first_step` of its schedule. `composed` says, as 512x512, at which size it began. `kept` names the
+    modules that are in memory whole, from one job to the next and whatever stage is at work (`Part.module`).
     """
 
     width: int
@@ -46,6 +47,7 @@ class Plan:
     smaller: Plan | None = None
     first_step: int = 0
     composed: str = ""
+    kept: tuple[str, ...] = ()
 
     @property
     def sizes(self) -> tuple[Plan, ...]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator
+from collections.abc import Generator
 from contextlib import closing
 
 import numpy as np
@@ -19,7 +19,7 @@ from handscroll.runtime.session import Session
 from handscroll.weights.dtypes import DTYPES
 
 
-def decode_rows(session: Session, plan: Plan, latent: Tensor) -> Iterator[np.ndarray]:
+def decode_rows(session: Session, plan: Plan, latent: Tensor) -> Generator[np.ndarray, None, None]:
     """latent [1, C, h, w] as the sampler leaves it -> row blocks [rows, width, 3] uint8, the plan's height in all.
 
     Raises NumericsError for NaN or infinity, OutputError where a map finds no room on disk.
@@ -98,12 +98,13 @@ class _Pixels:
         pixels, finite = _to_uint8(row_block)
         if self.on_their_way:
             # Nothing here waits for the device, not even to look whether the numbers are finite.
-            self.pixels = torch.empty(pixels.shape, dtype=torch.uint8, pin_memory=True)
-            self.pixels.copy_(pixels, non_blocking=True)
-            self.finite = torch.empty((), dtype=torch.bool, pin_memory=True)
-            self.finite.copy_(finite, non_blocking=True)
-            self.event = torch.cuda.Event()
-            self.event.record()
+            with torch.cuda.device(row_block.device):
+                self.pixels = torch.empty(pixels.shape, dtype=torch.uint8, pin_memory=True)
+                self.pixels.copy_(pixels, non_blocking=True)
+                self.finite = torch.empty((), dtype=torch.bool, pin_memory=True)
+                self.finite.copy_(finite, non_blocking=True)
+                self.event = torch.cuda.Event()
+                self.event.record(torch.cuda.current_stream(row_block.device))
         else:
             self.pixels, self.finite = pixels, finite
 

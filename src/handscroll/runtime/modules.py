@@ -20,6 +20,7 @@ from handscroll.models.checkpoint import CheckpointSpec
 from handscroll.models.config import read_config
 from handscroll.units import first_line
 from handscroll.weights.dtypes import DTYPES
+from handscroll.weights.file_state import promises_of
 from handscroll.weights.files import read_rows
 from handscroll.weights.folder import WeightFiles
 from handscroll.weights.header import TensorEntry
@@ -97,7 +98,8 @@ def open_module(
             raise CheckpointError(f"{spec.folder / component}: the tensor {name} is neither stored nor computable")
     module.eval().requires_grad_(False)
     entries = {name: entry for name, entry in entries.items() if name not in leave}
-    return module, WeightStream(module, entries, dtype, device)
+    states = spec.weights_of(component).state_of
+    return module, WeightStream(module, entries, dtype, device, states=states)
 
 
 def load_rows(spec: CheckpointSpec, component: Component, name: str, rows: torch.Tensor) -> torch.Tensor:
@@ -106,9 +108,10 @@ def load_rows(spec: CheckpointSpec, component: Component, name: str, rows: torch
     `name` is the module's name for it, such as `embed_tokens.weight`; `rows` are integers. Raises CheckpointError if
     the matrix or a row is not there.
     """
-    for entry in spec.weights_of(component).tensors:
+    weights = spec.weights_of(component)
+    for entry in weights.tensors:
         if _module_name(component, entry.name) == name:
-            return read_rows(entry, rows)
+            return read_rows(entry, rows, promises_of([entry], weights.state_of))
     raise CheckpointError(f"{spec.folder / component}: the tensor {name} is missing")
 
 

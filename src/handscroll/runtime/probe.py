@@ -25,13 +25,13 @@ def probe(spec: CheckpointSpec, request: Request, output: Path | None = None, *,
     import_libraries()
     tokens, tokenizer_bytes = None, 0
     if prompts:
-        before_bytes = resident_bytes()
+        before_bytes = resident_bytes() or 0
         tokenizer = load_tokenizer(spec)
         tokens = max(
             count_tokens(spec, tokenizer, request.prompt, instruction_of(spec)),
             count_tokens(spec, tokenizer, request.negative),
         )
-        tokenizer_bytes = max(0, resident_bytes() - before_bytes)
+        tokenizer_bytes = max(0, (resident_bytes() or 0) - before_bytes)
         del tokenizer
         release("cpu")
     folder = scratch_folder(None if output is None else output.absolute().parent)

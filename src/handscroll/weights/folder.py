@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from handscroll.errors import CheckpointError
+from handscroll.weights.file_state import FileState
 from handscroll.weights.header import TensorEntry, read_header
 
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
@@ -28,6 +29,7 @@ class WeightFiles:
 
     files: tuple[Path, ...]
     tensors: tuple[TensorEntry, ...]
+    states: tuple[FileState, ...] = ()  # of the files, as their headers were read
 
     @classmethod
     def from_folder(cls, folder: Path) -> WeightFiles:
@@ -36,11 +38,17 @@ class WeightFiles:
         Raises CheckpointError for no weights, a missing shard, a truncated file or a name that occurs twice.
         """
         files = find_weight_files(folder)
+        states = _states(files)
         tensors = tuple(entry for file in files for entry in read_header(file))
         for name, times in Counter(entry.name for entry in tensors).items():
             if times > 1:
                 raise CheckpointError(f"{folder}: the tensor {name} occurs in {times} shards")
-        return cls(files, tensors)
+        return cls(files, tensors, states)
+
+    @property
+    def state_of(self) -> dict[Path, FileState]:
+        """How each file was found; nothing where that was not noted."""
+        return dict(zip(self.files, self.states, strict=False))
 
     @property
     def n_bytes(self) -> int:
@@ -66,6 +74,13 @@ class WeightFiles:
 
 
 NO_WEIGHTS = WeightFiles((), ())
+
+
+def _states(files: Iterable[Path]) -> tuple[FileState, ...]:
+    try:
+        return tuple(map(FileState.of, files))
+    except OSError as error:
+        raise CheckpointError(f"{error.filename}: cannot be read: {error.strerror}") from error
 
 
 @dataclass(frozen=True, slots=True)
