@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -30,14 +31,16 @@ from handscroll.request import DEFAULT_MODEL, Request, random_seed
 from handscroll.runtime.decode import decode_rows, whole_picture
 from handscroll.runtime.denoise import denoise_picture
 from handscroll.runtime.device import scratch_folder
-from handscroll.runtime.memory import enforce
+from handscroll.runtime.holdings import Given, Holdings
 from handscroll.runtime.probe import probe
 from handscroll.runtime.session import Session
+from handscroll.runtime.settings import job_settings, made_within
 from handscroll.units import shown
 
 
 class Handscroll:
-    """A checkpoint that is ready to make pictures. Its modules stay in memory between calls, unless there is a budget.
+    """A checkpoint that is ready to make pictures. Without a budget its modules stay in memory between calls, as many
+    as there is room for beside the work; with one, none of them.
 
     scroll = Handscroll.from_pretrained("tiny-landscape", memory="2GiB")
     scroll("snowy mountains at dusk, a red sun", width=1024, height=1024, seed=7).save("dusk.png")
@@ -52,7 +55,7 @@ class Handscroll:
         fields = {"device": "auto", "precision": "auto", **fields_of(Request, given, "from_pretrained")}
         self.spec, self.device, self.precision = spec, str(fields["device"]), str(fields["precision"])
         self.memory_bytes: int | None = fields.get("memory_bytes")
-        self.session = Session(spec, resident=self.memory_bytes is None, scratch=scratch_folder(None))
+        self.session, self.holdings = Session(spec, scratch=scratch_folder(None)), Holdings()
 
     @classmethod
     def from_pretrained(
@@ -79,21 +82,44 @@ class Handscroll:
         own: dict[str, Any] = {"precision": self.precision, "device": self.device, "memory_bytes": self.memory_bytes}
         request = Request(prompt, **own, **fields_of(Request, options, "scroll"))
         on_event = listener(on_event, warn_of_notices)
-        inputs = probe(self.spec, request)
-        plan = make_plan(self.spec, request, inputs, random_seed())
-        for line in plan.notices:
-            on_event(notice(line))
-        enforce(plan.device, plan.budget_bytes)
-        self.session.on_event = on_event
-        recovery = Recovery(self.session, inputs, plan.precision, on_event)
-        with torch.inference_mode():
+        found = dataclasses.replace(probe(self.spec, request), keeps_modules=self.memory_bytes is None)
+        hardware = found.hardware
+        with self.holdings.counted(None if hardware.is_cuda else hardware.base_bytes) as given:
+            inputs = self.holdings.without(found, self.session.held_bytes)
+            plan = make_plan(self.spec, request, inputs, random_seed())
+            for line in plan.notices:
+                on_event(notice(line))
+            latent, plan = self._denoised(request, plan, Recovery(self.session, inputs, plan.precision, on_event))
+            given.n_bytes = latent.nbytes
+        return Picture(self, plan, inputs, latent, request, on_event)
+
+    def _denoised(self, request: Request, plan: Plan, recovery: Recovery) -> tuple[Tensor, Plan]:
+        with self._keeping(plan), self._set_for(plan):
             texts, plan = encode_stage(recovery, plan, request)
             for attempt in recovery.attempts(DENOISE, plan):
                 with attempt:
                     latent = denoise_picture(self.session, attempt.plan, texts, 0, recovery.on_event)
-        if self.memory_bytes is not None:
-            self.session.free()
-        return Picture(self.session, attempt.plan, inputs, latent, request, on_event)
+        return latent, attempt.plan
+
+    @contextmanager
+    def _keeping(self, plan: Plan) -> Iterator[None]:
+        """What the plan does not keep is freed, before and after."""
+        self.session.free_but(plan.kept)
+        try:
+            yield
+        finally:
+            self.session.free_but(plan.kept)
+
+    @contextmanager
+    def _set_for(self, plan: Plan) -> Iterator[None]:
+        with job_settings(plan.device, plan.budget_bytes), torch.inference_mode():
+            yield
+
+    @contextmanager
+    def _at_work(self, plan: Plan) -> Iterator[Given]:
+        """PyTorch is set for the plan's job; what the process holds more at the end counts as this session's own."""
+        with self.holdings.counted() as given, self._set_for(plan):
+            yield given
 
 
 class Picture:
@@ -103,25 +129,28 @@ class Picture:
     """
 
     def __init__(
-        self, session: Session, plan: Plan, inputs: PlanInputs, latent: Tensor, request: Request, on_event: OnEvent
+        self, scroll: Handscroll, plan: Plan, inputs: PlanInputs, latent: Tensor, request: Request, on_event: OnEvent
     ) -> None:
         self.plan, self.latent = plan, latent
-        self._session, self._inputs, self._request, self._on_event = session, inputs, request, on_event
+        self._scroll, self._inputs, self._request, self._on_event = scroll, inputs, request, on_event
         self.width, self.height = plan.width, plan.height
         self.seed = plan.seeds[0]
         self.notices = plan.notices
 
-    @torch.inference_mode()
     def rows(self) -> Iterator[np.ndarray]:
         """The picture from top to bottom as row blocks [rows, width, 3] uint8."""
-        self._session.on_event = self._on_event
-        yield from decode_rows(self._session, self.plan, self.latent)
+        self._scroll.session.on_event = self._on_event
+        row_blocks = decode_rows(self._scroll.session, self.plan, self.latent)
+        with self._scroll._keeping(self.plan):
+            yield from made_within(lambda: self._scroll._at_work(self.plan), row_blocks)
 
     def numpy(self) -> np.ndarray:
         """The whole picture, [height, width, 3] uint8."""
-        self._session.on_event = self._on_event
-        with torch.inference_mode():
-            return whole_picture(self._session, self.plan, self.latent)
+        self._scroll.session.on_event = self._on_event
+        with self._scroll._keeping(self.plan), self._scroll._at_work(self.plan) as given:
+            picture = whole_picture(self._scroll.session, self.plan, self.latent)
+            given.n_bytes = picture.nbytes
+        return picture
 
     def save(self, path: str | Path, *, quality: int | None = None, on_event: OnEvent | None = None) -> Path:
         """Writes the picture row by row in the format of the path's ending.
@@ -131,18 +160,21 @@ class Picture:
         """
         on_event = self._on_event if on_event is None else listener(on_event)
         path, quality = as_path("path", path), check_quality(quality)
+        with self._scroll.holdings.counted():
+            return self._saved(path, quality, on_event)
+
+    def _saved(self, path: Path, quality: int | None, on_event: OnEvent) -> Path:
         target = check_target(path, self.width, self.height)
         for line in quality_not_used(path.suffix, quality):
             on_event(notice(line))
         inputs = dataclasses.replace(self._inputs, suffix=target.path.suffix)
-        plan = replan(self.plan, self._session.spec, inputs, DECODE)
-        enforce(plan.device, plan.budget_bytes)
-        self._session.on_event = on_event
-        recovery = Recovery(self._session, inputs, plan.precision, on_event)
-        with torch.inference_mode():
+        session = self._scroll.session
+        plan = replan(self.plan, session.spec, inputs, DECODE)
+        recovery = Recovery(session, inputs, plan.precision, on_event)
+        with self._scroll._keeping(plan), self._scroll._set_for(plan):
             for attempt in recovery.attempts(DECODE, plan):
                 with attempt:
-                    facts = picture_facts(self._request, self._session.spec, attempt.plan, 0)
+                    facts = picture_facts(self._request, session.spec, attempt.plan, 0)
                     told = recovery.on_event
-                    write_picture(self._session, attempt.plan, self.latent, facts, target, 0, quality, told)
+                    write_picture(session, attempt.plan, self.latent, facts, target, 0, quality, told)
         return target.path

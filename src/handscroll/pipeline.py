@@ -40,9 +40,10 @@ from handscroll.request import Request, as_request, indexed, random_seed
 from handscroll.runtime.decode import DecodeProgress, decode_rows
 from handscroll.runtime.denoise import denoise_picture
 from handscroll.runtime.device import scratch_folder
-from handscroll.runtime.memory import Meter, enforce
+from handscroll.runtime.memory import Meter
 from handscroll.runtime.probe import probe
 from handscroll.runtime.session import Session
+from handscroll.runtime.settings import job_settings
 from handscroll.runtime.text import Texts, encode_prompts
 
 
@@ -83,11 +84,11 @@ def _made(
     targets = _targets(path, plan)
     latent_paths = _latent_targets(save_latent, plan)
     plan = _told(plan, quality_not_used(path.suffix, quality), on_event)
-    enforce(plan.device, plan.budget_bytes)
     meter = Meter(plan.device)
     job = Job.of(request, spec, plan, path, save_latent, quality)
 
     with (
+        job_settings(plan.device, plan.budget_bytes),
         torch.inference_mode(),
         RunFolder.open(job, on_event, must_go_on=must_go_on) as run,
         Session(spec, scratch=scratch_folder(run.folder), on_event=on_event) as session,
@@ -199,10 +200,12 @@ def decode_latent(
     plan = make_plan(spec, request, inputs, 0)
     target = check_target(path, plan.width, plan.height)
     plan = _told(plan, (*how_read(latent, spec.autoencoder), *quality_not_used(path.suffix, quality)), on_event)
-    enforce(plan.device, plan.budget_bytes)
     meter = Meter(plan.device)
-    scratch = scratch_folder(path.parent)
-    with torch.inference_mode(), Session(spec, scratch=scratch, on_event=on_event) as session:
+    with (
+        job_settings(plan.device, plan.budget_bytes),
+        torch.inference_mode(),
+        Session(spec, scratch=scratch_folder(path.parent), on_event=on_event) as session,
+    ):
         recovery = Recovery(session, inputs, plan.precision, on_event)
         with meter.stage(DECODE.name):
             for attempt in recovery.attempts(DECODE, plan):

@@ -6,6 +6,7 @@ slicing, `return_dict`, offloading hooks and callbacks work as before. `detach` 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -19,6 +20,7 @@ from handscroll.plan.decode import decode_stages
 from handscroll.plan.decoder_shape import DecoderShape
 from handscroll.plan.encoder_shape import EncoderShape
 from handscroll.plan.inputs import Hardware
+from handscroll.runtime.arithmetic import full_fp32
 from handscroll.runtime.memory import trim
 from handscroll.units import check_range, gibibytes, parse_bytes
 
@@ -42,7 +44,9 @@ def attach(target: Any, strip_rows: int | None = None, memory: str | int | None 
         raise UsageError("strip_rows and memory exclude each other; give one of them")
     memory_bytes = parse_bytes(memory) if isinstance(memory, str) else memory
     for name, function in zip(_METHODS, (_decode, _encode), strict=True):
-        autoencoder.__dict__[name] = partial(function, autoencoder, strip_rows=strip_rows, memory_bytes=memory_bytes)
+        autoencoder.__dict__[name] = partial(
+            _computed, function, autoencoder, strip_rows=strip_rows, memory_bytes=memory_bytes
+        )
     return target
 
 
@@ -52,6 +56,12 @@ def detach(target: Any) -> Any:
     for name in _METHODS:
         autoencoder.__dict__.pop(name, None)
     return target
+
+
+def _computed(function: Callable[..., Tensor], autoencoder: Any, given: Tensor, **settings: Any) -> Tensor:
+    """What a function makes of its input, in fp32 that is fp32: PyTorch's convolutions on CUDA are TF32 by default."""
+    with full_fp32("cuda" if torch.cuda.is_initialized() else "cpu"):
+        return function(autoencoder, given, **settings)
 
 
 def _autoencoder(target: Any) -> Any:

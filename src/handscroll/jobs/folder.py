@@ -81,6 +81,9 @@ def leave_folder(folder: Path, lock: Lock) -> None:
     if not (folder / "job.json").exists():
         tidy_folder(folder)
         discard(folder / "lock")
+        if (folder / "lock").exists():  # Windows removes no file that is open; who takes it meanwhile keeps it
+            lock.release()
+            discard(folder / "lock")
         with contextlib.suppress(OSError):
             folder.rmdir()
         sync_folder(folder.parent)

@@ -262,7 +262,7 @@ def _check_room(hub_id: str, needed_bytes: int) -> None:
     while not place.exists():
         place = place.parent
     free_bytes = free_disk_bytes(place)
-    if needed_bytes > free_bytes:
+    if free_bytes is not None and needed_bytes > free_bytes:
         raise FetchError(
             f"{hub_id} needs {gibibytes(needed_bytes)} more on disk and {constants.HF_HUB_CACHE} has "
             f"{gibibytes(free_bytes)} free; make room or point HF_HOME elsewhere"

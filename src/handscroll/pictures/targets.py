@@ -12,11 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from handscroll.errors import FormatError, OutOfMemoryError, OutputError, SizeError, is_out_of_memory
-from handscroll.files import lock_folder
+from handscroll.files import lock_folder, why_not_on_windows
 from handscroll.pictures.formats import FORMATS, Format
 from handscroll.system import free_disk_bytes
 from handscroll.units import gibibytes, one_line
 
+IS_WINDOWS = os.name == "nt"
 EXCHANGING = ".exchanging"  # in a folder of Deep Zoom tiles: its index is gone, or not there yet
 MAX_REASON = 120  # characters, of what a library says
 TIFF_LEVEL_IN_MEMORY_BYTES = 100 << 20  # libvips keeps larger levels of a pyramid in the temporary folder
@@ -75,6 +76,8 @@ def check_target(path: Path, width: int, height: int) -> Target:
     path = Path(path)
     known = check_format(path, width, height)
     target = Target(path, known.name, width, height)
+    if IS_WINDOWS and (reason := why_not_on_windows(path.name)):
+        raise OutputError(f"cannot write {path}: Windows takes no such file name, {reason}; choose another")
     try:
         str(path).encode()
         _check_place(target)
@@ -128,7 +131,7 @@ def check_files_folder(target: Target, index: Path) -> None:
 
 def _check_free(path: Path, folder: Path, needed_bytes: int) -> None:
     free_bytes = free_disk_bytes(folder)
-    if free_bytes < needed_bytes:
+    if free_bytes is not None and free_bytes < needed_bytes:
         figures = f"needs {gibibytes(needed_bytes)} in {folder}, {gibibytes(free_bytes)} is free"
         raise OutputError(f"not enough disk to write {path}: {figures}; free some space or choose another folder")
 

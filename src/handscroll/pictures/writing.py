@@ -25,7 +25,7 @@ from typing import Any, Self
 
 import numpy as np
 
-from handscroll.files import discard, lock_folder, part_beside, sync_file, sync_folder, write_all
+from handscroll.files import discard, lock_folder, open_new, part_beside, sync_file, sync_folder, write_all
 from handscroll.pictures.encoding import encode_picture
 from handscroll.pictures.metadata import png_chunk
 from handscroll.pictures.targets import EXCHANGING, Target, check_files_folder, output_errors
@@ -98,7 +98,7 @@ def _open_scratch(path: Path, cleanup: contextlib.ExitStack) -> tuple[int, str]:
 
     Where the system names open files, it is unlinked at once, so that not even a killed process leaves it behind.
     """
-    scratch = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
+    scratch = open_new(path)
     cleanup.callback(discard, path)
     cleanup.callback(os.close, scratch)
     by_descriptor = f"/proc/self/fd/{scratch}"

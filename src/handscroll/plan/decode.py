@@ -14,6 +14,7 @@ from functools import cache, lru_cache
 
 from handscroll.limits import CUDA_STRIP_BYTES, MAP_CHUNK_BYTES, STRIP_BYTES
 from handscroll.plan.decoder_shape import DecoderShape, PassShape
+from handscroll.plan.host import host_map_bytes
 from handscroll.plan.inputs import Hardware, heights_up_to
 from handscroll.plan.store import Store
 
@@ -70,13 +71,15 @@ def decode_stages(
     limit_bytes: int | None,
     strip_rows: int | None = None,
     held_bytes: int = 0,
+    kept_bytes: int = 0,
 ) -> Iterator[DecodeStage]:
     """Every way worth considering, each with the fastest row blocks that the limit lets; else with the smallest.
 
     `strip_rows` fixes the height in the last sweep, and the others' by the same bytes. `held_bytes` are there all the
-    time, beside what the stage itself makes.
+    time, beside what the stage itself makes; so are `kept_bytes` of weights, which then need not be read.
     """
-    for route in _routes(shape, precision, hardware, strip_rows, held_bytes):
+    reads = not kept_bytes
+    for route in _routes(shape, precision, hardware, strip_rows, held_bytes + kept_bytes, reads):
         sweeps = []
         for options in route:
             fitting = (option for option in options if limit_bytes is None or option.peak_bytes <= limit_bytes)
@@ -94,9 +97,11 @@ def _by_bytes(option: SweepStage) -> tuple[int, float]:
     return option.peak_bytes, option.seconds
 
 
-@lru_cache(maxsize=8)  # a job asks several times: for its budget, for the least, for the next try
+@lru_cache(
+    maxsize=32
+)  # a job asks several times: for its budget, for the least, for what may be kept, for the next try
 def _routes(
-    shape: DecoderShape, precision: str, hardware: Hardware, strip_rows: int | None, held_bytes: int
+    shape: DecoderShape, precision: str, hardware: Hardware, strip_rows: int | None, held_bytes: int, reads: bool
 ) -> tuple[tuple[tuple[SweepStage, ...], ...], ...]:
     """For every layout, for every sweep, what each row block height makes of it, the fastest first."""
     held_bytes += shape.rows * shape.columns * shape.spec.latent_channels * (4 + 2 * shape.element_bytes)
@@ -109,7 +114,7 @@ def _routes(
         return [shape.pass_shape(start, index, rows) for rows in heights[index]]
 
     for starts, stores in _layouts(shape, hardware):
-        layout = _Layout(shape, starts, stores, precision, hardware, held_bytes)
+        layout = _Layout(shape, starts, stores, precision, hardware, held_bytes, reads)
         route = []
         for index in range(len(shape)):
             start = starts[index]
@@ -145,7 +150,7 @@ def _layouts(shape: DecoderShape, hardware: Hardware) -> Iterator[tuple[list[int
         for first_spilled in sorted(stored - {0}):
             spilled = {index for index in stored if index >= first_spilled}
             for store, room_bytes in rooms.items():
-                if _spilled_bytes(shape, spilled) <= room_bytes:
+                if _spilled_bytes(shape, spilled, store) <= room_bytes:
                     yield (
                         starts,
                         tuple(
@@ -161,9 +166,10 @@ def _restarts(shape: DecoderShape) -> list[int]:
     return [last, *(index for index in reversed(range(last)) if shape.map_bytes(index) != shape.map_bytes(index + 1))]
 
 
-def _spilled_bytes(shape: DecoderShape, spilled: set[int]) -> int:
+def _spilled_bytes(shape: DecoderShape, spilled: set[int], store: Store) -> int:
     """The most that lies there at one time: two maps, one being read while the next is written."""
-    return sum(sorted((shape.map_bytes(index) for index in spilled), reverse=True)[:2])
+    sizes = ((shape.map_bytes(index), shape.map_rows(index)) for index in spilled)
+    return sum(sorted((host_map_bytes(*size) if store == "host" else size[0] for size in sizes), reverse=True)[:2])
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,12 +182,13 @@ class _Layout:
     precision: str
     hardware: Hardware
     held_bytes: int  # the latent, and what a caller holds
+    reads: bool  # whether weights come from the file
 
     def sweep(self, index: int, strip_rows: int, made: PassShape) -> SweepStage:
         start, rates = self.starts[index], self.hardware.rates
         row_blocks = -(-self.shape.map_rows(index) // strip_rows)
         seconds = made.flops / rates.flops(self.precision) + row_blocks * made.calls * SECONDS_A_CALL
-        seconds += made.weight_bytes / rates.weight_bytes
+        seconds += made.weight_bytes / rates.weight_bytes if self.reads else 0.0
         for place in (start, index + 1):  # the map that is read, and the one that is written
             store = self.stores[place] if 0 < place < len(self.shape) else None
             if store in ("disk", "host"):

@@ -32,15 +32,16 @@ class Rates:
 class Hardware:
     """The device that a request resolved to, `cpu` or `cuda:N`.
 
-    bf16_is_faster: whether a CPU multiplies bf16 faster than fp32. base_bytes: what the process holds before the first
-    stage, libraries included; it counts towards the budget on a CPU (on a CUDA device the budget is the allocator's
-    alone, and this is 0). free_bytes: what stages may take where no budget is given, None if the system does not tell.
-    host_bytes and scratch_bytes: room for maps in the host's memory (CUDA only) and in the scratch folder.
+    bf16_is_faster: whether a CPU multiplies bf16 faster than fp32. base_bytes: what is held before the first stage and
+    counts towards the budget: on a CPU all that the process holds, libraries included, None where the system does not
+    tell; on a CUDA device what the process has allocated there already. free_bytes: what stages may take where no
+    budget is given, those base_bytes included, None if the system does not tell. host_bytes: room in the host's memory
+    beside a CUDA device, for layers and maps together. scratch_bytes: room for maps in the scratch folder.
     """
 
     device: str
     bf16_is_faster: bool = False
-    base_bytes: int = 0
+    base_bytes: int | None = 0
     free_bytes: int | None = None
     host_bytes: int = 0
     scratch_bytes: int = 2**62
@@ -80,7 +81,8 @@ class PlanInputs:
     tokens: of the longest prompt as the text encoder will see it; None where there is none to encode or denoise by, as
     when a kept latent is decoded. tokenizer_bytes: what the tokenizer takes while prompts are encoded. prompt_read and
     negative_read: how much of each is read; None where that is not known. notices: what the user should know of the
-    checkpoint, a line each.
+    checkpoint, a line each. keeps_modules: whether modules may stay in memory between this job and the next, where
+    there is room for them.
     """
 
     hardware: Hardware
@@ -90,3 +92,4 @@ class PlanInputs:
     prompt_read: TextRead | None = None
     negative_read: TextRead | None = None
     notices: tuple[str, ...] = ()
+    keeps_modules: bool = False

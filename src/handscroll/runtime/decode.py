@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator
+from collections.abc import Generator
 from contextlib import closing
 
 import numpy as np
@@ -24,7 +24,7 @@ from handscroll.weights.dtypes import DTYPES
 
 def decode_rows(
     session: Session, plan: Plan, latent: Tensor, on_sweep_rows: OnRows | None = None
-) -> Iterator[np.ndarray]:
+) -> Generator[np.ndarray, None, None]:
     """latent [1, C, h, w] as the sampler leaves it -> row blocks [rows, width, 3] uint8, the plan's height in all.
 
     on_sweep_rows: told between two row blocks of each sweep, where the picture is decoded by rows.
@@ -143,12 +143,13 @@ class _Pixels:
         pixels, finite = _to_uint8(row_block)
         if self.on_their_way:
             # Nothing here waits for the device, not even to look whether the numbers are finite.
-            self.pixels = torch.empty(pixels.shape, dtype=torch.uint8, pin_memory=True)
-            self.pixels.copy_(pixels, non_blocking=True)
-            self.finite = torch.empty((), dtype=torch.bool, pin_memory=True)
-            self.finite.copy_(finite, non_blocking=True)
-            self.event = torch.cuda.Event()
-            self.event.record()
+            with torch.cuda.device(row_block.device):
+                self.pixels = torch.empty(pixels.shape, dtype=torch.uint8, pin_memory=True)
+                self.pixels.copy_(pixels, non_blocking=True)
+                self.finite = torch.empty((), dtype=torch.bool, pin_memory=True)
+                self.finite.copy_(finite, non_blocking=True)
+                self.event = torch.cuda.Event()
+                self.event.record(torch.cuda.current_stream(row_block.device))
         else:
             self.pixels, self.finite = pixels, finite
 

@@ -22,6 +22,7 @@ from handscroll.models.config import read_config
 from handscroll.runtime.matching import check_amount, match_tensors, named
 from handscroll.runtime.tokenizer import read_tokenizer
 from handscroll.units import one_line
+from handscroll.weights.file_state import promises_of
 from handscroll.weights.files import read_rows
 from handscroll.weights.json_text import MAX_MESSAGE
 from handscroll.weights.stream import WeightStream
@@ -105,7 +106,8 @@ def open_module(
             raise CheckpointError(f"{spec.folder / component}: the tensor {name} is neither stored nor computable")
     module.eval().requires_grad_(False)
     entries = {name: entry for name, entry in entries.items() if name not in leave}
-    return module, WeightStream(module, entries, dtype, device)
+    states = spec.weights_of(component).state_of
+    return module, WeightStream(module, entries, dtype, device, states=states)
 
 
 def load_rows(spec: CheckpointSpec, component: Component, name: str, rows: torch.Tensor) -> torch.Tensor:
@@ -114,9 +116,10 @@ def load_rows(spec: CheckpointSpec, component: Component, name: str, rows: torch
     `name` is the module's name for it, such as `embed_tokens.weight`; `rows` are integers. Raises CheckpointError if
     the matrix or a row is not there.
     """
-    for module_name, entry in named(component, spec.weights_of(component)):
+    weights = spec.weights_of(component)
+    for module_name, entry in named(component, weights):
         if module_name == name:
-            return read_rows(entry, rows)
+            return read_rows(entry, rows, promises_of([entry], weights.state_of))
     raise CheckpointError(f"{spec.folder / component}: the tensor {name} is missing")
 
 

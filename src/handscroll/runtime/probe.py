@@ -12,8 +12,8 @@ from handscroll.request import Request
 from handscroll.runtime.device import find_hardware, import_libraries, scratch_folder
 from handscroll.runtime.memory import release
 from handscroll.runtime.modules import load_tokenizer
-from handscroll.runtime.settings import settings_not_taken, try_scheduler
 from handscroll.runtime.text import count_tokens, instruction_of, most_tokens, read_of
+from handscroll.runtime.trial import settings_not_taken, try_scheduler
 from handscroll.system import resident_bytes
 
 NO_TOKENIZER = "its tokenizer is not here, so that the prompt is planned with the most tokens that it can have"
@@ -51,19 +51,25 @@ def probe(spec: CheckpointSpec, request: Request, output: Path | None = None, *,
     hardware = find_hardware(request.device, request.precision, folder or Path(tempfile.gettempdir()))
     suffix = ".png" if output is None else output.suffix
     return PlanInputs(
-        hardware, found.tokens, found.tokenizer_bytes, suffix, found.prompt, found.negative, tuple(notices)
+        hardware,
+        found.tokens,
+        found.tokenizer_bytes,
+        suffix,
+        prompt_read=found.prompt,
+        negative_read=found.negative,
+        notices=tuple(notices),
     )
 
 
 def _counted(spec: CheckpointSpec, request: Request) -> _Prompts:
-    before_bytes = resident_bytes()
+    before_bytes = resident_bytes() or 0
     tokenizer, instruction = load_tokenizer(spec), instruction_of(spec)
     prompt = read_of(spec, tokenizer, request.prompt, instruction)
     negative = read_of(spec, tokenizer, request.negative)
     tokens = max(
         count_tokens(spec, tokenizer, request.prompt, instruction), count_tokens(spec, tokenizer, request.negative)
     )
-    tokenizer_bytes = max(0, resident_bytes() - before_bytes)
+    tokenizer_bytes = max(0, (resident_bytes() or 0) - before_bytes)
     del tokenizer
     release("cpu")
     return _Prompts(tokens, tokenizer_bytes, prompt, negative)

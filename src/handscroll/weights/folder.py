@@ -11,6 +11,7 @@ from pathlib import Path
 
 from handscroll.errors import CheckpointError
 from handscroll.units import one_line
+from handscroll.weights.file_state import FileState
 from handscroll.weights.foreign import strange_folder
 from handscroll.weights.header import MAX_NAME, TensorEntry, read_all
 from handscroll.weights.json_text import read_json
@@ -35,6 +36,7 @@ class WeightFiles:
     files: tuple[Path, ...]
     tensors: tuple[TensorEntry, ...]
     tied: tuple[tuple[str, str], ...] = ()
+    states: tuple[FileState, ...] = ()  # of the files, as their headers were read
 
     @classmethod
     def from_folder(cls, folder: Path) -> WeightFiles:
@@ -43,6 +45,7 @@ class WeightFiles:
         Raises CheckpointError for no weights, a missing shard, a truncated file or a name that occurs twice.
         """
         files = find_weight_files(folder)
+        states = _states(files)
         held = []
         for file in files:
             held.append(read_all(file))
@@ -55,7 +58,12 @@ class WeightFiles:
         names = {entry.name for entry in tensors}
         said = {each for _, metadata in held for each in metadata.items()}
         tied = sorted((other, name) for other, name in said if name in names and other not in names)
-        return cls(files, tensors, tuple(tied))
+        return cls(files, tensors, tuple(tied), states)
+
+    @property
+    def state_of(self) -> dict[Path, FileState]:
+        """How each file was found; nothing where that was not noted."""
+        return dict(zip(self.files, self.states, strict=False))
 
     def named(self) -> Iterator[tuple[str, TensorEntry]]:
         """Every name that stands for a tensor, and the tensor; those that are stored first, in file order."""
@@ -88,6 +96,13 @@ class WeightFiles:
 
 
 NO_WEIGHTS = WeightFiles((), ())
+
+
+def _states(files: Iterable[Path]) -> tuple[FileState, ...]:
+    try:
+        return tuple(map(FileState.of, files))
+    except OSError as error:
+        raise CheckpointError(f"{error.filename}: cannot be read: {error.strerror}") from error
 
 
 @dataclass(frozen=True, slots=True)

@@ -131,7 +131,7 @@ def decoder_units(decoder: Decoder) -> list[Unit]:
                 scale *= 2
             else:
                 units += _block_units(block, scale)
-    norm_out, activation_ = decoder.norm_out, backend.in_place(decoder.conv_act)
+    norm_out, activation_ = decoder.norm_out, backend.activated(decoder.conv_act)
 
     def norm_and_activation(this: Pass) -> RowOp:
         norm_ = this.norm_(norm_out)
