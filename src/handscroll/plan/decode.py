@@ -81,6 +81,30 @@ def decode_stages(
         )
 
 
+def taller(
+    shape: DecoderShape, precision: str, hardware: Hardware, stage: DecodeStage, limit_bytes: int, held_bytes: int = 0
+) -> DecodeStage:
+    """The same way with the tallest row blocks that the limit lets; `decode_stages` tries powers of two."""
+    held_bytes += _latent_bytes(shape)
+    layout = _Layout(shape, stage.starts, [sweep.store for sweep in stage.sweeps], precision, hardware, held_bytes)
+    sweeps = []
+    for index, sweep in enumerate(stage.sweeps):
+        fitting, too_tall = sweep.strip_rows, _most_rows(shape, index, hardware) + 1
+        while too_tall - fitting > 1:
+            rows = (fitting + too_tall) // 2
+            made = layout.sweep(index, rows, shape.pass_shape(sweep.start, index, rows))
+            if made.peak_bytes <= limit_bytes:
+                fitting, sweep = rows, made
+            else:
+                too_tall = rows
+        sweeps.append(sweep)
+    return DecodeStage(tuple(sweeps), max(sweep.peak_bytes for sweep in sweeps), sum(sweep.seconds for sweep in sweeps))
+
+
+def _latent_bytes(shape: DecoderShape) -> int:
+    return shape.rows * shape.columns * shape.spec.latent_channels * (4 + 2 * shape.element_bytes)
+
+
 def _by_seconds(option: SweepStage) -> tuple[float, int]:
     return option.seconds, option.peak_bytes
 
@@ -94,7 +118,7 @@ def _routes(
     shape: DecoderShape, precision: str, hardware: Hardware, strip_rows: int | None, held_bytes: int
 ) -> tuple[tuple[tuple[SweepStage, ...], ...], ...]:
     """For every layout, for every sweep, what each row block height makes of it, the fastest first."""
-    held_bytes += shape.rows * shape.columns * shape.spec.latent_channels * (4 + 2 * shape.element_bytes)
+    held_bytes += _latent_bytes(shape)
     heights = [_heights(shape, index, hardware, strip_rows) for index in range(len(shape))]
     routes = []
     known: dict[tuple[object, ...], tuple[SweepStage, ...]] = {}
@@ -123,8 +147,13 @@ def _heights(shape: DecoderShape, index: int, hardware: Hardware, strip_rows: in
     if strip_rows is not None:
         last = len(shape) - 1
         return [strip_rows if index == last else max(1, strip_rows * shape.row_bytes(last) // row_bytes)]
-    most = max(1, min(shape.map_rows(index), (CUDA_STRIP_BYTES if hardware.is_cuda else STRIP_BYTES) // row_bytes))
-    return heights_up_to(most)
+    return heights_up_to(_most_rows(shape, index, hardware))
+
+
+def _most_rows(shape: DecoderShape, index: int, hardware: Hardware) -> int:
+    """Beyond it nothing gets faster."""
+    strip_bytes = CUDA_STRIP_BYTES if hardware.is_cuda else STRIP_BYTES
+    return max(1, min(shape.map_rows(index), strip_bytes // shape.row_bytes(index)))
 
 
 def _layouts(shape: DecoderShape, hardware: Hardware) -> Iterator[tuple[list[int], tuple[Store | None, ...]]]:

@@ -12,13 +12,10 @@ from contextlib import contextmanager
 
 import torch
 
+from handscroll.runtime.heap import return_large_blocks
 from handscroll.system import peak_resident_bytes, resident_bytes
 
 SAMPLE_SECONDS = 0.01
-
-# glibc's names for what mallopt sets (malloc.h).
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -3, -4
-MMAP_FROM_BYTES = 2**20
 
 
 def release(device: str) -> None:
@@ -49,14 +46,8 @@ def enforce(device: str, budget_bytes: int | None) -> None:
         total_bytes = torch.cuda.get_device_properties(device).total_memory
         share = 1.0 if budget_bytes is None else min(1.0, budget_bytes / total_bytes)
         torch.cuda.set_per_process_memory_fraction(share, device)
-    elif budget_bytes is not None and sys.platform == "linux":
-        try:
-            mallopt = ctypes.CDLL(None).mallopt
-        except AttributeError:
-            return  # a C library other than glibc
-        mallopt(M_MMAP_THRESHOLD, MMAP_FROM_BYTES)
-        mallopt(M_TRIM_THRESHOLD, MMAP_FROM_BYTES)
-        mallopt(M_MMAP_MAX, 2**20)
+    elif budget_bytes is not None:
+        return_large_blocks()
 
 
 class Meter:
