@@ -18,6 +18,7 @@ from diffusers import AutoencoderDC
 from diffusers.models.attention_processor import SanaMultiscaleAttnProcessor2_0
 from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
+from torch.nn.utils import prune as prune_module
 
 import handscroll
 import miniatures
@@ -42,11 +43,11 @@ def lines(caplog: pytest.LogCaptureFixture) -> Callable[[], list[str]]:
     return lambda: [record.getMessage() for record in caplog.records if record.name == "handscroll"]
 
 
-def both(vae: Any) -> list[Tensor]:
+def both(vae: Any, rounded_to: torch.dtype | None = None) -> list[Tensor]:
     """A decode and an encode of the same inputs each time."""
     generator = torch.Generator().manual_seed(3)
-    dtype = vae.dtype
-    z, x = (torch.randn(shape, generator=generator).to(dtype) for shape in (LATENT, PICTURE))
+    given = (torch.randn(shape, generator=generator).to(rounded_to or vae.dtype) for shape in (LATENT, PICTURE))
+    z, x = (each.to(vae.dtype) for each in given)
     return [vae.decode(z).sample, vae.encode(x).latent]
 
 
@@ -168,15 +169,21 @@ def test_autocast_gives_what_it_gives_the_plain_module(
     with torch.autocast("cpu", dtype=dtype):
         as_plain(vae, 0)
         both(vae)
-    assert len(lines()) == 2  # of the decoder and of the encoder alike: one line each at most
-    assert all("autocast" in line for line in lines())
+    assert len(lines()) == 1
+    assert "autocast" in lines()[0]
     with torch.autocast("cpu", enabled=False):
         both(vae)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
 def test_every_type_of_weights_gives_its_own_type(vae: Any, dtype: torch.dtype) -> None:
-    as_plain(vae.to(dtype), EXACT if dtype == torch.float64 else 0.05)
+    truth = both(copy.deepcopy(vae), dtype)
+    plain = both(vae.to(dtype))
+    handscroll.attach(vae)
+    for one, other, true in zip(both(vae), plain, truth, strict=True):
+        assert (one.shape, one.dtype) == (other.shape, other.dtype)
+        errors = [(each.double() - true.double()).abs().mean().item() for each in (one, other)]
+        assert errors[0] <= 1.1 * errors[1]
 
 
 @pytest.mark.parametrize("default", [torch.float64, torch.bfloat16])
@@ -322,7 +329,9 @@ CHANGES: dict[str, Change] = {
     "compiled halves": lambda vae: [
         setattr(vae, name, torch.compile(getattr(vae, name), backend="eager")) for name in ("decoder", "encoder")
     ],
-    "a layer that is gone": lambda vae: setattr(vae.decoder.up_blocks[0], "0", nn.Identity()),
+    "layers that are gone": lambda vae: [
+        setattr(stage, str(len(stage) - 1), nn.Identity()) for stage in (vae.decoder.up_blocks[0],)
+    ],
 }
 
 
@@ -342,7 +351,7 @@ def with_bias(linear: nn.Linear) -> nn.Linear:
 
 
 def prune(conv: nn.Conv2d) -> None:
-    nn.utils.prune.l1_unstructured(conv, "weight", 0.5)
+    prune_module.l1_unstructured(conv, "weight", 0.5)
     conv.requires_grad_(False)
 
 
@@ -438,26 +447,30 @@ def test_every_configuration_decodes_and_encodes_attached(name: str) -> None:
         lambda x: x.repeat(1, 1, 1, 2)[..., ::2],
         lambda x: x[:1].expand(3, -1, -1, -1),
         lambda x: nn.Parameter(x, requires_grad=False),
-        lambda x: x[:0],
     ],
-    ids=["channels last", "transposed", "strided", "expanded", "a parameter", "an empty batch"],
+    ids=["channels last", "transposed", "strided", "expanded", "a parameter"],
 )
 def test_inputs_of_every_layout(vae: Any, change: Callable[[Tensor], Tensor]) -> None:
     z, x = change(torch.randn(LATENT)), change(torch.randn(PICTURE))
     plain = [vae.decode(z).sample, vae.encode(x).latent]
     handscroll.attach(vae)
-    ours = [vae.decode(z).sample, vae.encode(x).latent]
-    if len(z):
-        assert_alike(ours, plain)
-    else:
-        assert [each.shape for each in ours] == [each.shape for each in plain]
+    assert_alike([vae.decode(z).sample, vae.encode(x).latent], plain)
 
 
 def test_channels_last_weights(vae: Any) -> None:
     as_plain(vae.to(memory_format=torch.channels_last))
 
 
-@pytest.mark.parametrize("given", [torch.zeros(2, 32, 3, 5, dtype=torch.int64), torch.zeros(32, 3, 5)])
+@pytest.mark.parametrize(
+    "given",
+    [
+        torch.zeros(2, 32, 3, 5, dtype=torch.int64),
+        torch.zeros(32, 3, 5),
+        torch.zeros(0, 32, 3, 5),
+        torch.zeros(1, 3, 4, 4),
+    ],
+    ids=["whole numbers", "no batch", "an empty batch", "other channels"],
+)
 def test_what_the_module_refuses_is_refused(vae: Any, given: Tensor) -> None:
     with pytest.raises((RuntimeError, ValueError)) as plain:
         vae.decode(given)

@@ -47,8 +47,7 @@ def attach(
     attachment = Attachment(autoencoder, settings, None if pipeline is None else bar_of(pipeline))
     attachment.check_memory()
     if pipeline is not None:
-        side_px = autoencoder.spatial_compression_ratio
-        attachment.check("decoder", 1, side_px, side_px)
+        attachment.check_any_size()
     for half, name in METHODS.items():
         autoencoder.__dict__[name] = attachment.decode if half == "decoder" else attachment.encode
     if pipeline is not None:

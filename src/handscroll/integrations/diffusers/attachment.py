@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from handscroll.banded.autoencoder import decode_rows, decoder_units, encode, encoder_units
-from handscroll.errors import SizeError, UsageError
+from handscroll.errors import BudgetError, SizeError, UsageError
 from handscroll.events import OnEvent, Progress, ignore
 from handscroll.integrations.diffusers.budget import Job, check_allocator, route_within, spec_of
 from handscroll.integrations.diffusers.modes import Half, reason_of_call, reason_of_module
@@ -23,6 +23,8 @@ from handscroll.runtime.memory import trim
 
 METHODS = {"decoder": "_decode", "encoder": "_encode"}
 _STAGES = {"decoder": "decode", "encoder": "encode"}
+# Of latents: one of these needs the least, which is not the smallest, whose only sweep holds all weights.
+SMALL_SIDES = (1, 2, 4, 8, 16)
 _LOG = logging.getLogger("handscroll")
 
 # Makes a bar of so many sweeps, with `update` and `close`.
@@ -132,6 +134,16 @@ class Attachment:
             if (reason := reason_of_module(half)) is not None:
                 self._run_whole_or_refuse(reason)
             check_allocator(execution_device(self.autoencoder) or half.device)
+
+    def check_any_size(self) -> None:
+        """Raises BudgetError where no picture can be decoded within the memory."""
+        side_px, refusals = self.autoencoder.spatial_compression_ratio, []
+        for sides in SMALL_SIDES:
+            try:
+                return self.check("decoder", 1, sides * side_px, sides * side_px)
+            except BudgetError as error:
+                refusals.append(error)
+        raise min(refusals, key=lambda error: error.minimum_bytes)
 
     def check(self, name: str, batch: int, height_px: int, width_px: int) -> None:
         """Raises what running so many pictures of this size would raise, without an input.
