@@ -13,7 +13,7 @@ tensors, on a CPU with oneDNN, for one picture. By unit, for r rows of its input
     up, shuffle 2 x C                             -                     12 r K
     norm_out    -                                 -                     r C
     conv_out    2 x C                             -                     r C + r K
-    down        3 x C                             -                     2 r C + r K
+    down        3 x C                             -                     r C + r K / 2
     mean_out    2 x C                             -                     r C + 2 r K
 
 I = heads * head_dim, S = scales with the plain one, K the channels that go out. A pass also has one workspace as large
@@ -159,7 +159,7 @@ class UnitShape:
             case "norm_out":
                 elements = rows * channels
             case "down":
-                elements = 2 * rows * channels + rows * out_channels
+                elements = rows * channels + rows * out_channels // 2
             case "mean_out":
                 elements = rows * channels + 2 * rows * out_channels
             case _:
@@ -282,6 +282,7 @@ class DecoderShape:
 
     Sweep i begins with attention i, but for sweep 0; a latent of a few pixels has fewer barriers. `columns` are those
     of all pictures of a batch together. fused: whether the device has fused kernels, such as oneDNN's, for the type.
+    small_maps: maps of less than a chunk are counted by what they are.
     """
 
     spec: AutoencoderSpec
@@ -290,6 +291,7 @@ class DecoderShape:
     element_bytes: int
     batch: int = 1
     fused: bool = True
+    small_maps: bool = False
 
     def units(self) -> Iterator[UnitShape]:
         """The network's units, in the order they run."""

@@ -17,8 +17,9 @@ from contextlib import contextmanager
 
 # glibc's names for what mallopt sets (malloc.h).
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -3, -4
-MMAP_FROM_BYTES = 2**20
-RETURNED = {M_MMAP_THRESHOLD: MMAP_FROM_BYTES, M_TRIM_THRESHOLD: MMAP_FROM_BYTES, M_MMAP_MAX: 2**20}
+# A process that is ours alone, and one that is somebody else's, where a budget is a call's and smaller.
+FOR_GOOD = {M_MMAP_THRESHOLD: 2**20, M_TRIM_THRESHOLD: 2**20, M_MMAP_MAX: 2**20}
+FOR_A_WHILE = {M_MMAP_THRESHOLD: 2**16, M_TRIM_THRESHOLD: 2**16, M_MMAP_MAX: 2**20}
 # What glibc arrives at by itself in a process that frees large blocks (malloc.c), under the names of the environment's
 # variables that set it. Once anything was set, it adapts no more; so this is what is put back.
 ADAPTED = {M_MMAP_THRESHOLD: 2**25, M_TRIM_THRESHOLD: 2**26, M_MMAP_MAX: 2**16}
@@ -45,7 +46,7 @@ def return_large_blocks() -> None:
     """Every block of a row block's size goes back to the system when it is freed, for the rest of the process."""
     with _STATE.lock:
         _STATE.for_good = True
-        _set(RETURNED)
+        _set(FOR_GOOD)
 
 
 @contextmanager
@@ -57,14 +58,15 @@ def large_blocks_returned() -> Iterator[None]:
     """
     with _STATE.lock:
         _STATE.entered += 1
-        _set(RETURNED)
+        _set(FOR_A_WHILE)
     try:
         yield
     finally:
         with _STATE.lock:
             _STATE.entered -= 1
-            if not _STATE.entered and not _STATE.for_good:
-                _set(usual_settings(os.environ.get("GLIBC_TUNABLES", ""), dict(os.environ)))
+            if not _STATE.entered:
+                usual = usual_settings(os.environ.get("GLIBC_TUNABLES", ""), dict(os.environ))
+                _set(FOR_GOOD if _STATE.for_good else usual)
 
 
 def usual_settings(tunables: str, environment: dict[str, str]) -> dict[int, int]:

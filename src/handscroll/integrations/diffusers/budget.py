@@ -88,7 +88,7 @@ def _planned(spec: AutoencoderSpec, job: Job, memory_bytes: int) -> tuple[Decode
     """The fastest way that fits, or None; and the least that would do."""
     half = DecoderShape if job.half == "decoder" else EncoderShape
     fused = job.device.type != "cpu" or has_onednn(torch.empty(0, dtype=job.dtype))
-    shape = half(spec, job.rows, job.columns * job.batch, job.dtype.itemsize, job.batch, fused)
+    shape = half(spec, job.rows, job.columns * job.batch, job.dtype.itemsize, job.batch, fused, small_maps=True)
     on_cuda = job.device.type == "cuda"
     hardware, precision = Hardware(str(job.device), scratch_bytes=0), _PRECISIONS[job.dtype]
     extra_bytes, extra_share = (CUDA_EXTRA_BYTES, CUDA_EXTRA_SHARE) if on_cuda else (CPU_EXTRA_BYTES, CPU_EXTRA_SHARE)
