@@ -85,6 +85,14 @@ def budget_text(n_bytes: int) -> str:
     return f"{-(-n_bytes // 2**20)}MiB"
 
 
+def allowance_text(n_bytes: int) -> str:
+    """`767MiB`, `12KiB` or `96 bytes`: what was allowed, rounded down, so that it never reads as more than it is."""
+    for unit, unit_bytes in (("MiB", 2**20), ("KiB", 2**10)):
+        if n_bytes >= unit_bytes:
+            return f"{n_bytes // unit_bytes}{unit}"
+    return f"{n_bytes} bytes"
+
+
 def duration(seconds: float) -> str:
     """`4.2 s`, `250 s`, or from ten minutes on `12.4 min`."""
     amount, unit = (seconds / 60, "min") if seconds >= 600 else (seconds, "s")

@@ -20,7 +20,7 @@ from handscroll.plan.inputs import MIB, Hardware, PlanInputs, Rates
 from handscroll.plan.plan import Plan
 from handscroll.plan.search import make_plan
 from handscroll.request import Request
-from handscroll.runtime import device, holdings, memory, probe
+from handscroll.runtime import device, heap, holdings, memory, probe
 from handscroll.runtime.denoise import denoise_picture
 from handscroll.runtime.device import find_hardware
 from handscroll.runtime.holdings import BASE_STEP_BYTES, Holdings, is_as_before
@@ -289,12 +289,12 @@ def test_no_more_of_the_heap_is_set_than_is_needed(monkeypatch: pytest.MonkeyPat
     with enforced("cpu", None):
         assert calls == []
     with enforced("cpu", GIB):
-        assert calls == [(memory.M_MMAP_THRESHOLD, MIB), (memory.M_TRIM_THRESHOLD, MIB)]
+        assert calls == [(heap.M_MMAP_THRESHOLD, MIB), (heap.M_TRIM_THRESHOLD, MIB)]
     calls.clear()
     monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "65536")
     monkeypatch.setenv("MALLOC_TRIM_THRESHOLD_", str(64 * MIB))
     with enforced("cpu", GIB):
-        assert calls == [(memory.M_MMAP_THRESHOLD, 65536), (memory.M_TRIM_THRESHOLD, MIB)]
+        assert calls == [(heap.M_MMAP_THRESHOLD, 65536), (heap.M_TRIM_THRESHOLD, MIB)]
 
 
 # Where nothing tells what a process holds

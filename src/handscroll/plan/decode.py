@@ -89,6 +89,31 @@ def decode_stages(
         )
 
 
+def taller(
+    shape: DecoderShape, precision: str, hardware: Hardware, stage: DecodeStage, limit_bytes: int, held_bytes: int = 0
+) -> DecodeStage:
+    """The same way with the tallest row blocks that the limit lets; `decode_stages` tries powers of two."""
+    held_bytes += _latent_bytes(shape)
+    stores = [sweep.store for sweep in stage.sweeps]
+    layout = _Layout(shape, stage.starts, stores, precision, hardware, held_bytes, reads=False)
+    sweeps = []
+    for index, sweep in enumerate(stage.sweeps):
+        fitting, too_tall = sweep.strip_rows, _most_rows(shape, index, hardware) + 1
+        while too_tall - fitting > 1:
+            rows = (fitting + too_tall) // 2
+            made = layout.sweep(index, rows, shape.pass_shape(sweep.start, index, rows))
+            if made.peak_bytes <= limit_bytes:
+                fitting, sweep = rows, made
+            else:
+                too_tall = rows
+        sweeps.append(sweep)
+    return DecodeStage(tuple(sweeps), max(sweep.peak_bytes for sweep in sweeps), sum(sweep.seconds for sweep in sweeps))
+
+
+def _latent_bytes(shape: DecoderShape) -> int:
+    return shape.rows * shape.columns * shape.spec.latent_channels * (4 + 2 * shape.element_bytes)
+
+
 def _by_seconds(option: SweepStage) -> tuple[float, int]:
     return option.seconds, option.peak_bytes
 
@@ -104,7 +129,7 @@ def _routes(
     shape: DecoderShape, precision: str, hardware: Hardware, strip_rows: int | None, held_bytes: int, reads: bool
 ) -> tuple[tuple[tuple[SweepStage, ...], ...], ...]:
     """For every layout, for every sweep, what each row block height makes of it, the fastest first."""
-    held_bytes += shape.rows * shape.columns * shape.spec.latent_channels * (4 + 2 * shape.element_bytes)
+    held_bytes += _latent_bytes(shape)
     heights = [_heights(shape, index, hardware, strip_rows) for index in range(len(shape))]
     routes = []
     known: dict[tuple[object, ...], tuple[SweepStage, ...]] = {}
@@ -133,8 +158,13 @@ def _heights(shape: DecoderShape, index: int, hardware: Hardware, strip_rows: in
     if strip_rows is not None:
         last = len(shape) - 1
         return [strip_rows if index == last else max(1, strip_rows * shape.row_bytes(last) // row_bytes)]
-    most = max(1, min(shape.map_rows(index), (CUDA_STRIP_BYTES if hardware.is_cuda else STRIP_BYTES) // row_bytes))
-    return heights_up_to(most)
+    return heights_up_to(_most_rows(shape, index, hardware))
+
+
+def _most_rows(shape: DecoderShape, index: int, hardware: Hardware) -> int:
+    """Beyond it nothing gets faster."""
+    strip_bytes = CUDA_STRIP_BYTES if hardware.is_cuda else STRIP_BYTES
+    return max(1, min(shape.map_rows(index), strip_bytes // shape.row_bytes(index)))
 
 
 def _layouts(shape: DecoderShape, hardware: Hardware) -> Iterator[tuple[list[int], tuple[Store | None, ...]]]:
@@ -203,6 +233,8 @@ class _Layout:
         source = self._kept_bytes(start)
         result = self._kept_bytes(index + 1) if index + 1 < len(self.shape) else 0
         chunks = min(source, MAP_CHUNK_BYTES) + min(result, MAP_CHUNK_BYTES)
+        if self.shape.small_maps:
+            chunks = min(chunks, min(source, result))
         if any(later == start for later in self.starts[index + 1 :]):  # read again, and so not freed behind the reader
             return source + result + chunks
         return max(source, result) + chunks

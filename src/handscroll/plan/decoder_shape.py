@@ -13,7 +13,7 @@ tensors, on a CPU with oneDNN, for one picture. By unit, for r rows of its input
     up, shuffle 2 x C                             -                     12 r K
     norm_out    -                                 -                     r C
     conv_out    2 x C                             -                     r C + r K
-    down        3 x C                             -                     2 r C + r K
+    down        3 x C                             -                     r C + r K / 2
     mean_out    2 x C                             -                     r C + 2 r K
 
 I = heads * head_dim, S = scales with the plain one, K the channels that go out. A pass also has one workspace as large
@@ -159,11 +159,41 @@ class UnitShape:
             case "norm_out":
                 elements = rows * channels
             case "down":
-                elements = 2 * rows * channels + rows * out_channels
+                elements = rows * channels + rows * out_channels // 2
             case "mean_out":
                 elements = rows * channels + 2 * rows * out_channels
             case _:
                 elements = rows * channels + rows * out_channels
+        return elements * columns * element_bytes
+
+    def unfused_bytes(self, rows: int, columns: int, element_bytes: int) -> int:
+        """What it holds beside `working_bytes` where no fused kernels exist for its type.
+
+        Inputs are then laid out by channel, and results back; of a convolution that is not by channel all windows are
+        written out (im2col), of one that is the results of its channels lie beside their joined ones.
+        """
+        channels, out_channels, inner = self.channels, self.out_channels, self.inner
+        rows = max(rows, self.lag_rows)
+        match self.kind:
+            case "res_block":
+                elements = 11 * rows * channels
+            case "mix_ffn":
+                elements = 16 * rows * channels
+            case "attention" | "sums":
+                thirds = 1 if self.kind == "attention" else 2
+                elements = rows * max(channels + thirds * inner, 2 * thirds * inner)
+            case "up" if self.folded:
+                elements = 5 * (rows + 1) * channels + 2 * rows * out_channels
+            case "up" if self.factor == 2 and self.parameters == 9 * channels * out_channels + out_channels:
+                elements = 40 * (rows + 2) * channels + 4 * rows * out_channels
+            case "up":
+                elements = 10 * rows * channels + 4 * rows * out_channels
+            case "down":
+                elements = 4 * rows * channels + rows * out_channels
+            case "norm_out":
+                return 0
+            case _:
+                elements = 10 * rows * channels + rows * out_channels
         return elements * columns * element_bytes
 
 
@@ -251,7 +281,8 @@ class DecoderShape:
     """The decoder of a latent of `rows` x `columns`, cut at its attentions as banded/autoencoder/ cuts it.
 
     Sweep i begins with attention i, but for sweep 0; a latent of a few pixels has fewer barriers. `columns` are those
-    of all pictures of a batch together.
+    of all pictures of a batch together. fused: whether the device has fused kernels, such as oneDNN's, for the type.
+    small_maps: maps of less than a chunk are counted by what they are.
     """
 
     spec: AutoencoderSpec
@@ -259,6 +290,8 @@ class DecoderShape:
     columns: int
     element_bytes: int
     batch: int = 1
+    fused: bool = True
+    small_maps: bool = False
 
     def units(self) -> Iterator[UnitShape]:
         """The network's units, in the order they run."""
@@ -314,7 +347,9 @@ class DecoderShape:
             rows = min(row_block, self.rows * unit.scale)
             for size, channels in part.windows:
                 workspace = max(workspace, (size - 1 + max(rows, size // 2)) * channels * columns * element_bytes)
-            working = max(working, waiting + unit.working_bytes(rows, columns, element_bytes))
+            at_work = unit.working_bytes(rows, columns, element_bytes)
+            at_work += 0 if self.fused else unit.unfused_bytes(rows, columns, element_bytes)
+            working = max(working, waiting + at_work)
             if rows * unit.factor > _rows_at(strip_rows, int(unit.scale * unit.factor), own):
                 # What comes out is cut to fewer rows; the others wait above the units that follow.
                 waiting += int(rows * unit.out_channels * columns * unit.factor**2) * element_bytes

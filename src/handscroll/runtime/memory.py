@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import gc
-import os
 import sys
 import threading
 import time
@@ -13,13 +12,10 @@ from contextlib import contextmanager
 
 import torch
 
+from handscroll.runtime.heap import return_large_blocks
 from handscroll.system import peak_resident_bytes, resident_bytes
 
 SAMPLE_SECONDS = 0.01
-
-# glibc's names for what mallopt sets (malloc.h).
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
-MMAP_FROM_BYTES = 2**20
 
 
 def release(device: str) -> None:
@@ -69,7 +65,7 @@ def enforced(device: str, budget_bytes: int | None) -> Iterator[None]:
         finally:
             torch.cuda.set_per_process_memory_fraction(before, device)
     else:
-        map_large_blocks()
+        return_large_blocks()
         yield
 
 
@@ -77,26 +73,6 @@ def _memory_fraction(device: str) -> float:
     """The share of a device's memory that this process may take; all of it where PyTorch does not tell."""
     told = getattr(torch.cuda, "get_per_process_memory_fraction", None)
     return 1.0 if told is None else float(told(device))
-
-
-def map_large_blocks() -> None:
-    """Has the C heap map and unmap every large block by itself, and give back the end of its own memory.
-
-    No more than these two thresholds is set, and none that the environment has set lower. glibc raises both by itself
-    when a large block is freed, up to 32 and 64 MiB, and stops doing so when either is set.
-    """
-    if sys.platform != "linux":
-        return
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except AttributeError:
-        return  # a C library other than glibc
-    for option, variable in (
-        (M_MMAP_THRESHOLD, "MALLOC_MMAP_THRESHOLD_"),
-        (M_TRIM_THRESHOLD, "MALLOC_TRIM_THRESHOLD_"),
-    ):
-        own = os.environ.get(variable, "")
-        mallopt(option, min(MMAP_FROM_BYTES, int(own)) if own.isdecimal() else MMAP_FROM_BYTES)
 
 
 class Meter:

@@ -163,8 +163,9 @@ def _check_input(first: nn.Conv2d | DCDownBlock2d, image: Tensor, streamed: bool
     conv = first.conv if is_down_block(first) else first
     check_dense(conv)
     weight = conv.weight
-    device = image.device if streamed and weight.is_meta else weight.device
-    expected = (weight.shape[1], weight.dtype, device)
+    # What is made real for a while may lie elsewhere, or in another type, until then.
+    dtype, device = (image.dtype, image.device) if streamed else (weight.dtype, weight.device)
+    expected = (weight.shape[1], dtype, device)
     given = (image.shape[1], image.dtype, image.device)
     if given != expected or not image.numel():
         raise ValueError(f"expected channels, type and device {expected}, not {given} of shape {tuple(image.shape)}")
@@ -193,8 +194,9 @@ def decode_rows(
     and freed with the last that does.
     new_map: makes the map that a sweep starts from, out of the sweep's number and the map's height in rows; its default
     is `RowMap`. It is closed at its end, and when the decoding is abandoned.
-    materialize: a context manager in which the parameters and buffers of the modules that it is given are real; outside
-    they may be on the meta device. It is entered while a module's weights are laid out, before the sweep runs.
+    materialize: a context manager in which the parameters and buffers of the modules that it is given are real, in the
+    latent's dtype and on its device; outside they may be elsewhere, or on the meta device. It is entered while a
+    module's weights are laid out, before the sweep runs.
     on_sweep: told after each sweep its number, from 1, and how many there are. on_rows: told between two row blocks of
     every sweep. What either raises ends the decoding.
 

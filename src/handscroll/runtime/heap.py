@@ -1,0 +1,123 @@
+"""The C heap: when freed memory goes back to the system. Only glibc's is known here.
+
+glibc takes blocks from a certain size on from the system one by one, and gives them back when they are freed. It raises
+that size by itself as blocks are freed, up to 32 MiB; smaller blocks then come from a heap that keeps what was freed,
+with holes between what is in use. `large_blocks_returned` lowers the size for a while: what is then resident is what is
+in use.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+# glibc's names for what mallopt sets (malloc.h).
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -3, -4
+# A process that is ours alone, and one that is somebody else's, where a budget is a call's and smaller.
+FOR_GOOD = {M_MMAP_THRESHOLD: 2**20, M_TRIM_THRESHOLD: 2**20}
+FOR_A_WHILE = {M_MMAP_THRESHOLD: 2**16, M_TRIM_THRESHOLD: 2**16, M_MMAP_MAX: 2**20}
+# What glibc arrives at by itself in a process that frees large blocks (malloc.c), under the names of the environment's
+# variables that set it. Once anything was set, it adapts no more; so this is what is put back.
+ADAPTED = {M_MMAP_THRESHOLD: 2**25, M_TRIM_THRESHOLD: 2**26, M_MMAP_MAX: 2**16}
+VARIABLES = {
+    M_MMAP_THRESHOLD: ("MALLOC_MMAP_THRESHOLD_", "glibc.malloc.mmap_threshold"),
+    M_TRIM_THRESHOLD: ("MALLOC_TRIM_THRESHOLD_", "glibc.malloc.trim_threshold"),
+    M_MMAP_MAX: ("MALLOC_MMAP_MAX_", "glibc.malloc.mmap_max"),
+}
+
+
+def is_known() -> bool:
+    """Whether this process's memory comes from glibc, and not from another library or an allocator put before it."""
+    if sys.platform != "linux":
+        return False
+    try:
+        own, in_use = ctypes.CDLL("libc.so.6"), ctypes.CDLL(None)
+        own.mallopt  # noqa: B018
+        return _address(own.malloc) == _address(in_use.malloc)
+    except (OSError, AttributeError):
+        return False
+
+
+def return_large_blocks() -> None:
+    """Every block of a row block's size goes back to the system when it is freed, for the rest of the process.
+
+    Where the environment has set a threshold lower, it stays.
+    """
+    with _STATE.lock:
+        _STATE.for_good = True
+        _set(_for_good())
+
+
+@contextmanager
+def large_blocks_returned() -> Iterator[None]:
+    """Every block of a row block's size goes back to the system when it is freed, while this is entered.
+
+    It holds for all threads, and ends when the last that entered has left: then glibc's sizes are those that the
+    environment sets, else the ones at which it arrives by itself in a process that frees large blocks.
+    """
+    with _STATE.lock:
+        _STATE.entered += 1
+        _set(FOR_A_WHILE)
+    try:
+        yield
+    finally:
+        with _STATE.lock:
+            _STATE.entered -= 1
+            if not _STATE.entered:
+                _set(_usual() | (_for_good() if _STATE.for_good else {}))
+
+
+def _usual() -> dict[int, int]:
+    return usual_settings(os.environ.get("GLIBC_TUNABLES", ""), dict(os.environ))
+
+
+def _for_good() -> dict[int, int]:
+    usual = _usual()
+    return {parameter: min(value, usual[parameter]) for parameter, value in FOR_GOOD.items()}
+
+
+def usual_settings(tunables: str, environment: dict[str, str]) -> dict[int, int]:
+    """What mallopt's settings are without us: as the user's environment sets them, else as glibc adapts them.
+
+    tunables: `name=value` separated by colons, as in GLIBC_TUNABLES, which come before the older variables.
+    """
+    tuned = dict(each.split("=", 1) for each in tunables.split(":") if "=" in each)
+    settings = {}
+    for parameter, (variable, tunable) in VARIABLES.items():
+        asked = tuned.get(tunable, environment.get(variable, ""))
+        try:
+            settings[parameter] = int(asked, 0)
+        except ValueError:
+            settings[parameter] = ADAPTED[parameter]
+    return settings
+
+
+class _State:
+    """Who has asked for large blocks to be returned: how many for a while, and whether anybody for good."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.entered = 0
+        self.for_good = False
+
+
+_STATE = _State()
+
+
+def _set(settings: dict[int, int]) -> None:
+    if sys.platform != "linux":
+        return
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except AttributeError:
+        return  # a C library other than glibc
+    for parameter, value in settings.items():
+        mallopt(parameter, value)
+
+
+def _address(function: object) -> int | None:
+    return ctypes.cast(function, ctypes.c_void_p).value  # type: ignore[arg-type]

@@ -1,0 +1,111 @@
+"""The memory that `attach` is allowed: what a process that already works takes beside weights, input and result."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from handscroll.runtime import heap
+
+MIB = 2**20
+BENCH = Path(__file__).parents[1] / "bench"
+
+needs_peaks = pytest.mark.skipif(
+    not (heap.is_known() and os.access("/proc/self/clear_refs", os.W_OK)),
+    reason="this system does not let a process's peak be measured anew, or has another allocator than glibc's",
+)
+
+
+@needs_peaks
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("half", ["decode", "encode"])
+def test_what_was_allowed_is_kept_and_used(half: str, dtype: str) -> None:
+    """In a process of its own, whose heap holds what earlier calls have freed."""
+    command = [sys.executable, BENCH / "attach_memory.py", "--json", "--small", "--only", f"{half},{dtype}"]
+    done = subprocess.run([*command, "--draws", "5"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    import json
+
+    draws: list[dict[str, Any]] = json.loads(done.stdout.splitlines()[-1])["draws"]
+    assert len(draws) == 5
+    for draw in draws:
+        assert draw["taken_bytes"] <= draw["allowed_bytes"], draw
+        if draw["more_is_faster"]:
+            assert draw["allowed_bytes"] <= 1.3 * draw["taken_bytes"], draw
+
+
+@pytest.fixture
+def settings(monkeypatch: pytest.MonkeyPatch) -> list[dict[int, int]]:
+    """What the heap was set to, in order; nothing is really set."""
+    asked: list[dict[int, int]] = []
+    monkeypatch.setattr(heap, "_set", lambda each: asked.append(dict(each)))
+    monkeypatch.setattr(heap, "_STATE", heap._State())
+    for name in ("GLIBC_TUNABLES", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_MAX_"):
+        monkeypatch.delenv(name, raising=False)
+    return asked
+
+
+def test_the_heap_is_put_back_when_the_last_call_has_ended(settings: list[dict[int, int]]) -> None:
+    entered, leave = threading.Event(), threading.Event()
+
+    def other_thread() -> None:
+        with heap.large_blocks_returned():
+            entered.set()
+            leave.wait(10)
+
+    thread = threading.Thread(target=other_thread)
+    with heap.large_blocks_returned():
+        thread.start()
+        entered.wait(10)
+    assert heap.ADAPTED not in settings
+    leave.set()
+    thread.join()
+    assert settings[-1] == heap.ADAPTED
+    assert settings.count(heap.ADAPTED) == 1
+
+
+def test_the_heap_stays_as_it_is_for_a_process_that_has_a_budget(settings: list[dict[int, int]]) -> None:
+    heap.return_large_blocks()
+    with heap.large_blocks_returned():
+        pass
+    assert heap.ADAPTED not in settings
+
+
+@pytest.mark.parametrize(
+    ("environment", "expected"),
+    [
+        ({}, {}),
+        ({"MALLOC_MMAP_THRESHOLD_": "65536"}, {heap.M_MMAP_THRESHOLD: 65536}),
+        ({"MALLOC_MMAP_MAX_": "many"}, {}),
+        ({"GLIBC_TUNABLES": "glibc.malloc.trim_threshold=0x1000:glibc.x=1"}, {heap.M_TRIM_THRESHOLD: 4096}),
+        (
+            {"GLIBC_TUNABLES": "glibc.malloc.mmap_max=7", "MALLOC_MMAP_MAX_": "9"},
+            {heap.M_MMAP_MAX: 7},
+        ),
+    ],
+)
+def test_settings_of_the_environment_are_what_is_put_back(
+    environment: dict[str, str], expected: dict[int, int]
+) -> None:
+    assert heap.usual_settings(environment.get("GLIBC_TUNABLES", ""), environment) == heap.ADAPTED | expected
+
+
+def test_a_process_with_another_allocator_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    import handscroll
+    import miniatures
+    from handscroll.errors import UsageError
+
+    monkeypatch.setattr(heap, "is_known", lambda: False)
+    vae = miniatures.make_autoencoder().eval().requires_grad_(False)
+    with pytest.raises(UsageError, match="glibc"):
+        handscroll.attach(vae, memory="300MiB")
+    handscroll.attach(vae, strip_rows=1)
+    vae.decode(torch.randn(1, 32, 2, 2))
