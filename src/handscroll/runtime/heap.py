@@ -1,9 +1,10 @@
 """The C heap: when freed memory goes back to the system. Only glibc's is known here.
 
 glibc takes blocks from a certain size on from the system one by one, and gives them back when they are freed. It raises
-that size by itself as blocks are freed, up to 32 MiB; smaller blocks then come from a heap that keeps what was freed,
-with holes between what is in use. `large_blocks_returned` lowers the size for a while: what is then resident is what is
-in use.
+that size by itself as blocks are freed, up to 32 MiB; smaller blocks then come from a heap that keeps what was freed.
+Lowering the size helps only a process that is young: whatever the size, a block is first looked for among what the heap
+holds free, and is kept there again when it is freed. So `large_blocks_returned`, which is for a process that has
+already worked, also sets the heap's large free blocks aside for a while. They are not touched, and so take no memory.
 """
 
 from __future__ import annotations
@@ -14,20 +15,25 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 # glibc's names for what mallopt sets (malloc.h).
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -3, -4
 # A process that is ours alone, and one that is somebody else's, where a budget is a call's and smaller.
 FOR_GOOD = {M_MMAP_THRESHOLD: 2**20, M_TRIM_THRESHOLD: 2**20}
-FOR_A_WHILE = {M_MMAP_THRESHOLD: 2**16, M_TRIM_THRESHOLD: 2**16, M_MMAP_MAX: 2**20}
-# What glibc arrives at by itself in a process that frees large blocks (malloc.c), under the names of the environment's
-# variables that set it. Once anything was set, it adapts no more; so this is what is put back.
+FOR_A_WHILE = {M_MMAP_THRESHOLD: 2**16, M_TRIM_THRESHOLD: 2**20, M_MMAP_MAX: 2**20}
+# What glibc arrives at by itself in a process that frees large blocks (malloc.c). Once anything was set, it adapts no
+# more; so this is what is put back where the environment sets nothing.
 ADAPTED = {M_MMAP_THRESHOLD: 2**25, M_TRIM_THRESHOLD: 2**26, M_MMAP_MAX: 2**16}
+# The names under which the environment sets them.
 VARIABLES = {
     M_MMAP_THRESHOLD: ("MALLOC_MMAP_THRESHOLD_", "glibc.malloc.mmap_threshold"),
     M_TRIM_THRESHOLD: ("MALLOC_TRIM_THRESHOLD_", "glibc.malloc.trim_threshold"),
     M_MMAP_MAX: ("MALLOC_MMAP_MAX_", "glibc.malloc.mmap_max"),
 }
+# The size of a block lies before it, and in that its second bit is set where the system gave it by itself (malloc.c).
+_SIZE_BYTES, _OF_ITS_OWN = ctypes.sizeof(ctypes.c_size_t), 2
+_LARGEST_BYTES = 2**30
 
 
 def is_known() -> bool:
@@ -36,8 +42,7 @@ def is_known() -> bool:
         return False
     try:
         own, in_use = ctypes.CDLL("libc.so.6"), ctypes.CDLL(None)
-        own.mallopt  # noqa: B018
-        return _address(own.malloc) == _address(in_use.malloc)
+        return hasattr(own, "mallopt") and _address(own.malloc) == _address(in_use.malloc)
     except (OSError, AttributeError):
         return False
 
@@ -57,14 +62,18 @@ def large_blocks_returned() -> Iterator[None]:
     """Every block of a row block's size goes back to the system when it is freed, while this is entered.
 
     It holds for all threads, and ends when the last that entered has left: then glibc's sizes are those that the
-    environment sets, else the ones at which it arrives by itself in a process that frees large blocks.
+    environment sets, else the ones at which it arrives by itself in a process that frees large blocks. What this
+    thread's heap holds free is set aside meanwhile.
     """
     with _STATE.lock:
         _STATE.entered += 1
         _set(FOR_A_WHILE)
+    aside: list[int] = []
     try:
+        _set_aside(aside)
         yield
     finally:
+        _give_back(aside)
         with _STATE.lock:
             _STATE.entered -= 1
             if not _STATE.entered:
@@ -108,6 +117,35 @@ class _State:
 _STATE = _State()
 
 
+def _set_aside(aside: list[int]) -> None:
+    """Adds the addresses of all blocks that the heap can still give without the system, the largest first."""
+    if not is_known():
+        return
+    library = _library()
+    size_bytes = _LARGEST_BYTES
+    while size_bytes >= FOR_A_WHILE[M_MMAP_THRESHOLD]:
+        address = library.malloc(size_bytes)
+        if address and not ctypes.c_size_t.from_address(address - _SIZE_BYTES).value & _OF_ITS_OWN:
+            aside.append(address)
+            continue
+        if address:
+            library.free(address)
+        size_bytes //= 2
+
+
+def _give_back(aside: list[int]) -> None:
+    library = _library() if aside else None
+    while aside:
+        library.free(aside.pop())
+
+
+def _library() -> Any:
+    library = ctypes.CDLL(None)
+    library.malloc.restype, library.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
+    library.free.restype, library.free.argtypes = None, [ctypes.c_void_p]
+    return library
+
+
 def _set(settings: dict[int, int]) -> None:
     if sys.platform != "linux":
         return
@@ -119,5 +157,5 @@ def _set(settings: dict[int, int]) -> None:
         mallopt(parameter, value)
 
 
-def _address(function: object) -> int | None:
-    return ctypes.cast(function, ctypes.c_void_p).value  # type: ignore[arg-type]
+def _address(function: Any) -> int | None:
+    return ctypes.cast(function, ctypes.c_void_p).value

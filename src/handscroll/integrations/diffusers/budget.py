@@ -23,7 +23,6 @@ from handscroll.units import allowance_text, budget_text
 # In a process that already works a call takes little beside its tensors: oneDNN's scratch, and small blocks.
 CPU_EXTRA_BYTES, CPU_EXTRA_SHARE = 6 * MIB, 0.03
 _PRECISIONS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
-_DOING = {"decoder": "decoding", "encoder": "encoding"}
 
 
 @dataclass(frozen=True)
@@ -47,7 +46,7 @@ class Job:
     @property
     def title(self) -> str:
         of = "a picture" if self.batch == 1 else f"{self.batch} pictures"
-        return f"{_DOING[self.half]} {of} of {self.width}x{self.height} in {_PRECISIONS[self.dtype]}"
+        return f"{self.half.removesuffix('er')}ing {of} of {self.width}x{self.height} in {_PRECISIONS[self.dtype]}"
 
 
 def spec_of(config: Mapping[str, Any]) -> AutoencoderSpec:
