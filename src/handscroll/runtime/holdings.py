@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 from handscroll.plan.inputs import MIB, Hardware, PlanInputs
 from handscroll.system import resident_bytes
@@ -42,7 +43,7 @@ class Holdings:
         finally:
             after = resident_bytes()
             if before is not None and after is not None:
-                self._left_bytes = max(0, self._left_bytes + after - before - given.n_bytes)
+                self._left_bytes += after - before - given.n_bytes  # less than nothing where it made room
 
     def without(self, inputs: PlanInputs, held_bytes: int) -> PlanInputs:
         """Inputs as they would be, had the session done nothing yet; those of the job before, if little has changed.
@@ -53,34 +54,26 @@ class Holdings:
         if hardware.base_bytes is not None:
             own_bytes = held_bytes if hardware.is_cuda else self._left_bytes
             hardware = dataclasses.replace(hardware, base_bytes=max(0, hardware.base_bytes - own_bytes))
-        known = self._known
-        if known is not None and is_as_before(hardware, known.hardware):
-            tokenizer_bytes = max(inputs.tokenizer_bytes, known.tokenizer_bytes)
-            inputs = dataclasses.replace(inputs, hardware=known.hardware, tokenizer_bytes=tokenizer_bytes)
-        else:
-            inputs = dataclasses.replace(inputs, hardware=hardware)
-        self._known = inputs
-        return inputs
+        if self._known is not None:
+            hardware = settled(hardware, self._known.hardware)
+            if _is_near(inputs.tokenizer_bytes, self._known.tokenizer_bytes, BASE_STEP_BYTES):
+                inputs = dataclasses.replace(inputs, tokenizer_bytes=self._known.tokenizer_bytes)
+        self._known = dataclasses.replace(inputs, hardware=hardware)
+        return self._known
 
 
-def is_as_before(now: Hardware, before: Hardware) -> bool:
-    """Whether a plan made for the hardware as it was before is as good now."""
-    same = dataclasses.replace(
-        now,
-        base_bytes=before.base_bytes,
-        free_bytes=before.free_bytes,
-        host_bytes=before.host_bytes,
-        scratch_bytes=before.scratch_bytes,
-    )
-    amounts = ("free_bytes", "host_bytes", "scratch_bytes")
-    return (
-        same == before
-        and _is_near(now.base_bytes, before.base_bytes, BASE_STEP_BYTES)
-        and all(_is_near(getattr(now, each), getattr(before, each)) for each in amounts)
-    )
+def settled(now: Hardware, before: Hardware) -> Hardware:
+    """The hardware as it is now, where every amount that has changed little is what it was before."""
+    amounts = {"base_bytes": BASE_STEP_BYTES, "free_bytes": 0, "host_bytes": 0, "scratch_bytes": 0}
+    kept: dict[str, Any] = {
+        name: getattr(before, name)
+        for name, step_bytes in amounts.items()
+        if _is_near(getattr(now, name), getattr(before, name), step_bytes)
+    }
+    return dataclasses.replace(now, **kept)
 
 
-def _is_near(now: int | None, before: int | None, step_bytes: int = 0) -> bool:
+def _is_near(now: int | None, before: int | None, step_bytes: int) -> bool:
     if now is None or before is None:
         return now is before
-    return abs(now - before) <= max(step_bytes, int(FREE_STEP_SHARE * before) if not step_bytes else 0)
+    return abs(now - before) <= (step_bytes or int(FREE_STEP_SHARE * before))
