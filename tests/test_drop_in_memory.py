@@ -27,7 +27,7 @@ needs_peaks = pytest.mark.skipif(
 @pytest.mark.parametrize("half", ["decode", "encode"])
 def test_what_was_allowed_is_kept_and_used(half: str, dtype: str) -> None:
     """In a process of its own, whose heap holds what earlier calls have freed."""
-    command = [sys.executable, BENCH / "attach_memory.py", "--json", "--small", "--only", f"{half},{dtype}"]
+    command = [sys.executable, str(BENCH / "attach_memory.py"), "--json", "--small", "--only", f"{half},{dtype}"]
     done = subprocess.run([*command, "--draws", "5"], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     import json

@@ -7,7 +7,7 @@ import gc
 import logging
 import pickle
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -275,7 +275,7 @@ def each_conv(vae: Any) -> list[nn.Conv2d]:
 
 def wrap_forward(conv: nn.Module) -> None:
     plain = conv.forward
-    conv.forward = lambda x: plain(x) * 1.25  # type: ignore[method-assign]
+    conv.forward = lambda x: plain(x) * 1.25
 
 
 def convolve_in_circles(conv: Any) -> None:
@@ -283,6 +283,15 @@ def convolve_in_circles(conv: Any) -> None:
         return F.conv2d(F.pad(x, (1, 1, 0, 0), "circular"), weight, bias, conv.stride, (1, 0), groups=conv.groups)
 
     conv._conv_forward = forward
+
+
+def pad_in_circles(conv: Any) -> None:
+    conv.padding_mode, conv._reversed_padding_repeated_twice = "circular", [1] * 4
+
+
+def for_each(change: Callable[[Any], object], modules: Iterable[Any]) -> None:
+    for module in list(modules):
+        change(module)
 
 
 def replace_conv(vae: Any, half: Any, **options: Any) -> None:
@@ -302,36 +311,36 @@ CHANGES: dict[str, Change] = {
         stage.register_forward_hook(lambda m, i, out: hooked(out))
         for stage in (vae.decoder.up_blocks[0], vae.encoder.down_blocks[0])
     ],
-    "replaced forward": lambda vae: [wrap_forward(each) for each in each_conv(vae)],
-    "replaced part of a forward": lambda vae: [
-        convolve_in_circles(each) for each in each_conv(vae) if each.stride == (1, 1)
-    ],
-    "padding in circles": lambda vae: [
-        [setattr(each, "padding_mode", "circular"), setattr(each, "_reversed_padding_repeated_twice", [1] * 4)]
-        for each in each_conv(vae)
-    ],
-    "dilation": lambda vae: [replace_conv(vae, half, kernel_size=3, padding=2, dilation=2) for half in halves(vae)],
-    "larger kernels": lambda vae: [replace_conv(vae, half, kernel_size=5, padding=2) for half in halves(vae)],
+    "replaced forward": lambda vae: for_each(wrap_forward, each_conv(vae)),
+    "replaced part of a forward": lambda vae: for_each(
+        convolve_in_circles, [each for each in each_conv(vae) if each.stride == (1, 1)]
+    ),
+    "padding in circles": lambda vae: for_each(pad_in_circles, each_conv(vae)),
+    "dilation": lambda vae: for_each(
+        lambda half: replace_conv(vae, half, kernel_size=3, padding=2, dilation=2), halves(vae)
+    ),
+    "larger kernels": lambda vae: for_each(lambda half: replace_conv(vae, half, kernel_size=5, padding=2), halves(vae)),
     "LoRA": set_lora,
     "another attention": set_processors,
-    "biases of queries": lambda vae: [
-        setattr(each, "to_q", with_bias(each.to_q)) for each in list(each_attention(vae))
-    ],
-    "another activation": lambda vae: [
-        setattr(each, "nonlinearity", nn.GELU()) for each in vae.modules() if hasattr(each, "conv_depth")
-    ],
+    "biases of queries": lambda vae: for_each(
+        lambda each: setattr(each, "to_q", with_bias(each.to_q)), each_attention(vae)
+    ),
+    "another activation": lambda vae: for_each(
+        lambda each: setattr(each, "nonlinearity", nn.GELU()), [m for m in vae.modules() if hasattr(m, "conv_depth")]
+    ),
     "weight norm": lambda vae: [nn.utils.parametrizations.weight_norm(each) for each in each_conv(vae)],
-    "pruning": lambda vae: [prune(each) for each in each_conv(vae)],
-    "bilinear upsampling": lambda vae: [
-        setattr(each, "interpolation_mode", "bilinear") for each in vae.modules() if hasattr(each, "repeats")
-    ],
+    "pruning": lambda vae: for_each(prune, each_conv(vae)),
+    "bilinear upsampling": lambda vae: for_each(
+        lambda each: setattr(each, "interpolation_mode", "bilinear"),
+        [module for module in vae.modules() if hasattr(module, "repeats")],
+    ),
     "a subclass of a layer": lambda vae: setattr(vae.decoder.conv_out, "__class__", Doubled),
-    "compiled halves": lambda vae: [
-        setattr(vae, name, torch.compile(getattr(vae, name), backend="eager")) for name in ("decoder", "encoder")
-    ],
-    "layers that are gone": lambda vae: [
-        setattr(stage, str(len(stage) - 1), nn.Identity()) for stage in (vae.decoder.up_blocks[0],)
-    ],
+    "compiled halves": lambda vae: for_each(
+        lambda name: setattr(vae, name, torch.compile(getattr(vae, name), backend="eager")), ("decoder", "encoder")
+    ),
+    "layers that are gone": lambda vae: for_each(
+        lambda stage: setattr(stage, str(len(stage) - 1), nn.Identity()), (vae.decoder.up_blocks[0],)
+    ),
 }
 
 

@@ -8,7 +8,7 @@ import pickle
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -86,7 +86,7 @@ def needed_bytes(vae: Any, half: str, given: torch.Tensor) -> int:
         [],
         b"1GiB",
         1j,
-        object(),
+        pytest.param(object(), id="object"),
     ],
     ids=str,
 )
@@ -104,8 +104,8 @@ def test_strip_rows_that_are_no_number_of_rows_are_refused_at_once(vae: Any, str
 
 
 def test_whole_numbers_of_other_libraries_are_taken(vae: Any) -> None:
-    handscroll.attach(vae, memory=np.int64(2**28))
-    handscroll.attach(vae, strip_rows=np.int32(2))
+    handscroll.attach(vae, memory=cast(int, np.int64(2**28)))
+    handscroll.attach(vae, strip_rows=cast(int, np.int32(2)))
     handscroll.attach(vae, memory="256 MiB")
 
 

@@ -117,10 +117,10 @@ def execution_device(module: nn.Module) -> torch.device | None:
 
 def indexed(device: torch.device | str | int) -> torch.device:
     """A device as its tensors name it: the current one of its kind has a number."""
-    device = torch.device(device)
-    if device.type == "cuda" and device.index is None and torch.cuda.is_available():
+    named = torch.device(device)
+    if str(named) == "cuda" and torch.cuda.is_available():
         return torch.device("cuda", torch.cuda.current_device())
-    return device
+    return named
 
 
 def _moves(module: nn.Module) -> bool:
