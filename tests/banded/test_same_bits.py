@@ -75,7 +75,7 @@ def test_decode_at_every_height(name: str, dtype: torch.dtype, batch: int, plain
 def test_encode_at_every_height(name: str, dtype: torch.dtype, batch: int) -> None:
     model = network(name, dtype)
     factor = model.spatial_compression_ratio
-    for height, width in SHAPES:
+    for height, width in ((1, 1), (1, 3), (2, 1), (3, 1)):
         image = torch.randn(batch, 3, height * factor, width * factor, generator=torch.Generator().manual_seed(3))
         image = image.to(dtype)
         sweeps = cut_at_barriers(encoder_units(model.encoder), height * factor, width * factor)
@@ -116,7 +116,7 @@ def transformer(row: str, dtype: torch.dtype, wide: bool) -> Any:
 @pytest.mark.parametrize("wide", [False, True], ids=["narrow", "wide"])
 @pytest.mark.parametrize("batch", BATCHES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("row", ["1.6b", "1.6b-4k", "sprint-0.6b"])
+@pytest.mark.parametrize("row", ["1.6b-4k", "sprint-0.6b"])
 def test_predictions_at_every_height(row: str, dtype: torch.dtype, batch: int, wide: bool) -> None:
     model = transformer(row, dtype, wide)
     draw = torch.Generator().manual_seed(1)
