@@ -167,10 +167,8 @@ class UnitShape:
         return elements * columns * element_bytes
 
     def unfused_bytes(self, rows: int, columns: int, element_bytes: int) -> int:
-        """What it holds beside `working_bytes` where no fused kernels exist for its type.
-
-        Inputs are then laid out by channel, and results back; of a convolution that is not by channel all windows are
-        written out (im2col), of one that is the results of its channels lie beside their joined ones.
+        """What it holds beside `working_bytes` where its type has no fused kernels: inputs by channel, results laid out
+        anew, and of a dense convolution all windows (im2col), of one by channel its results twice.
         """
         channels, out_channels, inner = self.channels, self.out_channels, self.inner
         rows = max(rows, self.lag_rows)
@@ -282,7 +280,7 @@ class DecoderShape:
 
     Sweep i begins with attention i, but for sweep 0; a latent of a few pixels has fewer barriers. `columns` are those
     of all pictures of a batch together. fused: whether the device has fused kernels, such as oneDNN's, for the type.
-    small_maps: maps of less than a chunk are counted by what they are.
+    resident: the weights are there anyway, laying them out brings none; and maps are counted to less than a chunk.
     """
 
     spec: AutoencoderSpec
@@ -291,7 +289,7 @@ class DecoderShape:
     element_bytes: int
     batch: int = 1
     fused: bool = True
-    small_maps: bool = False
+    resident: bool = False
 
     def units(self) -> Iterator[UnitShape]:
         """The network's units, in the order they run."""
@@ -327,8 +325,9 @@ class DecoderShape:
     @cached_property
     def _parts(self) -> tuple[tuple[tuple[_Part, ...], _Part | None], ...]:
         """Of every sweep its units, and the sums that it makes for the next one's attention."""
-        parts = {id(unit): _Part.of(unit, self.element_bytes) for sweep in self.sweeps for unit in sweep}
-        sums = [_Part.of(replace(sweep[0], kind="sums"), self.element_bytes) for sweep in self.sweeps[1:]]
+        brings = not self.resident
+        parts = {id(unit): _Part.of(unit, self.element_bytes, brings) for sweep in self.sweeps for unit in sweep}
+        sums = [_Part.of(replace(sweep[0], kind="sums"), self.element_bytes, brings) for sweep in self.sweeps[1:]]
         return tuple(
             (tuple(parts[id(unit)] for unit in sweep), side)
             for sweep, side in zip(self.sweeps, [*sums, None], strict=True)
@@ -383,14 +382,14 @@ class _Part:
     macs: int
 
     @staticmethod
-    def of(unit: UnitShape, element_bytes: int) -> _Part:
+    def of(unit: UnitShape, element_bytes: int, brings_weights: bool) -> _Part:
         buffered = sum((size - 1) * channels for size, channels in unit.windows)
         return _Part(
             unit,
             tuple(unit.windows),
             (buffered + unit.queued_channels) * unit.scale,
             unit.laid_out * element_bytes,
-            unit.layout_bytes(element_bytes) + unit.parameters * element_bytes,
+            unit.layout_bytes(element_bytes) + (unit.parameters * element_bytes if brings_weights else 0),
             unit.macs * unit.scale**2,
         )
 

@@ -172,7 +172,7 @@ class Attachment:
         else:
             factor = self.autoencoder.spatial_compression_ratio
             rows, columns = -(-height // factor), -(-width // factor)
-        return Job(half.name, batch, rows, columns, width, height, half.dtype, half.device)
+        return Job(half.name, batch, rows, columns, width, height, half.dtype, half.device, 0, not half.weights.moved)
 
     def _reason_of_size(self, half: Half, given: Tensor) -> str | None:
         """Why a picture of this size can be encoded whole alone. Raises SizeError where it cannot be at all."""
