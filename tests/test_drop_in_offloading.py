@@ -79,8 +79,8 @@ def sequentially(vae: Any, folder: Path) -> None:
             hook.pre_forward(module)
             return hook.post_forward(module, plain(*args))
 
-        module._hf_hook, module._old_forward = hook, module.forward  # type: ignore[assignment]
-        module.forward = functools.partial(forward, module, hook, module.forward)  # type: ignore[method-assign]
+        module._hf_hook, module._old_forward = hook, module.forward
+        module.forward = functools.partial(forward, module, hook, module.forward)
 
 
 OFFLOADS: dict[str, Offload] = {

@@ -167,9 +167,7 @@ class UnitShape:
         return elements * columns * element_bytes
 
     def unfused_bytes(self, rows: int, columns: int, element_bytes: int) -> int:
-        """What it holds beside `working_bytes` where its type has no fused kernels: of a dense convolution all windows
-        (im2col), of one by channel its results twice.
-        """
+        """What it holds beside where its type has no fused kernels: all windows, or of a depthwise one results twice."""
         channels, out_channels, inner = self.channels, self.out_channels, self.inner
         match self.kind:
             case "mix_ffn":
@@ -320,8 +318,12 @@ class DecoderShape:
     def _parts(self) -> tuple[tuple[tuple[_Part, ...], _Part | None], ...]:
         """Of every sweep its units, and the sums that it makes for the next one's attention."""
         given = (self.element_bytes, self.resident, self.fused)
-        parts = {id(unit): _Part.of(unit, *given) for sweep in self.sweeps for unit in sweep}
-        sums = [_Part.of(replace(sweep[0], kind="sums"), *given) for sweep in self.sweeps[1:]]
+        parts = {
+            id(unit): _Part.of(unit, *given, leads=index > 0 and unit is sweep[0])
+            for index, sweep in enumerate(self.sweeps)
+            for unit in sweep
+        }
+        sums = [_Part.of(replace(sweep[0], kind="sums"), *given, leads=True) for sweep in self.sweeps[1:]]
         return tuple(
             (tuple(parts[id(unit)] for unit in sweep), side)
             for sweep, side in zip(self.sweeps, [*sums, None], strict=True)
@@ -377,16 +379,18 @@ class _Part:
     macs: int
 
     @staticmethod
-    def of(unit: UnitShape, element_bytes: int, resident: bool, fused: bool) -> _Part:
+    def of(unit: UnitShape, element_bytes: int, resident: bool, fused: bool, leads: bool) -> _Part:
+        """leads: whether a sweep begins with it; an attention that does not is called as it is."""
         lent_bytes = 0 if resident else unit.parameters * element_bytes
-        as_it_is = resident and not fused and unit.laid_out == unit.parameters
+        called = unit.kind == "attention" and not leads
+        as_it_is = resident and (called or (not fused and unit.laid_out == unit.parameters))
         buffered = sum((size - 1) * channels for size, channels in unit.windows)
         return _Part(
             unit,
             tuple(unit.windows),
             (buffered + unit.queued_channels) * unit.scale,
             0 if as_it_is else unit.laid_out * element_bytes,
-            unit.layout_bytes(element_bytes) + lent_bytes,
+            (0 if as_it_is else unit.layout_bytes(element_bytes)) + lent_bytes,
             unit.macs * unit.scale**2,
         )
 

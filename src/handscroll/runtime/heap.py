@@ -123,9 +123,10 @@ def _set_aside(aside: list[int]) -> None:
 
 
 def _give_back(aside: list[int]) -> None:
-    library = _library() if aside else None
-    while aside:
-        library.free(aside.pop())
+    if aside:
+        library = _library()
+        while aside:
+            library.free(aside.pop())
 
 
 def _library() -> Any:
