@@ -92,7 +92,7 @@ class Bench:
         config = dataclasses.asdict(F32C32_SANA) | (SMALL if small else {})
         torch.manual_seed(0)
         self.models = {
-            name: AutoencoderDC(**config).eval().requires_grad_(False).to(device, getattr(torch, name))
+            name: AutoencoderDC(**config).eval().requires_grad_(False).to(device).to(getattr(torch, name))
             for name in ("float32", "bfloat16")
         }
         self.warm: set[str] = set()

@@ -119,8 +119,8 @@ def no_work(monkeypatch: pytest.MonkeyPatch) -> None:
     def stop(*arguments: Any, **options: Any) -> None:
         raise Planned("planned")
 
-    monkeypatch.setattr("handscroll.pipeline.enforce", stop)
-    monkeypatch.setattr("handscroll.api.enforce", stop)
+    monkeypatch.setattr("handscroll.pipeline.job_settings", stop)
+    monkeypatch.setattr("handscroll.api.job_settings", stop)
 
 
 @pytest.mark.usefixtures("no_work")

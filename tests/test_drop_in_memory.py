@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -10,10 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+import handscroll
+import miniatures
+from handscroll.errors import UsageError
 from handscroll.runtime import heap
+from handscroll.runtime.memory import trim
 
-MIB = 2**20
 BENCH = Path(__file__).parents[1] / "bench"
 
 needs_peaks = pytest.mark.skipif(
@@ -22,22 +28,56 @@ needs_peaks = pytest.mark.skipif(
 )
 
 
+def draws(*options: str) -> list[dict[str, Any]]:
+    """In a process of its own, whose heap holds what earlier calls have freed."""
+    command = [sys.executable, str(BENCH / "attach_memory.py"), "--json", *options]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.stdout, done.stderr
+    found: list[dict[str, Any]] = json.loads(done.stdout.splitlines()[-1])["draws"]
+    return found
+
+
 @needs_peaks
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("half", ["decode", "encode"])
-def test_what_was_allowed_is_kept_and_used(half: str, dtype: str) -> None:
-    """In a process of its own, whose heap holds what earlier calls have freed."""
-    command = [sys.executable, str(BENCH / "attach_memory.py"), "--json", "--small", "--only", f"{half},{dtype}"]
-    done = subprocess.run([*command, "--draws", "5"], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    import json
+def test_what_was_allowed_is_kept(dtype: str) -> None:
+    found = draws("--small", "--draws", "6", "--only", dtype)
+    assert len(found) == 6
+    for draw in found:
+        assert draw["taken_bytes"] <= draw["allowed_bytes"], draw
 
-    draws: list[dict[str, Any]] = json.loads(done.stdout.splitlines()[-1])["draws"]
-    assert len(draws) == 5
-    for draw in draws:
+
+@needs_peaks
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_what_was_allowed_is_kept_and_used(dtype: str) -> None:
+    """On the published shape, beside which what a process takes anyway is little."""
+    for draw in draws("--draws", "8", "--only", dtype):
         assert draw["taken_bytes"] <= draw["allowed_bytes"], draw
         if draw["more_is_faster"]:
             assert draw["allowed_bytes"] <= 1.3 * draw["taken_bytes"], draw
+
+
+def heap_bytes() -> int:
+    """What is resident of the memory that this process has asked for."""
+    return int(re.findall(r"RssAnon:\s+(\d+)", Path("/proc/self/status").read_text())[0]) * 1024
+
+
+@needs_peaks
+def test_what_the_heap_holds_free_is_not_filled_meanwhile() -> None:
+    """The kind of block that a call frees: too large for it to stay, and small enough for holes in a heap."""
+    kept = []
+    with heap.large_blocks_returned():
+        pass
+    for _ in range(8):  # holes of 8 MiB between blocks that stay
+        kept += [torch.ones(2**21), torch.ones(2**10)]
+    del kept[::2]
+    trim()
+    before_bytes = heap_bytes()
+    with heap.large_blocks_returned():
+        for _ in range(8):
+            torch.ones(2**19)
+        assert heap_bytes() - before_bytes < 2**20
+    assert heap_bytes() - before_bytes < 2**20
 
 
 @pytest.fixture
@@ -97,12 +137,6 @@ def test_settings_of_the_environment_are_what_is_put_back(
 
 
 def test_a_process_with_another_allocator_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    import torch
-
-    import handscroll
-    import miniatures
-    from handscroll.errors import UsageError
-
     monkeypatch.setattr(heap, "is_known", lambda: False)
     vae = miniatures.make_autoencoder().eval().requires_grad_(False)
     with pytest.raises(UsageError, match="glibc"):

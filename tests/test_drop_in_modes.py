@@ -285,61 +285,66 @@ def convolve_in_circles(conv: Any) -> None:
     conv._conv_forward = forward
 
 
-def pad_in_circles(conv: Any) -> None:
-    conv.padding_mode, conv._reversed_padding_repeated_twice = "circular", [1] * 4
-
-
-def for_each(change: Callable[[Any], object], modules: Iterable[Any]) -> None:
-    for module in list(modules):
-        change(module)
-
-
-def replace_conv(vae: Any, half: Any, **options: Any) -> None:
+def replace_conv(half: Any, **options: Any) -> None:
     old = half.conv_out
     half.conv_out = nn.Conv2d(old.in_channels, old.out_channels, **options).requires_grad_(False)
 
 
+def for_each(modules: Iterable[Any], change: Change) -> None:
+    for module in list(modules):
+        change(module)
+
+
+def with_attribute(vae: Any, name: str) -> Iterator[Any]:
+    return (module for module in vae.modules() if hasattr(module, name))
+
+
+def pad_in_circles(conv: Any) -> None:
+    conv.padding_mode, conv._reversed_padding_repeated_twice = "circular", [1] * 4
+
+
 CHANGES: dict[str, Change] = {
-    "forward hooks": lambda vae: [each.register_forward_hook(lambda m, i, out: hooked(out)) for each in each_conv(vae)],
-    "forward pre-hooks": lambda vae: [
-        each.register_forward_pre_hook(lambda m, given: (hooked(given[0]),)) for each in each_conv(vae)
-    ],
-    "hooks on the halves": lambda vae: [
-        half.register_forward_hook(lambda m, i, out: hooked(out)) for half in (vae.decoder, vae.encoder)
-    ],
-    "hooks on blocks": lambda vae: [
-        stage.register_forward_hook(lambda m, i, out: hooked(out))
-        for stage in (vae.decoder.up_blocks[0], vae.encoder.down_blocks[0])
-    ],
-    "replaced forward": lambda vae: for_each(wrap_forward, each_conv(vae)),
+    "forward hooks": lambda vae: for_each(
+        each_conv(vae), lambda conv: conv.register_forward_hook(lambda _, given, out: hooked(out))
+    ),
+    "forward pre-hooks": lambda vae: for_each(
+        each_conv(vae), lambda conv: conv.register_forward_pre_hook(lambda _, given: (hooked(given[0]),))
+    ),
+    "hooks on the halves": lambda vae: for_each(
+        halves(vae), lambda half: half.register_forward_hook(lambda _, given, out: hooked(out))
+    ),
+    "hooks on stages": lambda vae: for_each(
+        (vae.decoder.up_blocks[0], vae.encoder.down_blocks[0]),
+        lambda stage: stage.register_forward_hook(lambda _, given, out: hooked(out)),
+    ),
+    "replaced forward": lambda vae: for_each(each_conv(vae), wrap_forward),
     "replaced part of a forward": lambda vae: for_each(
-        convolve_in_circles, [each for each in each_conv(vae) if each.stride == (1, 1)]
+        (each for each in each_conv(vae) if each.stride == (1, 1)), convolve_in_circles
     ),
-    "padding in circles": lambda vae: for_each(pad_in_circles, each_conv(vae)),
+    "padding in circles": lambda vae: for_each(each_conv(vae), pad_in_circles),
     "dilation": lambda vae: for_each(
-        lambda half: replace_conv(vae, half, kernel_size=3, padding=2, dilation=2), halves(vae)
+        halves(vae), lambda half: replace_conv(half, kernel_size=3, padding=2, dilation=2)
     ),
-    "larger kernels": lambda vae: for_each(lambda half: replace_conv(vae, half, kernel_size=5, padding=2), halves(vae)),
+    "larger kernels": lambda vae: for_each(halves(vae), lambda half: replace_conv(half, kernel_size=5, padding=2)),
     "LoRA": set_lora,
     "another attention": set_processors,
     "biases of queries": lambda vae: for_each(
-        lambda each: setattr(each, "to_q", with_bias(each.to_q)), each_attention(vae)
+        each_attention(vae), lambda attention: setattr(attention, "to_q", with_bias(attention.to_q))
     ),
     "another activation": lambda vae: for_each(
-        lambda each: setattr(each, "nonlinearity", nn.GELU()), [m for m in vae.modules() if hasattr(m, "conv_depth")]
+        with_attribute(vae, "conv_depth"), lambda block: setattr(block, "nonlinearity", nn.GELU())
     ),
-    "weight norm": lambda vae: [nn.utils.parametrizations.weight_norm(each) for each in each_conv(vae)],
-    "pruning": lambda vae: for_each(prune, each_conv(vae)),
+    "weight norm": lambda vae: for_each(each_conv(vae), nn.utils.parametrizations.weight_norm),
+    "pruning": lambda vae: for_each(each_conv(vae), prune),
     "bilinear upsampling": lambda vae: for_each(
-        lambda each: setattr(each, "interpolation_mode", "bilinear"),
-        [module for module in vae.modules() if hasattr(module, "repeats")],
+        with_attribute(vae, "repeats"), lambda block: setattr(block, "interpolation_mode", "bilinear")
     ),
     "a subclass of a layer": lambda vae: setattr(vae.decoder.conv_out, "__class__", Doubled),
     "compiled halves": lambda vae: for_each(
-        lambda name: setattr(vae, name, torch.compile(getattr(vae, name), backend="eager")), ("decoder", "encoder")
+        ("decoder", "encoder"), lambda name: setattr(vae, name, torch.compile(getattr(vae, name), backend="eager"))
     ),
-    "layers that are gone": lambda vae: for_each(
-        lambda stage: setattr(stage, str(len(stage) - 1), nn.Identity()), (vae.decoder.up_blocks[0],)
+    "layers that are gone": lambda vae: setattr(
+        vae.decoder.up_blocks[0], str(len(vae.decoder.up_blocks[0]) - 1), nn.Identity()
     ),
 }
 

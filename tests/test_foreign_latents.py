@@ -118,7 +118,7 @@ def test_the_pipelines_of_diffusers_and_ours_mean_the_same_latent(tmp_path: Path
     ("tensors", "says"),
     [
         ({"a": LATENT, "b": LATENT}, ["'a' and 'b'", "which"]),
-        ({"latents": LATENT, "image_latents": LATENT}, ["'latents' and 'image_latents'"]),
+        ({"latents": LATENT, "image_latents": LATENT}, ["'image_latents' and 'latents'"]),
         ({"latent": LATENT, "samples": LATENT}, ["'latent' and 'samples'"]),
         ({"a": torch.zeros(3), "b": torch.zeros(2, 2)}, ["no latent", "'a' and 'b'"]),
         ({"latents": LATENT.repeat(2, 1, 1, 1)}, ["2 latents"]),

@@ -192,7 +192,7 @@ def test_the_class_warns_who_does_not_listen(model: str, tmp_path: Path) -> None
         picture.save(tmp_path / "a.png", quality=70)
     heard: list[Progress] = []
     with warnings.catch_warnings():
-        warnings.simplefilter("error")
+        warnings.simplefilter("error", UserWarning)
         scroll(LONG, size=64, steps=1, seed=1, on_event=heard.append)
         scroll("a lake", size=64, steps=1, seed=1)
     assert [event.detail for event in heard if event.stage == "notice"] == list(picture.notices)

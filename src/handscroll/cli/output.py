@@ -37,13 +37,14 @@ def _summary(results: Sequence[Result]) -> str:
     shared_seconds = first.seconds.get("text", 0.0)  # one prompt, encoded once, counted with each picture
     seconds = sum(result.seconds["total"] - shared_seconds for result in results) + shared_seconds
     parts = [f"{pictures}{first.width}x{first.height}", duration(seconds)]
-    peaks_bytes = [result.memory["measured_peak_bytes"] for result in results]
-    memory = "peak unknown" if None in peaks_bytes else f"peak {gibibytes(max(peaks_bytes))}"
-    if first.memory["budget_bytes"] is not None:
-        planned_bytes = max(result.memory["planned_peak_bytes"] or 0 for result in results)
-        planned = f"planned {gibibytes(planned_bytes)}, " if planned_bytes else ""
-        memory += f" ({planned}budget {gibibytes(first.memory['budget_bytes'])})"
-    parts.append(memory)
+    peaks_bytes = [result.memory["measured_peak_bytes"] for result in results if result.memory["measured_peak_bytes"]]
+    if peaks_bytes:
+        memory = f"peak {gibibytes(max(peaks_bytes))}"
+        if first.memory["budget_bytes"] is not None:
+            planned_bytes = max(result.memory["planned_peak_bytes"] or 0 for result in results)
+            planned = f"planned {gibibytes(planned_bytes)}, " if planned_bytes else ""
+            memory += f" ({planned}budget {gibibytes(first.memory['budget_bytes'])})"
+        parts.append(memory)
     if first.seed is not None:
         parts.append(f"seed {first.seed}" if len(results) == 1 else f"seeds {first.seed} to {last.seed}")
     return ", ".join(parts)

@@ -80,8 +80,8 @@ def read_component(folder: Path, component: str) -> dict[str, Any]:
     adapter = folder / component / "adapter_config.json"
     if adapter.exists():
         raise CheckpointError(
-            f"{adapter}: a LoRA adapter beside the weights is not implemented; merge it into them, or move its files "
-            "away to paint without it"
+            f"{adapter}: a LoRA adapter beside the weights is not implemented; fuse it into them with diffusers "
+            "(pipe.fuse_lora()) and save the pipeline, or move its files away to paint without it"
         )
     names = config.get("architectures") if component == "text_encoder" else [config.get("_class_name")]
     for name in names if isinstance(names, list) else []:

@@ -233,7 +233,7 @@ class _Layout:
         source = self._kept_bytes(start)
         result = self._kept_bytes(index + 1) if index + 1 < len(self.shape) else 0
         chunks = min(source, MAP_CHUNK_BYTES) + min(result, MAP_CHUNK_BYTES)
-        if self.shape.small_maps:
+        if self.shape.resident:
             chunks = min(chunks, min(source, result))
         if any(later == start for later in self.starts[index + 1 :]):  # read again, and so not freed behind the reader
             return source + result + chunks

@@ -15,7 +15,7 @@ from torch import Tensor
 from handscroll.banded.autoencoder import decode_rows, decoder_units, encode, encoder_units
 from handscroll.errors import BudgetError, SizeError, UsageError
 from handscroll.events import OnEvent, Progress, ignore
-from handscroll.integrations.diffusers.budget import Job, check_allocator, route_within, spec_of
+from handscroll.integrations.diffusers.budget import VERBS, Job, check_allocator, route_within, spec_of
 from handscroll.integrations.diffusers.modes import Half, reason_of_call, reason_of_module
 from handscroll.integrations.diffusers.weights import execution_device
 from handscroll.runtime.arithmetic import full_fp32
@@ -23,7 +23,6 @@ from handscroll.runtime.heap import large_blocks_returned
 from handscroll.runtime.memory import trim
 
 METHODS = {"decoder": "_decode", "encoder": "_encode"}
-_STAGES = {"decoder": "decode", "encoder": "encode"}
 # Of latents: one of these needs the least, which is not the smallest, whose only sweep holds all weights.
 SMALL_SIDES = (1, 2, 4, 8, 16)
 _LOG = logging.getLogger("handscroll")
@@ -174,7 +173,7 @@ class Attachment:
         else:
             factor = self.autoencoder.spatial_compression_ratio
             rows, columns = -(-height // factor), -(-width // factor)
-        return Job(half.name, batch, rows, columns, width, height, half.dtype, half.device)
+        return Job(half.name, batch, rows, columns, width, height, half.dtype, half.device, 0, not half.weights.moved)
 
     def _reason_of_size(self, half: Half, given: Tensor) -> str | None:
         """Why a picture of this size can be encoded whole alone. Raises SizeError where it cannot be at all."""
@@ -224,7 +223,7 @@ class Attachment:
                 if not bars:
                     bars.append(self.bar(of))
                 bars[0].update()
-            self.settings.on_event(Progress(_STAGES[name], done, of))
+            self.settings.on_event(Progress(VERBS[name], done, of))
 
         try:
             yield on_sweep

@@ -75,7 +75,7 @@ def reason_of_call(half: Half, given: Tensor) -> str | None:
         return "derivatives are wanted (torch.autograd.forward_ad), which rows do not keep"
     if torch.is_autocast_enabled(half.device.type):
         return "autocast is on, which chooses a type for each layer"
-    if torch.jit.is_tracing() or has_global_hooks():  # type: ignore[attr-defined]
+    if torch.jit._trace.is_tracing() or has_global_hooks():
         return "every layer's call is watched (torch.jit.trace, or hooks on all modules)"
     return None
 

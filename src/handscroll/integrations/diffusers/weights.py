@@ -87,7 +87,7 @@ class Weights:
 
 def has_foreign_forward(module: nn.Module) -> bool:
     """Whether a module's own `forward` is more than what moves or casts its weights around its class's."""
-    registry = vars(module).get("_diffusers_hook")
+    registry: Any = vars(module).get("_diffusers_hook")
     innermost: Any = vars(module)["forward"]
     if registry is not None and registry.hooks:
         if not _MOVING.issuperset(registry.hooks) or not isinstance(innermost, partial):
@@ -117,10 +117,10 @@ def execution_device(module: nn.Module) -> torch.device | None:
 
 def indexed(device: torch.device | str | int) -> torch.device:
     """A device as its tensors name it: the current one of its kind has a number."""
-    named = torch.device(device)
-    if str(named) == "cuda" and torch.cuda.is_available():
+    found: Any = torch.device(device)
+    if found.type == "cuda" and found.index is None and torch.cuda.is_available():
         return torch.device("cuda", torch.cuda.current_device())
-    return named
+    return found
 
 
 def _moves(module: nn.Module) -> bool:
