@@ -354,7 +354,9 @@ def test_a_revision_is_no_path(revision: str, capsys: pytest.CaptureFixture[str]
 
 
 @pytest.mark.parametrize(
-    "facts", [{"width": "-1"}, {"width": "1e9"}, {"height": "9" * 5000}, {"height": "nan"}], ids=["-1", "1e9", "long", "nan"]
+    "facts",
+    [{"width": "-1"}, {"width": "1e9"}, {"height": "9" * 5000}, {"height": "nan"}],
+    ids=["-1", "1e9", "long", "nan"],
 )
 def test_metadata_that_cannot_be_is_the_files_fault(facts: dict[str, str]) -> None:
     write_tensors(Path("l.safetensors"), {"latent": torch.zeros(1, 32, 2, 2)}, {"model": "tiny-landscape", **facts})
