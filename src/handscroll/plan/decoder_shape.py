@@ -167,7 +167,7 @@ class UnitShape:
         return elements * columns * element_bytes
 
     def unfused_bytes(self, rows: int, columns: int, element_bytes: int) -> int:
-        """What it holds beside where its type has no fused kernels: all windows, or of a depthwise one results twice."""
+        """What it holds beside without fused kernels: all windows, or of a depthwise convolution its results twice."""
         channels, out_channels, inner = self.channels, self.out_channels, self.inner
         match self.kind:
             case "mix_ffn":
