@@ -89,6 +89,7 @@ class Result:
 
 def picture_facts(request: Request, spec: CheckpointSpec, plan: Plan, index: int) -> dict[str, Any]:
     """What the file of picture `index` says about itself: the arguments of `parameters_text`."""
+    of_hub = {} if spec.commit is None else {"revision": spec.commit}
     return {
         "prompt": request.prompt,
         "negative": request.negative,
@@ -99,7 +100,7 @@ def picture_facts(request: Request, spec: CheckpointSpec, plan: Plan, index: int
         "width": plan.width,
         "height": plan.height,
         "model": spec.name,
-        "revision": spec.commit or "",
+        **of_hub,
         "precision": str(plan.precision),
         "composed": plan.composed,
         "version": __version__,
@@ -111,8 +112,6 @@ def picture_facts(request: Request, spec: CheckpointSpec, plan: Plan, index: int
 def latent_facts(request: Request, spec: CheckpointSpec, plan: Plan, index: int) -> dict[str, str]:
     """What a latent's file says about itself: all that decoding and labelling it takes, from any folder."""
     facts = {**picture_facts(request, spec, plan, index), "model": resolved_name(request.model)}
-    if spec.commit is None:
-        del facts["revision"]
     return {name: str(value) for name, value in facts.items()}
 
 
