@@ -22,7 +22,8 @@ for _name in ("HF_TOKEN", "HF_HUB_CACHE", "HF_ENDPOINT", "HUGGINGFACE_HUB_CACHE"
 
 # Where several test processes share the machine, each and all that it starts has one thread: two teams on two
 # cores wait for each other.
-THREADS = 1 if "PYTEST_XDIST_WORKER" in os.environ else 2
+IS_ONE_OF_SEVERAL = "PYTEST_XDIST_WORKER" in os.environ
+THREADS = 1 if IS_ONE_OF_SEVERAL else 2
 os.environ["OMP_NUM_THREADS"] = str(THREADS)
 
 # A shell that starts tests in the background has them ignore Ctrl-C, which some of them press.
@@ -37,7 +38,7 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
 
     `-n 0` keeps the suite in one process too.
     """
-    if "PYTEST_XDIST_WORKER" in os.environ:
+    if IS_ONE_OF_SEVERAL:
         return  # this is one of the two, or what one of their tests has started: else they would start others for ever
     is_free = config.pluginmanager.hasplugin("xdist") and config.option.numprocesses is None
     is_large = config.option.markexpr in ("slow", "gpu") or config.option.usepdb

@@ -17,8 +17,7 @@ STRIP_BYTES, CUDA_STRIP_BYTES = 16 * 2**20, 256 * 2**20
 BAND_BYTES, CUDA_BAND_BYTES = 16 * 2**20, 256 * 2**20
 
 # Hidden channels that the Mix-FFN makes at a time, values and gates each: few enough to stay small beside the row
-# block, enough for full speed. Slabs are multiples of what a vector register holds, so that no element is an odd one
-# out.
+# block, enough for full speed. Slabs are multiples of what a vector register holds: no element is an odd one out.
 SLAB_CHANNELS, SLAB_MULTIPLE = 1120, 32
 
 # Weights of another dtype than theirs are read through a buffer of this size.

@@ -187,11 +187,7 @@ def rms_norm_(row_block: Tensor, weight: Tensor | None, bias: Tensor | None, eps
     if triton.in_use(row_block):
         triton.rms_norm(pixels[None, None], weight, bias, eps, out=pixels[None, None])
         return row_block
-    step = (
-        max(1, _CACHED_BYTES // (channels * row_block.element_size()))
-        if row_block.device.type == "cpu"
-        else len(pixels)
-    )
+    step = max(1, _CACHED_BYTES // (channels * pixels.element_size())) if pixels.device.type == "cpu" else len(pixels)
     for piece in pixels.split(step):
         scale = torch.linalg.vector_norm(
             piece, dim=-1, keepdim=True, dtype=torch.promote_types(piece.dtype, torch.float32)

@@ -162,9 +162,10 @@ def _called(layer: nn.Module, activation: nn.Module | None) -> Function:
     takes_images = getattr(layer, "kernel_size", None) is not None
 
     def run(row_block: Tensor) -> Tensor:
-        out = (
-            layer(row_block.permute(0, 3, 1, 2)).permute(0, 2, 3, 1).contiguous() if takes_images else layer(row_block)
-        )
+        if takes_images:
+            out = layer(row_block.permute(0, 3, 1, 2)).permute(0, 2, 3, 1).contiguous()
+        else:
+            out = layer(row_block)
         return out if activation is None else activation(out)
 
     return run

@@ -47,9 +47,9 @@ def write_image(
     """Write `row_blocks` (uint8 [rows, width, 3], top to bottom, any number of rows each) and return the file's path.
 
     `parameters` is stored in the file for `read_parameters` and other image tools. `quality`, 1 to 100, is for JPEG,
-    WebP and Deep Zoom tiles; PNG and TIFF are lossless. `on_rows` is told the rows received so far after each row
-    block. `on_wait` is called every tenth of a second while the file is encoded; raising there stops the encoder at
-    once, but for WebP, which is encoded in one piece.
+    WebP and Deep Zoom tiles; PNG and TIFF are lossless. `on_rows` is told after each row block how many rows have come.
+    `on_wait` is called every tenth of a second while the file is encoded; raising there stops the encoder at once, but
+    for WebP, which is encoded in one piece.
 
     The file appears whole or not at all; an older one stays until then. Raises ValueError for row blocks that do not
     make up the picture, OutputError where it cannot be written, OutOfMemoryError; what `row_blocks`, `on_rows` or

@@ -24,8 +24,7 @@ CPU_HEAP_SHARE = 0.6
 # In half precision oneDNN compiles more kernels and keeps more scratch.
 CPU_HALF_EXTRA_BYTES = 12 * MIB
 # CUDA's caching allocator reserves in blocks of 2 and 20 MiB, and some of what it holds is between two tensors; norms
-# and sums of whole row blocks are made in fp32 there. Estimates, from the same code on a CPU: no device has measured
-# them.
+# and sums of whole row blocks are made in fp32 there. Estimates by the same code on a CPU: no device measured them.
 CUDA_EXTRA_BYTES, CUDA_EXTRA_SHARE = 96 * MIB, 0.3
 # Of the memory that the machine has left, what a run without a budget may take.
 FREE_SHARE = 0.9

@@ -31,8 +31,10 @@ def embedded(embed: PatchEmbed, latent: Tensor, band_rows: int, this: LayerPass)
             tokens = proj(row_block).permute(0, 2, 3, 1).contiguous()
         else:
             patches = row_block.reshape(batch, channels, -1, patch, columns, patch).permute(0, 2, 4, 1, 3, 5)
-            # Contiguous also where a view would do: without oneDNN, a product of another layout rounds otherwise.
-            tokens = project(patches.reshape(batch, -1, columns, channels * patch * patch).contiguous())
+            patches = patches.reshape(batch, -1, columns, channels * patch * patch)
+            # One column of tokens is read as another layout at each number of rows, and without oneDNN a product
+            # of another layout rounds otherwise.
+            tokens = project(patches.contiguous() if columns == 1 else patches)
         if positions is not None:
             of_columns, of_rows = positions
             half = of_columns.shape[-1]
