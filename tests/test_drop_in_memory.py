@@ -80,6 +80,18 @@ def test_what_the_heap_holds_free_is_not_filled_meanwhile() -> None:
     assert heap_bytes() - before_bytes < 2**20
 
 
+@pytest.mark.skipif(not heap.is_known(), reason="another allocator than glibc's")
+def test_no_more_is_set_aside_than_the_heap_holds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where blocks do not come from the system one by one, so that the heap would grow and grow."""
+    monkeypatch.setattr(heap, "_set", lambda settings: None)
+    del (held := [torch.ones(2**18) for _ in range(64)])[::2]
+    before_pages = int(Path("/proc/self/statm").read_text().split()[0])
+    with heap.large_blocks_returned():
+        grown_pages = int(Path("/proc/self/statm").read_text().split()[0]) - before_pages
+    assert grown_pages * os.sysconf("SC_PAGE_SIZE") < 2**27
+    assert len(held) == 32
+
+
 @pytest.fixture
 def settings(monkeypatch: pytest.MonkeyPatch) -> list[dict[int, int]]:
     """What the heap was set to, in order; nothing is really set."""

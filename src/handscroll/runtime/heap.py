@@ -15,7 +15,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, ClassVar
 
 # glibc's names for what mallopt sets (malloc.h).
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -3, -4
@@ -117,18 +117,33 @@ class _State:
 _STATE = _State()
 
 
+_OF_HEAP = ("arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks", "uordblks", "fordblks", "keepcost")
+
+
+class _Heap(ctypes.Structure):
+    """glibc's `struct mallinfo2`: `arena` is what the heap has of the system, `fordblks` what of it is free."""
+
+    _fields_: ClassVar = [(name, ctypes.c_size_t) for name in _OF_HEAP]
+
+
 def _set_aside(aside: list[int]) -> None:
     """Adds the addresses of all blocks that the heap can still give without the system, the largest first."""
     if not is_known():
         return
     library = _library()
+    if not hasattr(library, "mallinfo2"):
+        return  # a glibc before 2.33
+    free_bytes = library.mallinfo2().fordblks
     size_bytes = _LARGEST_BYTES
     while size_bytes >= FOR_A_WHILE[M_MMAP_THRESHOLD]:
-        address = library.malloc(size_bytes)
-        if address and not ctypes.c_size_t.from_address(address - _SIZE_BYTES).value & _OF_ITS_OWN:
-            aside.append(address)
-            continue
-        if address:
+        if size_bytes <= free_bytes:
+            heap_bytes, address = library.mallinfo2().arena, library.malloc(size_bytes)
+            own = address and ctypes.c_size_t.from_address(address - _SIZE_BYTES).value & _OF_ITS_OWN
+            # Where no block comes from the system by itself, as when there are too many of them, the heap grows.
+            if address and not own and library.mallinfo2().arena <= heap_bytes:
+                aside.append(address)
+                free_bytes -= size_bytes
+                continue
             library.free(address)
         size_bytes //= 2
 
@@ -144,6 +159,8 @@ def _library() -> Any:
     library = ctypes.CDLL(None)
     library.malloc.restype, library.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
     library.free.restype, library.free.argtypes = None, [ctypes.c_void_p]
+    if hasattr(library, "mallinfo2"):
+        library.mallinfo2.restype, library.mallinfo2.argtypes = _Heap, []
     return library
 
 
