@@ -38,10 +38,10 @@ def draws(*options: str) -> list[dict[str, Any]]:
 
 
 @needs_peaks
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.thorough)])
 def test_what_was_allowed_is_kept(dtype: str) -> None:
-    found = draws("--small", "--draws", "6", "--only", dtype)
-    assert len(found) == 6
+    found = draws("--small", "--draws", "3", "--only", dtype)
+    assert len(found) == 3
     for draw in found:
         assert draw["taken_bytes"] <= draw["allowed_bytes"], draw
 

@@ -110,7 +110,7 @@ def test_code_that_comes_with_a_checkpoint_is_refused(folder: Path, component: s
 
 def test_an_adapter_beside_the_weights_is_refused(folder: Path) -> None:
     (folder / "text_encoder" / "adapter_config.json").write_text("{}")
-    refused(folder, "adapter_config.json", "merge")
+    refused(folder, "adapter_config.json", "fuse")
 
 
 # Settings

@@ -49,8 +49,7 @@ def network(name: str, dtype: torch.dtype) -> Any:
         return as_if_trained(AutoencoderDC(**config))
 
 
-@pytest.mark.parametrize("plain", [False, True])
-@pytest.mark.parametrize("batch", BATCHES)
+@pytest.mark.parametrize(("batch", "plain"), [(1, False), (1, True), (2, False)])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", NETWORKS)
 def test_decode_at_every_height(name: str, dtype: torch.dtype, batch: int, plain: bool) -> None:
@@ -113,15 +112,14 @@ def transformer(row: str, dtype: torch.dtype, wide: bool) -> Any:
         return torch.nn.Module.to(miniatures.make_transformer(row, **(sizes if wide else {})), dtype)
 
 
-@pytest.mark.parametrize("wide", [False, True], ids=["narrow", "wide"])
-@pytest.mark.parametrize("batch", BATCHES)
+@pytest.mark.parametrize(("batch", "wide"), [(1, False), (2, False), (1, True)])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("row", ["1.6b-4k", "sprint-0.6b"])
 def test_predictions_at_every_height(row: str, dtype: torch.dtype, batch: int, wide: bool) -> None:
     model = transformer(row, dtype, wide)
     draw = torch.Generator().manual_seed(1)
     guidance = torch.full((batch,), 0.45).to(dtype) if model.config.guidance_embeds else None
-    for height, width in SHAPES:
+    for height, width in ((1, 2), (3, 1)) if wide else SHAPES:
         latent = torch.randn(batch, model.config.in_channels, height, width, generator=draw).to(dtype)
         given = [
             Branch(
