@@ -165,7 +165,7 @@ def _resident_layers(layers: int, layer_bytes: int, slots: int, other_bytes: int
 def band_heights(spec: TransformerSpec, job: Sampling, hardware: Hardware) -> list[int]:
     """Heights of row blocks to choose from, in rows of tokens: powers of two.
 
-    Up to what makes the widest activation big.
+    Up to the height at which the widest activation takes `BAND_BYTES`, on CUDA `CUDA_BAND_BYTES`.
     """
     row_bytes = job.columns * 2 * spec.hidden_channels * BYTES[job.precision]
     most = min(job.rows, max(1, (CUDA_BAND_BYTES if hardware.is_cuda else BAND_BYTES) // row_bytes))
