@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import threading
@@ -146,6 +147,53 @@ def test_settings_of_the_environment_are_what_is_put_back(
     environment: dict[str, str], expected: dict[int, int]
 ) -> None:
     assert heap.usual_settings(environment.get("GLIBC_TUNABLES", ""), environment) == heap.ADAPTED | expected
+
+
+OTHER_ALLOCATOR = """
+#include <string.h>
+#include <sys/mman.h>
+static char *next, *end;
+void *malloc(size_t n) {
+    n = (n + 31) & ~15UL;
+    if (!next || next + n > end) {
+        size_t block = n > 1UL << 28 ? n : 1UL << 28;
+        next = mmap(0, block, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+        end = next + block;
+    }
+    char *given = next + 16;
+    next += n;
+    ((size_t *)given)[-1] = n - 16;
+    return given;
+}
+void free(void *p) {}
+void *calloc(size_t a, size_t b) { return malloc(a * b); }
+void *realloc(void *p, size_t n) {
+    void *q = malloc(n);
+    if (p) memcpy(q, p, ((size_t *)p)[-1] < n ? ((size_t *)p)[-1] : n);
+    return q;
+}
+"""
+
+
+def known_to(python: str, **environment: str) -> str:
+    """What a Python that has nothing but its standard library says of its allocator."""
+    program = f"import runpy; print(runpy.run_path({heap.__file__!r})['is_known']())"
+    run = [python, "-c", program]
+    return subprocess.run(run, env=os.environ | environment, capture_output=True, text=True, check=True).stdout.strip()
+
+
+@pytest.mark.skipif(not heap.is_known(), reason="another C library or allocator")
+def test_any_python_on_glibc_is_known_and_another_allocator_is_told_from_it(tmp_path: Path) -> None:
+    """Debian's Python has a `malloc` of its own address that leads to glibc's; most others have none."""
+    pythons = [each for each in ("/usr/bin/python3", sys.executable) if os.access(each, os.X_OK)]
+    assert [known_to(python) for python in pythons] == ["True"] * len(pythons)
+    compiler = shutil.which("cc")
+    if compiler is None:
+        pytest.skip("no C compiler to make another allocator with")
+    (tmp_path / "other.c").write_text(OTHER_ALLOCATOR)
+    library = tmp_path / "other.so"
+    subprocess.run([compiler, "-shared", "-fPIC", "-O1", "-fno-builtin", "-o", library, tmp_path / "other.c"], check=True)
+    assert [known_to(python, LD_PRELOAD=str(library)) for python in pythons] == ["False"] * len(pythons)
 
 
 def test_a_process_with_another_allocator_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -34,6 +34,7 @@ VARIABLES = {
 # The size of a block lies before it, and in that its second bit is set where the system gave it by itself (malloc.c).
 _SIZE_BYTES, _OF_ITS_OWN = ctypes.sizeof(ctypes.c_size_t), 2
 _LARGEST_BYTES = 2**30
+_PROBED_BYTES = 2**26  # more than other threads are likely to take at the same moment; it is never touched
 
 
 def is_known() -> bool:
@@ -41,8 +42,10 @@ def is_known() -> bool:
     if sys.platform != "linux":
         return False
     try:
-        own, in_use = ctypes.CDLL("libc.so.6"), ctypes.CDLL(None)
-        return hasattr(own, "mallopt") and _address(own.malloc) == _address(in_use.malloc)
+        glibc, library = ctypes.CDLL("libc.so.6"), _library()
+        if not hasattr(glibc, "mallopt"):
+            return False
+        return _address(glibc.malloc) == _address(library.malloc) or _is_counted(library)
     except (OSError, AttributeError):
         return False
 
@@ -121,9 +124,19 @@ _OF_HEAP = ("arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks
 
 
 class _Heap(ctypes.Structure):
-    """glibc's `struct mallinfo2`: `arena` is what the heap has of the system, `fordblks` what of it is free."""
+    """glibc's `struct mallinfo2`.
+
+    `arena` is what the heap has of the system, `uordblks` and `fordblks` what of it is in use and free, and `hblkhd`
+    what the system gave by itself.
+    """
 
     _fields_: ClassVar = [(name, ctypes.c_size_t) for name in _OF_HEAP]
+
+
+class _OlderHeap(ctypes.Structure):
+    """glibc's `struct mallinfo`, before 2.33."""
+
+    _fields_: ClassVar = [(name, ctypes.c_int) for name in _OF_HEAP]
 
 
 def _set_aside(aside: list[int]) -> None:
@@ -146,6 +159,30 @@ def _set_aside(aside: list[int]) -> None:
                 continue
             library.free(address)
         size_bytes //= 2
+
+
+def _is_counted(library: Any) -> bool:
+    """Whether glibc counts a block as its own that this process is given.
+
+    Under its name alone it is not known: the address of `malloc` may be a place in the program that leads to glibc's,
+    as in the Python of Debian and Ubuntu.
+    """
+    name = "mallinfo2" if hasattr(library, "mallinfo2") else "mallinfo"
+    described = getattr(ctypes.CDLL("libc.so.6"), name)
+    described.restype, described.argtypes = (_Heap if name == "mallinfo2" else _OlderHeap), []
+
+    def in_use_bytes() -> int:
+        now = described()
+        return int(now.uordblks + now.hblkhd)
+
+    for _ in range(3):  # other threads take and free blocks meanwhile
+        before_bytes = in_use_bytes()
+        address = library.malloc(_PROBED_BYTES)
+        taken_bytes = in_use_bytes() - before_bytes
+        library.free(address)
+        if address and abs(taken_bytes - _PROBED_BYTES) < _PROBED_BYTES // 2:
+            return True
+    return False
 
 
 def _give_back(aside: list[int]) -> None:
