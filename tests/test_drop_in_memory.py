@@ -192,7 +192,9 @@ def test_any_python_on_glibc_is_known_and_another_allocator_is_told_from_it(tmp_
         pytest.skip("no C compiler to make another allocator with")
     (tmp_path / "other.c").write_text(OTHER_ALLOCATOR)
     library = tmp_path / "other.so"
-    subprocess.run([compiler, "-shared", "-fPIC", "-O1", "-fno-builtin", "-o", library, tmp_path / "other.c"], check=True)
+    subprocess.run(
+        [compiler, "-shared", "-fPIC", "-O1", "-fno-builtin", "-o", library, tmp_path / "other.c"], check=True
+    )
     assert [known_to(python, LD_PRELOAD=str(library)) for python in pythons] == ["False"] * len(pythons)
 
 
