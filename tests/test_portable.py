@@ -117,57 +117,43 @@ def test_every_module_is_imported() -> None:
     assert (done.returncode, done.stdout) == (0, "all\n"), done.stderr
 
 
-def test_it_paints_decodes_and_resumes(miniature: Miniature, tmp_path: Path) -> None:
-    model, picture, latent = str(miniature("1.6b")), tmp_path / "p.png", tmp_path / "l.safetensors"
-    made = ["--model", model, "--size", "96x64", "--steps", "2", "--seed", "3", "--device", "cpu"]
-    done = cli("generate", "a lake", *made, "-o", str(picture), "--save-latent", str(latent), "--json")
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["seed"] == 3
-    again = subprocess.run(
-        [sys.executable, "-m", "handscroll", "generate", "a lake", *made, "-o", str(tmp_path / "linux.png")],
-        capture_output=True,
-    )
-    assert again.returncode == 0
-    assert picture.read_bytes() == (tmp_path / "linux.png").read_bytes()
-
-    done = cli("decode", str(latent), "-o", str(tmp_path / "q.png"))
-    assert done.returncode == 0, done.stderr
-    assert (tmp_path / "q.png").stat().st_size == picture.stat().st_size
-
-    stop = (
-        "from handscroll import Request, generate\n"
-        "def stop(event):\n"
-        "    if event.stage == 'decode' and event.done: raise KeyboardInterrupt\n"
-        "request = Request('a lake', model=sys.argv[1], width=96, height=64, steps=2, seed=3, device='cpu')\n"
-        "from pathlib import Path\n"
-        "try: generate(request, Path(sys.argv[2]), on_event=stop)\n"
-        "except KeyboardInterrupt: print('stopped')\n"
-    )
-    done = without(stop, model, str(tmp_path / "r.png"))
-    assert done.stdout == "stopped\n", done.stderr
-    done = cli("resume", str(tmp_path / "r.png"))
-    assert done.returncode == 0, done.stderr
-    assert (tmp_path / "r.png").read_bytes() == picture.read_bytes()
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["l.safetensors", "linux.png", "p.png", "q.png", "r.png"]
+INTERRUPTED = """
+from pathlib import Path
+from handscroll import Request, generate
+def stop(event):
+    if event.stage == "decode" and event.done: raise KeyboardInterrupt
+try: generate(Request.of("a lake", model=sys.argv[1], **OPTIONS), Path(sys.argv[2]), on_event=stop)
+except KeyboardInterrupt: print("stopped", flush=True)
+"""
 
 
-def test_it_writes_every_format(miniature: Miniature, tmp_path: Path) -> None:
-    made = ["--model", str(miniature("1.6b")), "--size", "64", "--steps", "1", "--seed", "3", "--device", "cpu"]
-    paths = [str(tmp_path / f"p{suffix}") for suffix in (".jpg", ".webp", ".tif", ".dzi")]
+def test_it_plans_paints_every_format_decodes_and_resumes(miniature: Miniature, tmp_path: Path) -> None:
+    """In one process, since each takes seconds to import what it needs."""
+    model, options = str(miniature("1.6b")), {"size": "96x64", "steps": 2, "seed": 3, "device": "cpu"}
+    made = ["--model", model, *(word for name, value in options.items() for word in (f"--{name}", str(value)))]
+    pictures = [str(tmp_path / f"p{suffix}") for suffix in (".png", ".jpg", ".webp", ".tif", ".dzi")]
+    latent, decoded, resumed = (str(tmp_path / name) for name in ("l.safetensors", "q.png", "r.png"))
+    before = [["plan", "--model", model, "--size", "256"], ["models"], ["info", model]]
+    before += [["generate", "a lake", *made, "-o", picture] for picture in pictures[1:]]
+    before += [["generate", "a lake", *made, "-o", pictures[0], "--save-latent", latent]]
+    before += [["decode", latent, "-o", decoded]]
     code = (
+        f"OPTIONS = {options!r}\n"
         "from handscroll.cli.main import run\n"
-        f"print([run(['generate', 'a lake', *sys.argv[1:], '-o', path]) for path in {paths!r}])"
+        f"codes = [run(command) for command in {before!r}]\n"
+        f"{INTERRUPTED}"
+        f"print('codes', *codes, run(['resume', {resumed!r}]))"
     )
-    done = without(code, *made)
-    assert done.stdout.splitlines()[-1] == "[0, 0, 0, 0]", done.stderr
-    assert all(Path(path).exists() for path in paths)
-
-
-def test_it_plans_and_lists_and_says_what_is_there(miniature: Miniature, tmp_path: Path) -> None:
-    model = str(miniature("1.6b"))
-    for command in (["plan", "--model", model, "--size", "256"], ["models"], ["info", model]):
-        done = cli(*command)
-        assert done.returncode == 0, done.stderr
+    done = without(code, model, resumed)
+    lines = done.stdout.splitlines()
+    assert "stopped" in lines, done.stderr
+    assert lines[-1] == "codes" + " 0" * (len(before) + 1), done.stderr
+    (here,) = handscroll.generate(handscroll.Request.of("a lake", model=model, **options), tmp_path / "linux.png")
+    as_here = here.path.read_bytes()
+    assert [Path(path).read_bytes() == as_here for path in (pictures[0], resumed)] == [True, True]
+    assert Path(decoded).stat().st_size == len(as_here)
+    names = ["l.safetensors", "linux.png", "p.dzi", "p.jpg", "p.png", "p.tif", "p.webp", "p_files", "q.png", "r.png"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == names
 
 
 def test_the_drop_in_and_the_class_work(miniature: Miniature) -> None:
