@@ -18,7 +18,7 @@ from handscroll.weights.header import read_all
 
 Miniature = Callable[..., Path]
 FEW = {"headers": 300, "configs": 40, "indexes": 20}
-MANY = {"headers": 2000, "configs": 500, "indexes": 500}
+MANY = {"headers": 2000, "configs": 250, "indexes": 150}
 
 
 def original_of(kind: str, miniature: Miniature, tmp_path: Path) -> Path | None:

@@ -151,12 +151,13 @@ def test_memory_that_runs_out_at_one_operation_changes_nothing(job: Job) -> None
 
 @pytest.mark.thorough
 def test_memory_that_runs_out_while_a_picture_grows_changes_nothing(job: Job) -> None:
-    job.request = dataclasses.replace(job.request, width=96, height=64, steps=2, compose_px=64, strip_rows=None)
+    job.request = dataclasses.replace(job.request, width=128, height=64, steps=2, compose_px=64, strip_rows=None)
+    assert pipeline.plan_of(job.request)[1].smaller is not None
     job.expected = job.make(Failing())[0]
     counting = Failing()
     job.make(counting)
     kinds = itertools.cycle(ERRORS.values())
-    for number in range(7, counting.operations, counting.operations // 20 + 1):
+    for number in range(7, counting.operations, counting.operations // 8 + 1):
         check_survives(job, number, next(kinds))
 
 
