@@ -6,8 +6,8 @@
 The tests run twice, each time in a process of its own, from the checkout's folder. The second time every AutoencoderDC
 is attached as soon as it is made. As many must pass as before; what passed before and does not now is named. Without a
 network the tests' tokenizer, `hf-internal-testing/dummy-gemma`, is stood in for by one of a few tokens, both times.
-The tests themselves need accelerate, httpx and parameterized. Exit code 1 if a test fails only when attached, or if none
-passes at all. The last line of stdout is one JSON object.
+The tests themselves need accelerate, httpx, parameterized and requests_mock. Exit code 1 if a test fails only when
+attached, or if none passes at all. The last line of stdout is one JSON object.
 """
 
 from __future__ import annotations
