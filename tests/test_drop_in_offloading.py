@@ -79,6 +79,7 @@ def sequentially(vae: Any, folder: Path) -> None:
             hook.pre_forward(module)
             return hook.post_forward(module, plain(*args))
 
+        forward.__module__ = "accelerate.hooks"
         module._hf_hook, module._old_forward = hook, module.forward
         module.forward = functools.partial(forward, module, hook, module.forward)
 
@@ -172,6 +173,7 @@ def test_hooks_that_do_more_than_move_weights_run_the_whole_module(vae: Any) -> 
             hook.pre_forward(module)
             return hook.post_forward(module, plain(*args))
 
+        forward.__module__ = "accelerate.hooks"
         module._hf_hook, module._old_forward = hook, module.forward
         module.forward = functools.partial(forward, module, hook, module.forward)
     z = torch.randn(1, 32, 3, 3)

@@ -179,8 +179,12 @@ def test_a_size_that_does_not_fit_is_refused_before_the_first_step(pipe: Any) ->
     assert not steps.count
     # What is not decoded here needs no memory here.
     assert paint(pipe, width=640, height=512, output_type="latent").shape == (1, 32, 16, 20)
+    # Slice by slice the layers take no more, but each result is held twice until they are put together.
+    handscroll.attach(pipe, memory=least_bytes + 2**21)
     pipe.vae.enable_slicing()
     assert paint(pipe, num_images_per_prompt=5).shape == (5, 64, 96, 3)
+    with pytest.raises(BudgetError, match="to decode"):
+        paint(pipe, num_images_per_prompt=60)
 
 
 def test_the_size_that_a_pipeline_really_renders_is_looked_at(pipe: Any) -> None:

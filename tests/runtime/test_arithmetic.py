@@ -182,3 +182,16 @@ def test_every_way_to_run_sets_it(miniature: Miniature, monkeypatch: pytest.Monk
         assert seen_by(lambda: autoencoder.encode(torch.randn(1, 3, 64, 64))) == {"ieee"}
     assert torch._C._get_fp32_precision_getter("mkldnn", "conv") == "bf16"
     assert arithmetic._own_setting("mkldnn", "conv") == "none"
+
+
+def test_jobs_that_overlap_leave_what_was_set_before() -> None:
+    """One begins while another computes, and ends after it."""
+    torch._C._set_fp32_precision_setter("mkldnn", "matmul", "bf16")
+    before = told()
+    first, second = full_fp32("cpu"), full_fp32("cpu")
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert told()["mkldnn", "matmul"] == "ieee"
+    second.__exit__(None, None, None)
+    assert told() == before

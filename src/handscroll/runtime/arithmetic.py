@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,24 +15,55 @@ import torch
 _OPERATORS = ("matmul", "conv", "rnn")
 
 
+class _Held:
+    """What is set aside now: for each setting how many jobs ask for it, and what undoes it when the last has ended."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.jobs: dict[str, int] = {}
+        self.undo: dict[str, contextlib.ExitStack] = {}
+
+
+_HELD = _Held()
+
+
 @contextmanager
 def full_fp32(device: str) -> Iterator[None]:
     """Inside, fp32 on this kind of device is computed in fp32: in no TF32 (CUDA's convolutions' default) and no bf16.
 
-    What was set before is put back, through whichever of PyTorch's two ways to set it, of which
-    the older refuses to be asked when the newer one has said what it cannot say. Settings are the whole process's:
-    other threads that compute meanwhile compute in fp32 as well.
+    When the last of the jobs that are inside at the same time has left, what was set before is put back, through
+    whichever of PyTorch's two ways to set it, of which the older refuses to be asked when the newer one has said what
+    it cannot say. Settings are the whole process's: other threads that compute meanwhile compute in fp32 as well.
     """
-    on_cuda = device.startswith("cuda")
-    libraries = ("cuda", "mkldnn") if on_cuda else ("mkldnn",)
-    with contextlib.ExitStack() as undo:
-        places = [(library, operator) for library in libraries for operator in _OPERATORS]
+    libraries = ("mkldnn", "cuda") if device.startswith("cuda") else ("mkldnn",)
+    with contextlib.ExitStack() as leave:
+        for library in libraries:
+            _enter(library)
+            leave.callback(_leave, library)
+        yield
+
+
+def _enter(library: str) -> None:
+    with _HELD.lock:
+        _HELD.jobs[library] = _HELD.jobs.get(library, 0) + 1
+        if _HELD.jobs[library] > 1:
+            return
+        undo = _HELD.undo[library] = contextlib.ExitStack()
+        places = [(library, operator) for operator in _OPERATORS]
         undo.callback(_set, {place: _own_setting(*place) for place in places})
-        if on_cuda:
+        if library == "cuda":
             # First, for it changes the newer settings as well: so the two ways go on telling the same.
             undo.enter_context(_older_flags_off())
         _set(dict.fromkeys(places, "ieee"))
-        yield
+
+
+def _leave(library: str) -> None:
+    with _HELD.lock:
+        _HELD.jobs[library] -= 1
+        if not _HELD.jobs[library]:
+            _HELD.undo.pop(library).close()
+            for other in _HELD.undo:  # CUDA's older flags set oneDNN's precision too
+                _set({(other, operator): "ieee" for operator in _OPERATORS})
 
 
 def _set(settings: dict[tuple[str, str], str]) -> None:

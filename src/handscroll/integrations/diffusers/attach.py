@@ -10,11 +10,18 @@ from torch import nn
 from handscroll.errors import UsageError
 from handscroll.events import OnEvent, ignore
 from handscroll.integrations.diffusers.attachment import METHODS, Attachment, Settings
-from handscroll.integrations.diffusers.pipelines import bar_of, check_before_steps, is_pipeline, stop_checking
+from handscroll.integrations.diffusers.pipelines import (
+    bar_of,
+    check_before_steps,
+    halves_of,
+    is_pipeline,
+    stop_checking,
+)
 from handscroll.integrations.diffusers.wrappers import unwrapped
-from handscroll.units import check_range, parse_bytes
+from handscroll.units import check_range, parse_bytes, shown
 
 _MOST_STRIP_ROWS = 1_000_000
+_MOST_BYTES = 2**60
 
 
 def attach(
@@ -35,7 +42,8 @@ def attach(
     decoding or encoding may take above weights, input and result: of the process's resident memory on a CPU, of what
     PyTorch's allocator reserves on a CUDA device. The row block heights follow from it. on_event: hears of each sweep
     that is done, as `Progress("decode" or "encode", done, of)`; a pipeline also shows its own progress bar.
-    Attaching again changes the settings.
+    Attaching again changes the settings. A pipeline that is made of another's parts (`from_pipe`) is to be attached
+    itself, or its sizes are looked at only when it decodes.
 
     Raises UsageError if there is no AutoencoderDC, or for settings that cannot be meant or kept. Where the memory is
     too little for a size, BudgetError: by a pipeline before its first step, else by decoding or encoding.
@@ -45,8 +53,10 @@ def attach(
     _check_methods(autoencoder)
     pipeline = target if is_pipeline(target) else None
     attachment = Attachment(autoencoder, settings, None if pipeline is None else bar_of(pipeline))
-    attachment.check_memory()
-    if pipeline is not None:
+    if pipeline is None:
+        attachment.check_memory()
+    else:
+        attachment.check_memory(halves_of(pipeline))
         attachment.check_any_size()
     for half, name in METHODS.items():
         autoencoder.__dict__[name] = attachment.decode if half == "decoder" else attachment.encode
@@ -72,13 +82,15 @@ def _settings(strip_rows: int | None, memory: str | int | None, on_event: OnEven
         strip_rows = _whole_number("strip_rows", strip_rows, "a number of rows such as 4")
         check_range("strip_rows", strip_rows, 1, _MOST_STRIP_ROWS)
     if not callable(on_event):
-        raise UsageError(f"on_event {on_event!r} cannot be called; give a function of one event")
+        raise UsageError(f"on_event {shown(on_event)} cannot be called; give a function of one event")
     if memory is None:
         return Settings(strip_rows, None, on_event)
     given = parse_bytes(memory) if isinstance(memory, str) else memory
     memory_bytes = _whole_number("memory", given, "bytes, or text such as '1GiB'")
-    if memory_bytes < 1:
-        raise UsageError(f"memory {memory!r} is no amount that anything fits into; give bytes, or text such as '1GiB'")
+    if not 1 <= memory_bytes <= _MOST_BYTES:
+        raise UsageError(
+            f"memory {shown(memory)} is no amount that a machine can allow; give bytes, or text such as '1GiB'"
+        )
     return Settings(None, memory_bytes, on_event)
 
 
@@ -88,8 +100,8 @@ def _whole_number(name: str, value: object, meant: str) -> int:
         if isinstance(value, bool):
             raise TypeError
         return operator.index(value)  # type: ignore[arg-type]
-    except TypeError:
-        raise UsageError(f"{name} {value!r} is no whole number; give {meant}") from None
+    except Exception:  # whatever another library's array or tensor raises
+        raise UsageError(f"{name} {shown(value)} is no whole number; give {meant}") from None
 
 
 def _autoencoder(target: Any) -> Any:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import logging
+import sys
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from types import FrameType
 from typing import Any
 
 import torch
@@ -16,7 +18,7 @@ from handscroll.banded.autoencoder import decode_rows, decoder_units, encode, en
 from handscroll.errors import BudgetError, SizeError, UsageError
 from handscroll.events import OnEvent, Progress, ignore
 from handscroll.integrations.diffusers.budget import VERBS, Job, check_allocator, route_within, spec_of
-from handscroll.integrations.diffusers.modes import Half, reason_of_call, reason_of_module
+from handscroll.integrations.diffusers.modes import Half, reason_of_call, reason_of_modes, reason_of_module
 from handscroll.integrations.diffusers.weights import execution_device
 from handscroll.runtime.arithmetic import full_fp32
 from handscroll.runtime.heap import large_blocks_returned
@@ -80,12 +82,21 @@ class Attachment:
         return self._run("encoder", x)
 
     def _run(self, name: str, given: Tensor) -> Tensor:
+        if torch.compiler.is_compiling():
+            if self.settings.memory_bytes is not None:
+                return _run_uncompiled(self, name, given)
+            self._say_of_compiling()
+            return getattr(type(self.autoencoder), METHODS[name])(self.autoencoder, given)
+        return self._run_now(name, given, *_caller(name))
+
+    def _run_now(self, name: str, given: Tensor, caller: Any = None, batch: int = 0) -> Tensor:
+        """caller: the autoencoder that was called, where that is known, and `batch` with how many pictures."""
         autoencoder = self.autoencoder
         whole = getattr(type(autoencoder), METHODS[name])
-        if torch.compiler.is_compiling():
-            _say_of_compiling()
-            return whole(autoencoder, given)
-        if given.dim() != 4 or not given.numel():
+        if caller is not None and caller is not autoencoder:
+            self._run_whole_or_refuse("this autoencoder is a shallow copy of the one that was attached")
+            return whole(caller, given)
+        if not torch.jit._trace.is_tracing() and (given.dim() != 4 or not given.numel()):
             return whole(autoencoder, given)  # nothing to do, or diffusers' own error
         half = Half.of(autoencoder, name)
         reason = reason_of_module(half) or reason_of_call(half, given) or self._reason_of_size(half, given)
@@ -99,9 +110,9 @@ class Attachment:
         if half.weights.moved:
             route["materialize"] = half.weights.real
         if self.settings.memory_bytes is not None:
-            job = self._job(half, *moved.shape[:1], *moved.shape[2:])
+            job = self._job(half, max(batch, len(moved)), *moved.shape[2:])
             if moved.data_ptr() != given.data_ptr():
-                job = replace(job, held_bytes=moved.nbytes)
+                job = replace(job, held_bytes=job.held_bytes + moved.nbytes)
             stage = route_within(spec_of(autoencoder.config), job, self.settings.memory_bytes)
             route |= {"heights": stage.strip_rows, "starts": stage.starts}
         run = self._decoded if name == "decoder" else self._encoded
@@ -125,12 +136,14 @@ class Attachment:
 
     # What is decided before any work
 
-    def check_memory(self) -> None:
-        """Raises UsageError where the memory cannot be kept whatever the size."""
+    def check_memory(self, names: Sequence[str] = tuple(METHODS)) -> None:
+        """Raises UsageError where the memory cannot be kept in these halves whatever the size."""
         if self.settings.memory_bytes is None:
             return
         spec_of(self.autoencoder.config)
-        for name in METHODS:
+        for name in names:
+            if getattr(self.autoencoder, name, None) is None:
+                continue  # diffusers' own error, if ever it is called
             half = Half.of(self.autoencoder, name)
             if (reason := reason_of_module(half)) is not None:
                 self._run_whole_or_refuse(reason)
@@ -157,13 +170,19 @@ class Attachment:
         half = Half.of(autoencoder, name)
         if (reason := reason_of_module(half)) is not None:
             self._run_whole_or_refuse(reason)
-        if autoencoder.use_slicing:
-            batch = 1
         sides = (height_px, width_px)
         if name == "decoder":
             sides = (height_px // _upscales(half.module), width_px // _upscales(half.module))
         job = replace(self._job(half, batch, *sides), device=execution_device(autoencoder) or half.device)
         route_within(spec_of(autoencoder.config), job, self.settings.memory_bytes)
+
+    def check_modes(self) -> None:
+        """Raises UsageError where a memory was allowed and PyTorch's present modes let nothing run by rows."""
+        if self.settings.memory_bytes is None:
+            return
+        device = execution_device(self.autoencoder) or Half.of(self.autoencoder, "decoder").device
+        if (reason := reason_of_modes(device)) is not None:
+            self._run_whole_or_refuse(reason)
 
     def _job(self, half: Half, batch: int, height: int, width: int) -> Job:
         """height, width: of the half's input, [B, C, height, width]."""
@@ -173,7 +192,17 @@ class Attachment:
         else:
             factor = self.autoencoder.spatial_compression_ratio
             rows, columns = -(-height // factor), -(-width // factor)
-        return Job(half.name, batch, rows, columns, width, height, half.dtype, half.device, 0, not half.weights.moved)
+        held_bytes = 0
+        if self.autoencoder.use_slicing and batch > 1:
+            # Each slice's result is kept until all are put together into another.
+            samples = (
+                self.autoencoder.config.in_channels * height * width
+                if half.name == "decoder"
+                else self.autoencoder.config.latent_channels * rows * columns
+            )
+            batch, held_bytes = 1, batch * samples * half.dtype.itemsize
+        resident = not half.weights.moved
+        return Job(half.name, batch, rows, columns, width, height, half.dtype, half.device, held_bytes, resident)
 
     def _reason_of_size(self, half: Half, given: Tensor) -> str | None:
         """Why a picture of this size can be encoded whole alone. Raises SizeError where it cannot be at all."""
@@ -204,6 +233,12 @@ class Attachment:
         if self.settings.memory_bytes is not None:
             raise UsageError(f"memory cannot be kept: {reason}; attach without memory, and the whole module is run")
         self._say(f"the whole module is run, not rows: {reason}")
+
+    @torch.compiler.assume_constant_result
+    def _say_of_compiling(self) -> bool:
+        """Runs while PyTorch traces a call, once for each graph."""
+        self._say("the whole module is run, not rows: torch.compile makes its own code of the layers")
+        return True
 
     def _say(self, line: str) -> None:
         if line not in self.said:
@@ -255,8 +290,22 @@ def _upscales(decoder: Any) -> int:
     return round(last.in_scale * last.factor)
 
 
-@torch.compiler.assume_constant_result
-def _say_of_compiling() -> bool:
-    """Runs while PyTorch traces a call, once for each graph."""
-    _LOG.warning("handscroll: the whole module is run, not rows: torch.compile makes its own code of the layers")
-    return True
+@torch.compiler.disable(reason="handscroll keeps the memory that it was allowed, which compiled layers do not")
+def _run_uncompiled(attachment: Attachment, name: str, given: Tensor) -> Tensor:
+    return attachment._run_now(name, given)
+
+
+def _caller(name: str) -> tuple[Any, int]:
+    """The autoencoder whose `decode` or `encode` calls ours, and the batch that it was given; None where another does.
+
+    A shallow copy has our methods too, and its own layers; and with slicing ours are given one picture at a time.
+    """
+    frame: FrameType | None = sys._getframe(3)
+    for _ in range(2):  # a list that is built in a loop has a frame of its own up to Python 3.11
+        if frame is not None and frame.f_code.co_name in ("decode", "encode"):
+            given = frame.f_locals.get("z" if name == "decoder" else "x")
+            found = frame.f_locals.get("self")
+            is_autoencoder = isinstance(found, torch.nn.Module) and hasattr(found, METHODS[name])
+            return (found, len(given)) if is_autoencoder and isinstance(given, Tensor) else (None, 0)
+        frame = None if frame is None else frame.f_back
+    return None, 0

@@ -25,13 +25,15 @@ from diffusers.models.autoencoders.autoencoder_dc import (
 )
 from diffusers.models.normalization import RMSNorm
 from diffusers.models.transformers.sana_transformer import GLUMBConv
-from torch import nn
+from torch import Tensor, nn
 
 from handscroll.integrations.diffusers.weights import has_foreign_forward
 
 # Elementwise, so that rows and channels-last layout change nothing.
 _ACTIVATIONS = (nn.SiLU, nn.ReLU, nn.GELU, nn.Mish, nn.Identity)
 _BLOCKS = (ResBlock, EfficientViTBlock, DCUpBlock2d, DCDownBlock2d)
+# Methods beside `forward` that do a part of its work.
+_COMPUTING = ("_conv_forward", "apply_linear_attention", "apply_quadratic_attention")
 _HOOKS = (
     "_forward_hooks",
     "_forward_pre_hooks",
@@ -51,6 +53,10 @@ def reason_against(half: nn.Module, name: str) -> str | None:
             return f"{path} has hooks of its own"
         if replaced := _replaced_method(module):
             return f"{path}.{replaced} was replaced"
+        if hidden := _hidden_attribute(module):
+            return f"{path}.{hidden} is no parameter, buffer or layer that PyTorch knows of"
+        if (own := _METHODS.get(kind)) is not None and _methods_of(kind) != own:
+            return f"a method of {kind.__name__} was replaced, for all of them"
         if not fits(module):
             return f"{path} ({kind.__name__}) is set up in a way that rows cannot run through"
         if isinstance(module, nn.BatchNorm2d) and (module.training or module.running_mean is None):
@@ -64,6 +70,21 @@ def _replaced_method(module: nn.Module) -> str | None:
         if callable(getattr(type(module), name, None)) and (name != "forward" or has_foreign_forward(module)):
             return name
     return None
+
+
+def _hidden_attribute(module: nn.Module) -> str | None:
+    """The first weight or layer that is a plain attribute, so that neither the module's tables nor PyTorch list it."""
+    for name, value in vars(module).items():
+        if isinstance(value, Tensor | nn.Module) and not name.startswith("_"):
+            return name
+        if isinstance(value, list | tuple) and any(isinstance(each, nn.Module) for each in value):
+            return name
+    return None
+
+
+def _methods_of(kind: type) -> tuple[object, ...]:
+    """The functions that compute what a layer of this kind gives."""
+    return tuple(getattr(kind, name, None) for name in ("__call__", "forward", *_COMPUTING))
 
 
 def _is_conv(conv: object, size: int, stride: int = 1) -> bool:
@@ -90,12 +111,14 @@ def _res_block(block: Any) -> bool:
 def _glu_mb_conv(block: Any) -> bool:
     convs = _is_conv(block.conv_inverted, 1) and _is_conv(block.conv_depth, 3) and _is_conv(block.conv_point, 1)
     normed = block.norm is None if block.norm_type != "rms_norm" else type(block.norm) is RMSNorm
-    return convs and normed and type(block.nonlinearity) is nn.SiLU
+    depthwise = block.conv_depth.groups == block.conv_depth.out_channels == block.conv_depth.in_channels
+    return convs and depthwise and normed and type(block.nonlinearity) is nn.SiLU
 
 
 def _attention(attention: Any) -> bool:
     return (
         type(attention.processor) is SanaMultiscaleAttnProcessor2_0
+        and _methods_of(SanaMultiscaleAttnProcessor2_0) == _METHODS[SanaMultiscaleAttnProcessor2_0]
         and all(_is_linear(each) and each.bias is None for each in (attention.to_q, attention.to_k, attention.to_v))
         and _is_linear(attention.to_out)
         and type(attention.nonlinearity) is nn.ReLU
@@ -162,6 +185,10 @@ _FITS: dict[type, Callable[[Any], bool]] = {
     DCDownBlock2d: _down,
     **dict.fromkeys((nn.Conv2d, nn.Linear, RMSNorm, nn.BatchNorm2d, *_ACTIVATIONS), _always),
 }
+
+
+# As they were when this was imported: a class whose method is replaced later computes something else.
+_METHODS = {kind: _methods_of(kind) for kind in (*_FITS, SanaMultiscaleAttnProcessor2_0)}
 
 
 def has_global_hooks() -> bool:

@@ -9,6 +9,8 @@ from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
+from torch import nn
+
 from handscroll.integrations.diffusers.attachment import METHODS, Attachment
 from handscroll.integrations.diffusers.wrappers import unwrapped
 
@@ -21,6 +23,12 @@ def is_pipeline(target: Any) -> bool:
     from diffusers import DiffusionPipeline
 
     return isinstance(target, DiffusionPipeline)
+
+
+def halves_of(pipeline: Any) -> tuple[str, ...]:
+    """Which halves of its autoencoder a pipeline uses: one that takes no picture encodes none."""
+    takes = inspect.signature(type(pipeline).__call__).parameters
+    return ("decoder", "encoder") if any(name in takes for name in _PICTURES) else ("decoder",)
 
 
 def check_before_steps(pipeline: Any) -> None:
@@ -69,12 +77,20 @@ class _Checked:
         return _Checked(memo.get(id(self._of()), self._of()))
 
     def __call__(self, *given: Any, **named: Any) -> None:
-        pipeline = self._of()
+        caller = sys._getframe(1)
+        pipeline = _caller_of(caller, self._of())
+        if pipeline is None:
+            return  # of a copy whose original is gone, and whose own way of calling is not known
         own = getattr(type(pipeline), _CHECK)
         own(pipeline, *given, **named)
         bound = inspect.signature(own).bind(pipeline, *given, **named).arguments
-        caller = sys._getframe(1)
         _check(pipeline, {**_arguments_of(caller, pipeline), **bound})
+
+
+def _caller_of(caller: FrameType, attached: Any) -> Any:
+    """The pipeline that is called: a shallow copy of the one that was attached has its `check_inputs` too."""
+    found = caller.f_locals.get("self") if caller.f_code.co_name == "__call__" else None
+    return found if isinstance(vars(found).get(_CHECK) if found is not None else None, _Checked) else attached
 
 
 def _arguments_of(caller: FrameType, pipeline: Any) -> dict[str, Any]:
@@ -88,8 +104,10 @@ def _arguments_of(caller: FrameType, pipeline: Any) -> dict[str, Any]:
 
 def _check(pipeline: Any, known: dict[str, Any]) -> None:
     """Raises what decoding at the end, or encoding a picture before, would raise."""
-    attached = vars(unwrapped(pipeline.vae)).get(METHODS["decoder"])
-    attachment = getattr(attached, "__self__", None)
+    autoencoder = unwrapped(getattr(pipeline, "vae", None))
+    if not isinstance(autoencoder, nn.Module):
+        return
+    attachment = getattr(vars(autoencoder).get(METHODS["decoder"]), "__self__", None)
     if not isinstance(attachment, Attachment) or not known.get("height") or not known.get("width"):
         return
     batch, height, width = _batch(known), int(known["height"]), int(known["width"])
@@ -101,6 +119,7 @@ def _check(pipeline: Any, known: dict[str, Any]) -> None:
     if latents is not None:
         factor = attachment.autoencoder.spatial_compression_ratio
         batch, (height, width) = len(latents), (side * factor for side in latents.shape[-2:])
+    attachment.check_modes()
     attachment.check("decoder", batch, height, width)
 
 

@@ -90,15 +90,24 @@ def has_foreign_forward(module: nn.Module) -> bool:
     registry: Any = vars(module).get("_diffusers_hook")
     innermost: Any = vars(module)["forward"]
     if registry is not None and registry.hooks:
-        if not _MOVING.issuperset(registry.hooks) or not isinstance(innermost, partial):
+        if not _MOVING.issuperset(registry.hooks) or not _is_wrapper_of(innermost, module, "diffusers"):
             return True
         innermost = registry._fn_refs[0].forward
     elif accelerate := _accelerate_hooks(module):
         if not _MOVING_CLASSES.issuperset(type(hook).__name__ for hook in accelerate):
             return True
+        if not _is_wrapper_of(innermost, module, "accelerate"):
+            return True
         innermost = vars(module).get("_old_forward")
     # Hooks that were taken off leave the class's own method here.
     return getattr(innermost, "__func__", None) is not type(module).forward
+
+
+def _is_wrapper_of(forward: Any, module: nn.Module, library: str) -> bool:
+    """Whether this is the function that a library puts around a module's `forward` to call its hooks."""
+    if not isinstance(forward, partial) or not forward.args or forward.args[0] is not module:
+        return False
+    return str(getattr(forward.func, "__module__", "")).split(".")[0] == library
 
 
 def diffusers_hooks(module: nn.Module) -> dict[str, Any]:
