@@ -55,6 +55,23 @@ def assert_decodes(file: Path, model: str, expected: Pixels) -> str:
 # Names, shapes and scales
 
 
+@pytest.mark.parametrize(
+    "tensors",
+    [
+        {"latents_96x128": LATENT[0].contiguous(), "original_size": torch.zeros(2)},
+        {"pred": LATENT[0].contiguous()},
+        {"z": torch.zeros(3), "out": LATENT},
+        {"z": torch.zeros(3), "latents": LATENT},
+    ],
+    ids=lambda tensors: " ".join(tensors),
+)
+def test_a_latent_is_found_among_what_cannot_be_one(
+    tmp_path: Path, model: str, expected: Pixels, tensors: dict[str, Tensor]
+) -> None:
+    save_file(tensors, tmp_path / "a.safetensors")
+    assert_decodes(tmp_path / "a.safetensors", model, expected)
+
+
 @pytest.mark.parametrize("name", ["latent", "latents", "samples", "image_latents", "z", "anything"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 def test_a_latent_is_found_by_its_name_or_as_the_only_one(

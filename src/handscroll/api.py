@@ -140,15 +140,17 @@ class Picture:
     def rows(self) -> Iterator[np.ndarray]:
         """The picture from top to bottom as row blocks [rows, width, 3] uint8."""
         self._scroll.session.on_event = self._on_event
-        row_blocks = decode_rows(self._scroll.session, self.plan, self.latent)
-        with self._scroll._keeping(self.plan):
-            yield from made_within(lambda: self._scroll._at_work(self.plan), row_blocks)
+        plan, _ = self._planned_now()
+        row_blocks = decode_rows(self._scroll.session, plan, self.latent)
+        with self._scroll._keeping(plan):
+            yield from made_within(lambda: self._scroll._at_work(plan), row_blocks)
 
     def numpy(self) -> np.ndarray:
         """The whole picture, [height, width, 3] uint8."""
         self._scroll.session.on_event = self._on_event
-        with self._scroll._keeping(self.plan), self._scroll._at_work(self.plan) as given:
-            picture = whole_picture(self._scroll.session, self.plan, self.latent)
+        plan, _ = self._planned_now()
+        with self._scroll._keeping(plan), self._scroll._at_work(plan) as given:
+            picture = whole_picture(self._scroll.session, plan, self.latent)
             given.n_bytes = picture.nbytes
         return picture
 
@@ -163,13 +165,27 @@ class Picture:
         with self._scroll.holdings.counted():
             return self._saved(path, quality, on_event)
 
+    def _planned_now(self, suffix: str | None = None) -> tuple[Plan, PlanInputs]:
+        """How it is decoded, and what that was planned from: within a budget, with what the process holds by now.
+
+        suffix: of the file that is written. Raises BudgetError.
+        """
+        inputs, session = self._inputs, self._scroll.session
+        if self.plan.budget_bytes is not None:
+            found = dataclasses.replace(probe(session.spec, self._request), keeps_modules=inputs.keeps_modules)
+            hardware = self._scroll.holdings.without(found, session.held_bytes).hardware
+            inputs = dataclasses.replace(inputs, hardware=hardware)
+        elif suffix is None:
+            return self.plan, inputs
+        inputs = dataclasses.replace(inputs, suffix=inputs.suffix if suffix is None else suffix)
+        return replan(self.plan, session.spec, inputs, DECODE), inputs
+
     def _saved(self, path: Path, quality: int | None, on_event: OnEvent) -> Path:
         target = check_target(path, self.width, self.height)
         for line in quality_not_used(path.suffix, quality):
             on_event(notice(line))
-        inputs = dataclasses.replace(self._inputs, suffix=target.path.suffix)
         session = self._scroll.session
-        plan = replan(self.plan, session.spec, inputs, DECODE)
+        plan, inputs = self._planned_now(target.path.suffix)
         recovery = Recovery(session, inputs, plan.precision, on_event)
         with self._scroll._keeping(plan), self._scroll._set_for(plan):
             for attempt in recovery.attempts(DECODE, plan):

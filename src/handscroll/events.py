@@ -13,7 +13,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from handscroll.errors import UsageError
-from handscroll.units import shown
+from handscroll.units import one_line, shown
+
+MAX_NOTICE = 2000  # characters; names in it may come from a file of somebody else
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,7 @@ class Progress:
 
 def notice(line: str, picture: int = 0) -> Progress:
     """One line that the user should read, such as that a run goes on from where it was."""
-    return Progress("notice", 0, 0, picture, line)
+    return Progress("notice", 0, 0, picture, one_line(line, MAX_NOTICE))
 
 
 def pulse(stage: str, picture: int = 0) -> Progress:

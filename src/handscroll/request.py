@@ -38,7 +38,7 @@ def check_negative(name: str, text: str) -> None:
 
 def check_device(name: str, device: str) -> None:
     """Raises UsageError for a device of another form than auto, cpu, cuda or cuda:N."""
-    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", device):
+    if not re.fullmatch(r"auto|cpu|cuda(:[0-9]{1,4})?", device):
         raise UsageError(f"{name} {shown(device)} is not known; use auto, cpu, cuda or cuda:N")
 
 

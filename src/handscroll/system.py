@@ -104,10 +104,12 @@ def _memory_groups(root: Path) -> Iterator[tuple[Path, int]]:
     """
     mounted = root / "sys/fs/cgroup"
     try:
-        lines = (root / "proc/self/cgroup").read_text().splitlines()
+        lines = (root / "proc/self/cgroup").read_text(errors="surrogateescape").splitlines()
     except OSError:
         return
     for line in lines:  # 0::/name, or in version 1 4:memory:/name
+        if line.count(":") < 2:
+            continue
         _, controllers, name = line.split(":", 2)
         if controllers and "memory" not in controllers.split(","):
             continue

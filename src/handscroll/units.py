@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
+import shlex
+import subprocess
 from collections.abc import Iterable
 from decimal import Decimal
 
@@ -129,6 +132,11 @@ def listed(names: Iterable[str], most: int = 5) -> str:
     if len(shown) > most + 1:
         shown = [*shown[:most], f"{len(shown) - most} more"]
     return " and ".join([", ".join(shown[:-1]), shown[-1]] if len(shown) > 1 else shown)
+
+
+def quoted(word: str) -> str:
+    """A word as this system's shell takes it."""
+    return subprocess.list2cmdline([word]) if os.name == "nt" else shlex.quote(word)
 
 
 def shown(value: object, most: int = QUOTED_CHARACTERS) -> str:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,8 @@ import pytest
 import torch
 
 from handscroll import Handscroll, api
-from handscroll.errors import UsageError
+from handscroll.errors import BudgetError, Cancelled, UsageError
+from handscroll.events import Progress
 from handscroll.models.checkpoint import CheckpointSpec
 from handscroll.plan.inputs import MIB, Hardware, PlanInputs, Rates
 from handscroll.plan.plan import Plan
@@ -68,6 +70,62 @@ def test_five_calls_of_a_picture_that_grows_have_one_plan(monkeypatch: pytest.Mo
     assert len(set(plans)) == 1
     assert plans[0].kept == ("text_encoder", "encoder", "transformer", "decoder")
     assert max(held[1:]) - held[1] < 16 * MIB
+
+
+def base_bytes_of(scroll: Handscroll, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """What each plan from now on takes for held by others."""
+    seen: list[int] = []
+
+    def watched(spec: Any, request: Any, inputs: PlanInputs, seed: int) -> Plan:
+        seen.append(inputs.hardware.base_bytes or 0)
+        return make_plan(spec, request, inputs, seed)
+
+    monkeypatch.setattr(api, "make_plan", watched)
+    return seen
+
+
+def test_calls_that_a_listener_ended_are_not_taken_for_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    scroll = Handscroll.from_pretrained("tiny-landscape", device="cpu", precision="fp32")
+    seen = base_bytes_of(scroll, monkeypatch)
+
+    def stop(event: Progress) -> None:
+        if event.stage == "denoise" and event.done:
+            raise Cancelled
+
+    options: dict[str, Any] = {"size": 512, "steps": 2, "seed": 1, "compose": "off"}
+    scroll(PROMPT, **options)
+    for _ in range(6):
+        with pytest.raises(Cancelled):
+            scroll(PROMPT, on_event=stop, **options)
+    scroll(PROMPT, **options)
+    assert max(seen) - min(seen) < 64 * MIB
+
+
+def test_what_others_take_meanwhile_counts_as_theirs(monkeypatch: pytest.MonkeyPatch) -> None:
+    scroll = Handscroll.from_pretrained("tiny-landscape", device="cpu", precision="fp32")
+    seen = base_bytes_of(scroll, monkeypatch)
+    kept: list[np.ndarray] = []
+
+    def keep(event: Progress) -> None:
+        if not kept:
+            kept.append(np.ones(600 * MIB, np.uint8))
+
+    scroll(PROMPT, size=64, steps=1, seed=1, on_event=keep)
+    scroll(PROMPT, size=64, steps=1, seed=1)
+    assert seen[1] - seen[0] > 300 * MIB
+
+
+def test_a_picture_is_saved_with_what_the_process_holds_by_then(tmp_path: Path) -> None:
+    budget = (resident_bytes() or 0) + 400 * MIB
+    scroll = Handscroll.from_pretrained("tiny-landscape", device="cpu", precision="fp32", memory_bytes=budget)
+    picture = scroll(PROMPT, size=128, steps=1, seed=1)
+    picture.save(tmp_path / "p.png")
+    kept = np.ones(500 * MIB, np.uint8)
+    for use in (picture.numpy, lambda: picture.save(tmp_path / "q.png"), lambda: list(picture.rows())):
+        with pytest.raises(BudgetError):
+            use()
+    del kept
+    assert picture.numpy().shape == (128, 128, 3)
 
 
 @dataclass
@@ -405,3 +463,22 @@ def test_autocast_around_a_job_changes_no_picture(miniature: Miniature) -> None:
     with torch.autocast("cpu", torch.bfloat16):
         again = Handscroll.from_pretrained(miniature("1.6b"), device="cpu", precision="fp32")
         assert np.array_equal(again(PROMPT, width=96, height=64, steps=2, seed=3).numpy(), plain)
+
+
+def test_the_least_share_holds_while_jobs_overlap(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first to begin is the first to end."""
+    share = [0.9]
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=10 * GIB))
+    monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda device: share[0], raising=False)
+    monkeypatch.setattr(
+        torch.cuda, "set_per_process_memory_fraction", lambda fraction, device: share.__setitem__(0, fraction)
+    )
+    first, second = enforced("cuda:0", 3 * GIB), enforced("cuda:0", 5 * GIB)
+    seen = []
+    for change in (first.__enter__, second.__enter__):
+        change()
+        seen.append(share[0])
+    for each in (first, second):
+        each.__exit__(None, None, None)
+        seen.append(share[0])
+    assert seen == [0.3, 0.3, 0.5, 0.9]

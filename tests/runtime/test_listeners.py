@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import threading
 import time
 from collections.abc import Callable
@@ -10,6 +11,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from handscroll import Cancelled, Handscroll, Request, generate, resume
 from handscroll.cli import log
@@ -128,6 +131,22 @@ def test_the_class_ends_as_well(growing: Request) -> None:
 def test_cancelling_is_nobodys_fault() -> None:
     assert issubclass(Cancelled, HandscrollError)
     assert (Cancelled.exit_code, Cancelled().as_dict()) == (130, {"code": "cancelled", "message": "cancelled"})
+
+
+def test_what_a_listener_raises_at_a_notice_is_no_fault_of_the_file(miniature: Miniature, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(miniature("1.6b"), tmp_path / "copy"))
+    file = folder / "transformer" / "diffusion_pytorch_model.safetensors"
+    save_file({**load_file(file), "logvar.weight": torch.zeros(3)}, file)
+    left = ConnectionResetError("the client has left")
+
+    def stop(event: Progress) -> None:
+        if event.stage == "notice":
+            raise left
+
+    request = Request("a lake", model=str(folder), width=64, height=64, steps=1, seed=3)
+    with pytest.raises(ConnectionResetError) as caught:
+        generate(request, Path("p.png"), on_event=stop)
+    assert caught.value is left
 
 
 # Decoding

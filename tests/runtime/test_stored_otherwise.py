@@ -14,9 +14,11 @@ import torch
 from safetensors.torch import load_file, save_file, save_model
 from transformers import Gemma2Config, Gemma2ForCausalLM
 
+from handscroll import Request
 from handscroll.errors import CheckpointError
 from handscroll.events import Progress
 from handscroll.models.checkpoint import CheckpointSpec
+from handscroll.pipeline import plan_of
 from handscroll.runtime.modules import Component, load_module, load_rows, load_tokenizer
 from handscroll.weights.folder import candidates, find_weight_files
 
@@ -126,6 +128,27 @@ def test_any_tensor_may_be_stored_under_another_name(folder: Path, component: Co
 
 
 # More than is read.
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["loss.input_scale", "lora_step", "x.g_idx", "logvar.absmax", "head.SCB", "ema_model.lora.up"],
+)
+def test_names_of_quantised_weights_beside_no_layer_are_left_out_too(folder: Path, name: str) -> None:
+    plain, _ = loaded(folder, "transformer")
+    file = folder / "transformer" / WEIGHTS["transformer"]
+    save_file({**load_file(file), name: torch.zeros(3)}, file)
+    found, told = loaded(folder, "transformer")
+    assert same(found, plain)
+    assert name in told[0].detail
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.float64])
+def test_large_tensors_of_other_types_do_not_choose_the_precision(folder: Path, dtype: torch.dtype) -> None:
+    before = CheckpointSpec.from_folder(folder).dtype_of("transformer")
+    file = folder / "transformer" / WEIGHTS["transformer"]
+    save_file({**load_file(file), "ema.shadow": torch.zeros(10**6, dtype=dtype)}, file)
+    assert CheckpointSpec.from_folder(folder).dtype_of("transformer") == before
 
 
 @pytest.mark.parametrize("component", WEIGHTS)
@@ -292,3 +315,32 @@ def test_a_tokenizer_model_alone_gives_sentencepieces_tokens(
     padded = tokenizer(["a lake"], padding="max_length", max_length=20)["input_ids"][0]
     assert padded[0] == 2
     assert padded[-1] == 0
+
+
+# Of a tokenizer's own file: parts that the library reads and cannot work with, in Rust's panics and Python's errors.
+BROKEN_PARTS = {
+    "steps of no length": {"pre_tokenizer": {"type": "FixedLength", "length": 0}},
+    "a table of nothing": {"normalizer": {"type": "Precompiled", "precompiled_charsmap": "AAAA"}},
+    "replacing nothing": {"normalizer": {"type": "Replace", "pattern": {"String": ""}, "content": "a"}},
+    "no special tokens": {
+        "post_processor": {
+            "type": "TemplateProcessing",
+            "single": [{"SpecialToken": {"id": "<bos>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
+            "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 0}}],
+            "special_tokens": {},
+        }
+    },
+}
+
+
+@pytest.mark.parametrize("part", BROKEN_PARTS)
+def test_a_tokenizer_that_cannot_work_is_one_line(folder: Path, part: str) -> None:
+    table = folder / "tokenizer" / "tokenizer.json"
+    table.write_text(json.dumps(json.loads(table.read_text()) | BROKEN_PARTS[part]))
+    with pytest.raises(CheckpointError, match=r"^[^\n]*tokenizer[^\n]*$"):
+        plan_of(Request("a lake", model=str(folder), width=64, height=64, steps=1, seed=1))
+
+
+def test_a_prompt_of_any_length_is_read_in_silence(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    plan_of(Request("ab " * 6000, model=str(folder), width=64, height=64, steps=1, seed=1))
+    assert capfd.readouterr().err == ""

@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import sys
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,10 +16,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from handscroll import Request, decode_latent, generate, resume
+from handscroll import Handscroll, Request, decode_latent, generate, resume
 from handscroll.cli import main as cli
-from handscroll.errors import CheckpointError, OutputError, RunFolderError, UnconfirmedFetchError
-from handscroll.events import Progress
+from handscroll.errors import CheckpointError, OutputError, RunFolderError, UnconfirmedFetchError, UsageError
+from handscroll.events import MAX_NOTICE, Progress
 from handscroll.jobs.folder import state_paths
 from handscroll.jobs.job import read_job
 from handscroll.jobs.latent_file import load_latent
@@ -107,7 +108,7 @@ def test_a_latent_elsewhere_is_not_written(
     assert victim.read_bytes() == b"mine"
 
 
-@pytest.mark.parametrize("kind", ["weights", "not safetensors", "a link"])
+@pytest.mark.parametrize("kind", ["weights", "latents of others", "a latent of others", "not safetensors", "a link"])
 def test_nothing_but_a_latent_is_replaced_by_one(cut_before_decoding: Path, tmp_path: Path, kind: str) -> None:
     file = Path("weights.safetensors")
     if kind == "a link":
@@ -115,6 +116,10 @@ def test_nothing_but_a_latent_is_replaced_by_one(cut_before_decoding: Path, tmp_
         file.symlink_to(tmp_path / "elsewhere.safetensors")
     elif kind == "weights":
         save_file({"weight": torch.zeros(3)}, file)
+    elif kind == "latents of others":  # as caches of a training are
+        save_file({"latents": torch.zeros(1, 32, 2, 2), "prompt_embeds": torch.zeros(1, 7, 48)}, file)
+    elif kind == "a latent of others":
+        save_file({"latent": torch.zeros(1, 32, 2, 2)}, file)
     else:
         file.write_bytes(b"mine")
     before = file.read_bytes()
@@ -400,3 +405,49 @@ def test_what_others_wrote_cannot_steer_a_terminal(
         for mark in "\x1b\x9b\u202e\u2066":
             assert mark not in ran.out, command
             assert mark not in ran.err, command
+
+
+def test_names_of_others_cannot_steer_a_terminal_through_warnings(miniature: Miniature, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(miniature("1.6b"), tmp_path / "copy"))
+    config = json.loads((folder / "transformer" / "config.json").read_text())
+    (folder / "transformer" / "config.json").write_text(json.dumps({**config, f"{ESCAPE}{'x' * 5000}": 1}))
+    heard: list[str] = []
+    scroll = Handscroll.from_pretrained(folder)
+    scroll("a lake", size=64, steps=1, seed=1, on_event=lambda event: heard.append(event.detail))
+    assert not any(character in line for line in heard for character in "\x1b\x9b\u202e\n")
+    assert max(map(len, heard)) <= MAX_NOTICE
+
+
+@pytest.mark.parametrize("part", ["[],", "{},", '{"a":1},'])
+def test_a_job_of_many_parts_is_one_line_in_little_memory(cut_before_decoding: Path, part: str) -> None:
+    text = f'{{"format": [{part * (4_000_000 // len(part))}0]}}'
+    (cut_before_decoding / "job.json").write_text(text)
+    tracemalloc.start()
+    with pytest.raises(RunFolderError, match="broken"):
+        resume(cut_before_decoding)
+    peak_bytes = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak_bytes < 64 << 20
+
+
+def test_a_latent_that_claims_hundreds_of_gigabytes_is_not_read(miniature: Miniature) -> None:
+    header = json.dumps({"latent": {"dtype": "F32", "shape": [1, 32, 60000, 60000], "data_offsets": [0, 460800000000]}})
+    with open("l.safetensors", "wb") as file:
+        file.write(len(header).to_bytes(8, "little") + header.encode())
+        file.truncate(8 + len(header) + 460800000000)
+    with pytest.raises(CheckpointError, match="above 131072 a side"):
+        decode_latent(Path("l.safetensors"), Path("p.png"), model=str(miniature("1.6b")))
+
+
+@pytest.mark.parametrize("kind", [b"zTXt", b"iTXt"])
+def test_text_that_does_not_unpack_is_one_line(kind: bytes, capsys: pytest.CaptureFixture[str]) -> None:
+    body = b"parameters\0" + (b"\0" if kind == b"zTXt" else b"\1\0\0\0") + b"no such stream"
+    chunk = len(body).to_bytes(4, "big") + kind + body + bytes(4)
+    Path("p.png").write_bytes(b"\x89PNG\r\n\x1a\n" + chunk)
+    assert cli.run(["info", "p.png"]) != 0
+    assert "fault in handscroll" not in capsys.readouterr().err
+
+
+def test_devices_of_thousands_of_digits_are_unknown() -> None:
+    with pytest.raises(UsageError, match="is not known"):
+        Request("a", device=f"cuda:{'9' * 5000}")

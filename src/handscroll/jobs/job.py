@@ -19,6 +19,7 @@ from handscroll.plan.plan import Plan
 from handscroll.request import Request
 from handscroll.units import QUOTED_CHARACTERS, one_line
 from handscroll.version import __version__
+from handscroll.weights.json_text import parse_json
 
 FORMAT, FORMAT_VERSION = "handscroll run", 1
 MAX_NAME_BYTES = 255  # what common file systems hold
@@ -168,7 +169,7 @@ def load_facts(folder: Path) -> Any:
     file = folder / "job.json"
     if not file.is_file() or file.stat().st_size > MAX_JOB_BYTES:
         raise ValueError(f"{file}: no file, or too large")
-    return json.loads(file.read_bytes())
+    return parse_json(file.read_bytes(), MAX_JOB_BYTES)
 
 
 def read_facts(folder: Path) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from handscroll.errors import CheckpointError, FormatError, OutputError, SizeErr
 from handscroll.models.autoencoder import AutoencoderSpec
 from handscroll.models.checkpoint import CheckpointSpec
 from handscroll.request import Request
-from handscroll.units import listed, one_line
+from handscroll.units import MAX_SIDE_PX, listed, one_line
 from handscroll.weights.header import TensorEntry, read_header, read_metadata
 from handscroll.weights.tensor_file import CHECKSUM, read_tensors, write_tensors
 
@@ -44,13 +44,20 @@ def check_latent_target(path: Path) -> None:
 
 
 def check_is_latent(path: Path) -> None:
-    """Raises OutputError where a file is in the way of a latent and is not one itself. For names that a file gives."""
+    """Raises OutputError where a file is in the way that `save_latent` has not written. For names that a file gives."""
     try:
-        is_latent = not os.path.lexists(path) or (not path.is_symlink() and describe_latent(path) is not None)
+        is_ours = not os.path.lexists(path) or (not path.is_symlink() and _is_ours(path))
     except CheckpointError:
-        is_latent = False
-    if not is_latent:
-        raise OutputError(f"{path}: is in the way and is no latent; move it, or name a file with --save-latent")
+        is_ours = False
+    if not is_ours:
+        raise OutputError(
+            f"{path}: is in the way and is no latent of handscroll; move it, or name a file with --save-latent"
+        )
+
+
+def _is_ours(path: Path) -> bool:
+    entries, facts = read_header(path), read_metadata(path)
+    return [entry.name for entry in entries] == [TENSOR_NAME] and {CHECKSUM, "model"} <= facts.keys()
 
 
 def save_latent(path: Path, latent: Tensor, facts: Mapping[str, str], *, part: Path | None = None) -> None:
@@ -94,11 +101,20 @@ def load_latent(path: Path, autoencoder: AutoencoderSpec | None = None) -> tuple
         )
     if len(entry.shape) == 4 and entry.shape[0] > 1:
         raise CheckpointError(f"{path}: {entry.name!r} holds {entry.shape[0]} latents; save each in a file of its own")
+    _check_size(path, entry, autoencoder)
     latent = read_tensors(path, entry.name)[0][entry.name].float()
     latent = latent if latent.ndim == 4 else latent[None]
     if entry.name == COMFY_NAME and autoencoder is not None:
         latent *= autoencoder.scaling_factor
     return latent, facts
+
+
+def _check_size(path: Path, entry: TensorEntry, autoencoder: AutoencoderSpec | None) -> None:
+    """Raises CheckpointError for what no picture is made of, before a file that claims it is read."""
+    height, width = entry.shape[-2:]
+    ratio = 1 if autoencoder is None else autoencoder.spatial_compression_ratio
+    if max(height, width) * ratio > MAX_SIDE_PX:
+        raise CheckpointError(f"{path}: a latent of {width}x{height} is of a picture above {MAX_SIDE_PX} a side")
 
 
 def how_read(path: Path, autoencoder: AutoencoderSpec) -> tuple[str, ...]:
@@ -114,11 +130,12 @@ def how_read(path: Path, autoencoder: AutoencoderSpec) -> tuple[str, ...]:
 def _chosen(path: Path, entries: Sequence[TensorEntry], autoencoder: AutoencoderSpec | None) -> TensorEntry:
     """The tensor that is the latent. Raises CheckpointError where none is, or several may be."""
     names = NAMES if autoencoder is not None else (TENSOR_NAME,)
-    found = [entry for entry in entries if entry.name in names]
-    if not found and autoencoder is not None:
-        found = [entry for entry in entries if len(entry.shape) == 4 and _is_one(entry)]
-        fitting = [entry for entry in found if entry.shape[1] == autoencoder.latent_channels]
-        found = fitting or found
+    named = [entry for entry in entries if entry.name in names]
+    found = [entry for entry in named if _is_one(entry)] or named
+    if autoencoder is not None and (not found or not _is_one(found[0])):
+        others = [entry for entry in entries if _is_one(entry)]
+        fitting = [entry for entry in others if entry.shape[-3] == autoencoder.latent_channels]
+        found = fitting or [entry for entry in others if len(entry.shape) == 4] or found
     if not found:
         there = listed(one_line(repr(entry.name), 40) for entry in entries) or "no tensor"
         raise CheckpointError(f"{path}: holds no latent; it holds {there}, and a latent is called {TENSOR_NAME!r}")

@@ -18,7 +18,6 @@ import dataclasses
 import json
 import os
 import secrets
-import shlex
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +29,7 @@ from handscroll.events import OnEvent, ignore, notice
 from handscroll.files import Lock, discard, write_whole
 from handscroll.jobs.latent_file import describe_latent, load_latent, save_latent
 from handscroll.jobs.state_file import read_state, write_state
+from handscroll.units import quoted
 from handscroll.version import __version__
 
 if TYPE_CHECKING:
@@ -216,7 +216,7 @@ class RunFolder:
             with contextlib.suppress(MemoryError):  # it may be what has just happened
                 # The same steps give the same numbers, unless there is more memory for fp32 the next time.
                 if not isinstance(error, NumericsError) or isinstance(error.__cause__, BudgetError):
-                    error.add_note(f"`handscroll resume {shlex.quote(str(self.folder))}` goes on {self._where()}")
+                    error.add_note(f"`handscroll resume {quoted(str(self.folder))}` goes on {self._where()}")
             self.release()
             return
         clear_folder(self.folder)

@@ -140,8 +140,11 @@ def _read_png_text(path: Path, file: Any) -> str:
             body = body[2:].split(b"\0", 2)[-1]
         elif packed:
             body = body[1:]
-        # A few kilobytes can unpack to gigabytes.
-        return (zlib.decompressobj().decompress(body, 1 << 24) if packed else body).decode(charset, "replace")
+        try:
+            # A few kilobytes can unpack to gigabytes.
+            return (zlib.decompressobj().decompress(body, 1 << 24) if packed else body).decode(charset, "replace")
+        except zlib.error:
+            raise FormatError(f"cannot read {path}: its text is broken") from None
     return ""
 
 

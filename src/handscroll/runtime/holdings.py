@@ -15,6 +15,8 @@ from handscroll.system import resident_bytes
 # counts beside tensors.
 BASE_STEP_BYTES = 16 * MIB
 FREE_STEP_SHARE = 0.05
+# What a session leaves beside its modules: libraries that it loaded and kernels that were compiled.
+MOST_BESIDE_BYTES = 256 * MIB
 
 
 @dataclass
@@ -29,6 +31,7 @@ class Holdings:
 
     def __init__(self) -> None:
         self._left_bytes = 0  # of a CPU's process: modules, code that was touched, kernels that were compiled
+        self._before_error_bytes: int | None = None  # what the process held before jobs that ended in an error
         self._known: PlanInputs | None = None
 
     @contextmanager
@@ -40,10 +43,14 @@ class Holdings:
         before, given = resident_bytes() if before is None else before, Given()
         try:
             yield given
-        finally:
-            after = resident_bytes()
-            if before is not None and after is not None:
-                self._left_bytes += after - before - given.n_bytes  # less than nothing where it made room
+        except BaseException:
+            # The error holds the tensors of every frame that it passes: what stays is seen at the next look.
+            if self._before_error_bytes is None:
+                self._before_error_bytes = before
+            raise
+        after = resident_bytes()
+        if before is not None and after is not None:
+            self._left_bytes += after - before - given.n_bytes  # less than nothing where it made room
 
     def without(self, inputs: PlanInputs, held_bytes: int) -> PlanInputs:
         """Inputs as they would be, had the session done nothing yet; those of the job before, if little has changed.
@@ -52,7 +59,9 @@ class Holdings:
         """
         hardware = inputs.hardware
         if hardware.base_bytes is not None:
-            own_bytes = held_bytes if hardware.is_cuda else self._left_bytes
+            self._settle(hardware.base_bytes)
+            # Others of the process may have taken some of it meanwhile.
+            own_bytes = held_bytes if hardware.is_cuda else min(self._left_bytes, held_bytes + MOST_BESIDE_BYTES)
             hardware = dataclasses.replace(hardware, base_bytes=max(0, hardware.base_bytes - own_bytes))
         if self._known is not None:
             hardware = settled(hardware, self._known.hardware)
@@ -60,6 +69,12 @@ class Holdings:
                 inputs = dataclasses.replace(inputs, tokenizer_bytes=self._known.tokenizer_bytes)
         self._known = dataclasses.replace(inputs, hardware=hardware)
         return self._known
+
+    def _settle(self, now_bytes: int) -> None:
+        """What a job that ended in an error has left, now that the error is gone with what it held."""
+        if self._before_error_bytes is not None:
+            self._left_bytes += min(now_bytes - self._before_error_bytes, MOST_BESIDE_BYTES)
+            self._before_error_bytes = None
 
 
 def settled(now: Hardware, before: Hardware) -> Hardware:

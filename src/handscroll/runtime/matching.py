@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -46,6 +47,9 @@ def check_amount(spec: CheckpointSpec, component: str, part: str | None) -> None
         )
 
 
+_LORA_FACTORS = re.compile(r"lora_A|lora[._]down"), re.compile(r"lora_B|lora[._]up")
+
+
 def match_tensors(
     spec: CheckpointSpec, component: str, module: nn.Module, part: str | None, on_event: OnEvent
 ) -> dict[str, TensorEntry]:
@@ -75,7 +79,13 @@ def match_tensors(
     if missing := [name for name in wanted if name not in found]:
         raise CheckpointError(_missing(spec.folder / component, weights, missing))
     if extra:
-        if said := _strange([entry.name for entry in extra]):
+        # A scale changes the layer that it is beside, and an adapter has two factors; others change nothing.
+        modules = [name for name, _ in module.named_modules() if name]
+        names = [entry.name for entry in extra]
+        beside = [name for name in names if any(f".{each}." in f".{name}" for each in modules)]
+        if all(any(map(factor.search, names)) for factor in _LORA_FACTORS):
+            beside = names
+        if said := _strange(beside):
             raise CheckpointError(f"{spec.folder / component}: {said}")
         on_event(notice(_left_out(extra)))
     return found

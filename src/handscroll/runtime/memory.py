@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import ClassVar
 
 import torch
 
@@ -57,16 +58,36 @@ def enforced(device: str, budget_bytes: int | None) -> Iterator[None]:
     if budget_bytes is None:
         yield
     elif device.startswith("cuda"):
-        total_bytes = torch.cuda.get_device_properties(device).total_memory
-        before = _memory_fraction(device)
-        torch.cuda.set_per_process_memory_fraction(min(before, budget_bytes / total_bytes), device)
+        fraction = budget_bytes / torch.cuda.get_device_properties(device).total_memory
+        _limit(device, add=fraction)
         try:
             yield
         finally:
-            torch.cuda.set_per_process_memory_fraction(before, device)
+            _limit(device, remove=fraction)
     else:
         return_large_blocks()
         yield
+
+
+class _Limits:
+    """The shares of each device's memory that jobs keep to now, and the share that was set before the first of them."""
+
+    lock = threading.Lock()
+    before: ClassVar[dict[str, float]] = {}
+    asked: ClassVar[dict[str, list[float]]] = {}
+
+
+def _limit(device: str, add: float | None = None, remove: float | None = None) -> None:
+    """The least of all shares holds; when the last job has ended, the one from before."""
+    with _Limits.lock:
+        asked = _Limits.asked.setdefault(device, [])
+        if not asked:
+            _Limits.before[device] = _memory_fraction(device)
+        if add is not None:
+            asked.append(add)
+        if remove is not None:
+            asked.remove(remove)
+        torch.cuda.set_per_process_memory_fraction(min([_Limits.before[device], *asked]), device)
 
 
 def _memory_fraction(device: str) -> float:

@@ -105,6 +105,7 @@ class Session:
     def __init__(self, spec: CheckpointSpec, *, scratch: Path | None = None, on_event: OnEvent = ignore) -> None:
         self.spec, self.scratch, self.on_event = spec, scratch, on_event
         self._told: set[str] = set()
+        self._untold: list[Progress] | None = None  # while a file is read: what is told after
         self.opened: dict[OpenedAs, Opened] = {}
 
     def __enter__(self) -> Self:
@@ -198,7 +199,10 @@ class Session:
     def _tell_once(self, event: Progress) -> None:
         if event.detail not in self._told:
             self._told.add(event.detail)
-            self.on_event(event)
+            if self._untold is None:
+                self.on_event(event)
+            else:
+                self._untold.append(event)
 
     def _once(self, module: str, title: str, precision: str, plan: Plan, opened: Callable[[bool], Opened]) -> Opened:
         """What is open of a module, in a precision and on the plan's device; else it takes the place of the others.
@@ -211,8 +215,13 @@ class Session:
             return self.opened[key]
         others = [other for other in self.opened if other.module == module or other.module not in plan.kept]
         self._forget(others)
+        untold = self._untold = []
         try:
             self.opened[key] = opened(module in plan.kept)
         except OSError as error:
             raise HandscrollError(f"{self.spec.folder}: its {title} cannot be read: {error.strerror}") from error
+        finally:
+            self._untold = None
+        for event in untold:  # what a listener raises is no fault of the file's
+            self.on_event(event)
         return self.opened[key]

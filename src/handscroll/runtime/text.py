@@ -22,6 +22,7 @@ from handscroll.runtime.modules import load_rows, load_tokenizer
 from handscroll.runtime.session import Session
 from handscroll.runtime.text_cache import Text, load_text, save_text, text_key
 from handscroll.runtime.text_encoder import EMBEDDING_TABLE
+from handscroll.runtime.tokenizer import errors_named
 from handscroll.units import one_line
 from handscroll.weights.dtypes import DTYPES
 
@@ -114,15 +115,17 @@ def read_of(spec: CheckpointSpec, tokenizer: Any, prompt: str, instruction: str 
 
     Tokens are the prompt's own. The instruction's are always read, and so are the special ones that every text gets.
     """
-    before = len(tokenizer.encode(instruction))
-    whole = len(tokenizer([instruction + normalised(prompt)]).input_ids[0])
+    with errors_named(spec):
+        before = len(tokenizer.encode(instruction))
+        whole = len(tokenizer([instruction + normalised(prompt)]).input_ids[0])
     length = _length(spec, tokenizer, instruction)
     own = max(0, whole - before)
     if whole <= length:
         return TextRead(own, own)
     ids, _ = _tokens(spec, tokenizer, prompt, instruction)
     read = min(own, max(0, length - before))
-    ends = tokenizer.decode(ids[0, -min(read, LAST_TOKENS_SHOWN) :], skip_special_tokens=True) if read else ""
+    with errors_named(spec):
+        ends = tokenizer.decode(ids[0, -min(read, LAST_TOKENS_SHOWN) :], skip_special_tokens=True) if read else ""
     return TextRead(own, read, one_line(ends.replace("\ufffd", "")))
 
 
@@ -134,14 +137,16 @@ def most_tokens(spec: CheckpointSpec, prompt: str, instruction: str = "") -> int
 
 def _length(spec: CheckpointSpec, tokenizer: Any, instruction: str) -> int:
     """To how many tokens a text is cut."""
-    return spec.max_prompt_tokens + (len(tokenizer.encode(instruction)) - 2 if instruction else 0)
+    with errors_named(spec):
+        return spec.max_prompt_tokens + (len(tokenizer.encode(instruction)) - 2 if instruction else 0)
 
 
 def _tokens(spec: CheckpointSpec, tokenizer: Any, prompt: str, instruction: str) -> tuple[Tensor, Tensor]:
     """Token ids and the mask of those that are no padding, both [1, length]."""
     length = _length(spec, tokenizer, instruction)
     text = instruction + normalised(prompt)
-    tokens = tokenizer([text], padding="max_length", max_length=length, truncation=True, return_tensors="pt")
+    with errors_named(spec):
+        tokens = tokenizer([text], padding="max_length", max_length=length, truncation=True, return_tensors="pt")
     return tokens.input_ids, tokens.attention_mask.bool()
 
 

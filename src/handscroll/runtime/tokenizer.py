@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from handscroll.errors import CheckpointError, is_out_of_memory
+from handscroll.errors import CheckpointError, HandscrollError, is_out_of_memory
 from handscroll.models.checkpoint import CheckpointSpec
 from handscroll.models.config import read_config
 from handscroll.units import one_line, shown
@@ -30,19 +30,29 @@ def read_tokenizer(spec: CheckpointSpec) -> Any:
     """
     folder = spec.folder / "tokenizer"
     _check_files(folder)
+    with errors_named(spec):
+        tokenizer = _made(spec, folder)
+        _complete(spec, tokenizer)
+        tokenizer([""], padding="max_length", max_length=16, truncation=True, return_tensors="pt")
+    return tokenizer
+
+
+@contextmanager
+def errors_named(spec: CheckpointSpec) -> Iterator[None]:
+    """Whatever the library raises inside becomes a CheckpointError naming the folder; what it logs is not shown.
+
+    That is what its parsers and models raise, and panics of its Rust code, which are no Exception.
+    """
     try:
         with _quiet():
-            tokenizer = _made(spec, folder)
-            _complete(spec, tokenizer)
-            tokenizer([""], padding="max_length", max_length=16, truncation=True, return_tensors="pt")
-    except CheckpointError:
+            yield
+    except (HandscrollError, KeyboardInterrupt, SystemExit, GeneratorExit):
         raise
-    except Exception as error:  # the library raises whatever its parsers raise
+    except BaseException as error:
         if is_out_of_memory(error):
             raise
         said = one_line(error, MAX_MESSAGE)
-        raise CheckpointError(f"{folder}: cannot be read as a tokenizer: {said}") from error
-    return tokenizer
+        raise CheckpointError(f"{spec.folder / 'tokenizer'}: does not work as a tokenizer: {said}") from error
 
 
 def _check_files(folder: Path) -> None:

@@ -91,8 +91,12 @@ class WeightFiles:
 
     @property
     def dtype(self) -> str:
-        """The dtype that most bytes are in, empty for none; `fp32`, `bf16` or `fp16` for all published so far."""
-        return next(iter(self.dtype_bytes), "")
+        """Of `fp32`, `bf16` and `fp16` the one that most bytes are in; empty where there are no tensors.
+
+        Where nothing is in one of these, as in weights that are quantised, it is what most bytes are in.
+        """
+        held = list(self.dtype_bytes)
+        return next((dtype for dtype in held if dtype in ("fp32", "bf16", "fp16")), held[0] if held else "")
 
 
 NO_WEIGHTS = WeightFiles((), ())
