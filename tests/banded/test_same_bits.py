@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import functools
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -84,6 +85,30 @@ def test_encode_at_every_height(name: str, dtype: torch.dtype, batch: int) -> No
         for rows in (1, 3, factor + 1):
             heights = [rows] * len(sweeps)
             assert encode(model.encoder, image, heights=heights).equal(expected), (height, width, rows)
+
+
+@pytest.fixture
+def _two_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("_two_threads")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", NETWORKS)
+def test_decode_at_every_height_on_two_threads(name: str, dtype: torch.dtype) -> None:
+    """Work that is shared out is cut by how many rows there are, and sums with it."""
+    model = network(name, dtype)
+    for height, width in ((1, 14), (3, 1), (2, 5)):
+        latent = latent_of(model, height, width, 1).to(dtype)
+        sweeps = cut_at_barriers(decoder_units(model.decoder), height, width)
+        expected, *others = (
+            torch.cat(list(decode_rows(model.decoder, latent, heights=[rows] * len(sweeps))), dim=2)
+            for rows in (10**6, 1, 2, 5)
+        )
+        assert all(other.equal(expected) for other in others), (height, width)
 
 
 @pytest.mark.parametrize("name", NETWORKS)

@@ -24,6 +24,8 @@ Function = Callable[[Tensor], Tensor]
 _FUSED_NAMES = {nn.SiLU: "swish", nn.ReLU: "relu"}
 # Elementwise chains run over pieces of about this size, so that each pass finds the last one's result in cache.
 _CACHED_BYTES = 2**20
+# Of a 2x2 convolution with fewer, oneDNN sums in an order that depends on how many rows and threads there are.
+FEWEST_CHANNELS = 64
 
 
 def has_onednn(weight: Tensor) -> bool:
@@ -65,6 +67,7 @@ class Conv:
         self.is_pointwise = stride == 1 and tuple(weight.shape[2:]) == (1, 1)
         self.onednn = not plain and has_onednn(weight)
         self.is_linear = self.onednn and self.is_pointwise and groups == 1
+        self.is_even = weight.shape[-1] % 2 == 0 and min(weight.shape[:2]) < FEWEST_CHANNELS
         # Laid out here, before the first row block, so that what lives for the whole pass lies together in the heap. No
         # shape is promised: convolutions keep their speed without it, a 1x1 one only as a linear layer.
         if self.is_linear:
@@ -86,7 +89,11 @@ class Conv:
         if not self.onednn:
             return row_by_row(self._plain, row_block, self.weight.shape[2], self.stride)
         fused = "none" if self.activation is None else _FUSED_NAMES.get(type(self.activation), "")
-        out = self._onednn(row_block, fused or "none")
+
+        def run(rows: Tensor) -> Tensor:
+            return self._onednn(rows, fused or "none")
+
+        out = row_by_row(run, row_block, self.weight.shape[2], self.stride) if self.is_even else run(row_block)
         return out if fused or self.activation is None else activated(self.activation)(out)
 
     def _plain(self, row_block: Tensor) -> Tensor:
@@ -122,8 +129,15 @@ def row_by_row(function: Function, row_block: Tensor, size: int = 1, step: int =
     if row_block.device.type != "cpu":
         return function(row_block)
     ends = range(size, row_block.shape[1] + 1, step)
-    made = [function(row_block[:, end - size : end].contiguous()) for end in ends]
-    return made[0] if len(made) == 1 else torch.cat(made, dim=1)
+    made = (function(row_block[:, end - size : end].contiguous()) for end in ends)
+    first = next(made)
+    if len(ends) == 1:
+        return first
+    out = first.new_empty(first.shape[0], len(ends), *first.shape[2:])
+    out[:, :1] = first
+    for index, row in enumerate(made, 1):
+        out[:, index : index + 1] = row
+    return out
 
 
 def never_single(function: Function) -> Function:
