@@ -28,7 +28,8 @@ import child
 import report
 from handscroll.banded.autoencoder import decode_rows
 from handscroll.banded.rows import RowBlock, RowMap
-from handscroll.runtime.memory import enforce, trim
+from handscroll.runtime.heap import return_large_blocks
+from handscroll.runtime.memory import trim
 from one_run import peak, reset_peak
 from side_by_side import count, label, sizes
 from stages import DTYPES, Settings, Size, open_stage
@@ -85,7 +86,7 @@ def measure(settings: Settings, size: Size, rows: int) -> dict[str, Any]:
     stage: Any = open_stage(settings)
     model = stage.model()
     latent, small = stage.input(model, size), stage.small(model)
-    enforce("cpu", 1)
+    return_large_blocks()
     weights: list[int] = []
 
     def decode(latent: Tensor, until: int) -> None:

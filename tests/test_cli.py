@@ -281,7 +281,7 @@ def test_every_option_reaches_the_pipeline(shell: Shell, asked: list[dict[str, A
         "path": Path("a.jpg"),
         "save_latent": None,
         "quality": 70,
-        "on_event": work.print_notice,
+        "on_event": call["on_event"],
     }
 
 
@@ -290,6 +290,7 @@ def test_every_option_of_decode_reaches_the_pipeline(shell: Shell, asked: list[d
         "--model sana-1.6b --precision bf16 --device cuda:1 --decode patch --patches 8 --strip-rows 2 --memory 2GiB"
     )
     assert shell("decode", "a.safetensors", *options.split(), "-o", "a.jpg", "--quality", 70).exit_code == 0
+    [call] = asked
     assert asked == [
         {
             "latent": Path("a.safetensors"),
@@ -302,7 +303,8 @@ def test_every_option_of_decode_reaches_the_pipeline(shell: Shell, asked: list[d
             "strip_rows": 2,
             "memory_bytes": 2 * 2**30,
             "quality": 70,
-            "on_event": work.print_notice,
+            "fetch": False,
+            "on_event": call["on_event"],
         }
     ]
 
@@ -310,7 +312,16 @@ def test_every_option_of_decode_reaches_the_pipeline(shell: Shell, asked: list[d
 def test_every_option_of_resume_reaches_the_pipeline(shell: Shell, asked: list[dict[str, Any]]) -> None:
     options = "--device cuda:1 --memory 2GiB --quiet"
     assert shell("resume", "a.png.run", *options.split()) == Ran(0, "a.png\n", "")
-    assert asked == [{"run": Path("a.png.run"), "device": "cuda:1", "memory_bytes": 2 * 2**30, "on_event": ignore}]
+    assert asked == [
+        {
+            "run": Path("a.png.run"),
+            "device": "cuda:1",
+            "memory_bytes": 2 * 2**30,
+            "save_latent": None,
+            "fetch": False,
+            "on_event": ignore,
+        }
+    ]
 
 
 def test_left_out_means_the_models_own(shell: Shell, asked: list[dict[str, Any]]) -> None:
@@ -387,8 +398,8 @@ def test_a_random_seed_is_told(shell: Shell, asked: list[Any]) -> None:
         (["generate", "a", "--steps", "0"], "steps 0"),
         (["generate", "a", "--guidance", "nan"], "guidance"),
         (["generate", "a", "--guidance", "-1"], "guidance"),
-        (["generate", "a", "--seed", "-1"], "seed"),
-        (["generate", "a", "--seed", str(2**63)], "seed"),
+        (["generate", "a", "--seed", "-2"], "seed"),
+        (["generate", "a", "--seed", str(2**64)], "seed"),
         (["generate", "a", "--count", "0"], "count"),
         (["generate", "a", "--quality", "101", "-o", "a.jpg"], "--quality"),
         (["generate", "a", "--precision", "fp8"], "auto, fp32, bf16, fp16"),

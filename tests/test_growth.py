@@ -129,7 +129,7 @@ def test_a_small_picture_shows_what_the_large_one_will_be(
 
     monkeypatch.setattr(denoise, "enlarge_latent", watched)
     scroll = Handscroll.from_pretrained(miniature("1.6b"))
-    small = scroll(PROMPT, width=64, height=64, compose=64, seed=4, steps=3).latent
+    small = scroll(PROMPT, width=64, height=64, seed=4, steps=3).latent
     assert not begun
     scroll(PROMPT, width=256, height=256, compose=64, seed=4, steps=3)
     scroll(PROMPT, width=128, height=128, compose=64, seed=4, steps=3)

@@ -21,7 +21,7 @@ import pyvips
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from handscroll.errors import FormatError, OutputError, SizeError
+from handscroll.errors import FormatError, OutOfMemoryError, OutputError, SizeError
 from handscroll.pictures import encoding, metadata, targets, writing
 from handscroll.pictures.metadata import parameters_text, read_parameters
 from handscroll.pictures.targets import check_target
@@ -450,6 +450,42 @@ def test_what_the_strips_raise_passes_through(tmp_path: Path, suffix: str, fault
     assert names(tmp_path) == before
     assert older.read_bytes() == content
     assert read_parameters(older) == "older"
+
+
+SAYS_MEMORY = r"^out of memory while writing [^\n]*; close other programs[^\n]*--size$"
+MEMORY = (
+    "unable to call VipsForeignSavePngFile\n  Error creating thread: Resource temporarily unavailable\n",
+    "unable to call VipsForeignSaveWebpFile\n  vips_tracked: out of memory --- size == 48MB\n",
+    "unable to call webpsave\n  webpsave: picture memory error\n",
+    "VipsJpeg: Insufficient memory (case 4)\n",
+    "Cannot allocate memory",
+)
+
+
+@pytest.mark.parametrize("said", MEMORY)
+@pytest.mark.parametrize("name", ["out.png", "out.webp"])
+@pytest.mark.parametrize("beside", [False, True])
+def test_memory_that_runs_out_in_a_writer_is_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said: str, name: str, beside: bool
+) -> None:
+    def failing(*_: object) -> None:
+        raise pyvips.Error(said) if said != MEMORY[-1] else OSError(errno.ENOMEM, said)
+
+    monkeypatch.setattr(writing, "encode_picture", failing)
+    with pytest.raises(OutOfMemoryError, match=SAYS_MEMORY) as told:
+        write_image(check_target(tmp_path / name, 8, 8), [np.zeros((8, 8, 3), np.uint8)], beside=beside)
+    assert (".png, which takes the least" in str(told.value)) == name.endswith("webp")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_memory_that_runs_out_while_a_picture_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def failing(*_: object, **__: object) -> None:
+        raise pyvips.Error(MEMORY[0])
+
+    (tmp_path / "p.webp").touch()
+    monkeypatch.setattr(pyvips.Image, "new_from_file", failing)
+    with pytest.raises(OutOfMemoryError, match="out of memory while reading"):
+        read_parameters(tmp_path / "p.webp")
 
 
 @pytest.mark.parametrize("call", ["write", "fsync", "replace"])

@@ -24,7 +24,7 @@ from handscroll.options import check_fields, fields_of, option, options_of, with
 from handscroll.request import DecodeName, PrecisionName, Request
 
 # What commands have beside the table, by the names of their parameters.
-OF_NO_PICTURE = {"output", "save_latent", "quality", "as_json", "quiet", "help"}
+OF_NO_PICTURE = {"output", "save_latent", "quality", "yes", "as_json", "quiet", "help"}
 OF_A_PICTURE = {"negative", "size", "steps", "guidance", "compose"}
 TAKEN = {
     "generate": OF_A_PICTURE
@@ -32,7 +32,7 @@ TAKEN = {
     "plan": OF_A_PICTURE | {"model", "revision", "precision", "device", "strip_rows", "memory"},
     "decode": {"model", "revision", "precision", "device", "decode", "patches", "strip_rows", "memory"},
     "bench": {"model", "revision", "size", "precision", "device"},
-    "resume": {"device", "memory"},
+    "resume": {"model", "device", "memory"},
     "scroll": OF_A_PICTURE | {"seed", "decode", "patches", "strip_rows"},
     "from_pretrained": {"revision", "precision", "device", "memory"},
 }

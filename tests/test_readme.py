@@ -92,7 +92,7 @@ def test_the_python_example_runs(tmp_path: Path) -> None:
 def test_the_models_that_are_named_exist() -> None:
     from handscroll.models.registry import BY_HUB_ID, BY_NAME
 
-    for name in re.findall(r"--model (\S+)", README):
+    for name in re.findall(r"--model ([\w.-]+)", README):
         assert name in BY_NAME
     for hub_id in re.findall(r'from_pretrained\("(\S+/\S+)"\)', README):
         assert hub_id in BY_HUB_ID

@@ -37,7 +37,7 @@ from handscroll.cli import main as cli
 from handscroll.cli import work
 from handscroll import pipeline
 from handscroll import files
-from handscroll.jobs import folder, store
+from handscroll.jobs import folder, state_file, store
 from handscroll.pictures import writing
 from handscroll.runtime.sampling import schedule
 
@@ -80,7 +80,7 @@ def slow(module, name, seconds):
 slow(pipeline, "encode_prompts", 0.1)
 slow(schedule.SamplerRun, "step_done", 0.03)
 slow(store, "write_whole", 0.02)
-slow(store, "write_tensors", 0.02)
+slow(state_file, "write_tensors", 0.02)
 slow(files.os, "write", 0.03)
 slow(writing, "encode_picture", 0.1)
 slow(writing, "publish", 0.1)

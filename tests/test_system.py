@@ -17,6 +17,7 @@ from handscroll.system import (
     container_memory,
     free_disk_bytes,
     memory,
+    own_resident_bytes,
     peak_resident_bytes,
     processor_name,
     resident_bytes,
@@ -33,8 +34,13 @@ def write_tree(root: Path, files: dict[str, str]) -> None:
         (root / name).write_text(text)
 
 
-def group_v2(folder: str, limit: str, used: int, inactive_file: int = 0) -> dict[str, str]:
-    statistics = f"anon 1000\nfile 9000\nactive_file 4000\ninactive_file {inactive_file}\nslab 7\n"
+def group_v2(
+    folder: str, limit: str, used: int, inactive_file: int = 0, active_file: int = 0, slab_reclaimable: int = 0
+) -> dict[str, str]:
+    statistics = (
+        f"anon 1000\nfile 9000\nshmem 5000\nactive_file {active_file}\ninactive_file {inactive_file}\nslab 7\n"
+        f"unevictable 800\nslab_reclaimable {slab_reclaimable}\nslab_unreclaimable 900\nworkingset_refault_file 3\n"
+    )
     return {
         f"{folder}/memory.max": f"{limit}\n",
         f"{folder}/memory.current": f"{used}\n",
@@ -42,8 +48,11 @@ def group_v2(folder: str, limit: str, used: int, inactive_file: int = 0) -> dict
     }
 
 
-def group_v1(folder: str, limit: str, used: int, inactive_file: int = 0) -> dict[str, str]:
-    statistics = f"cache 9000\ninactive_file 5\ntotal_cache 9000\ntotal_inactive_file {inactive_file}\n"
+def group_v1(folder: str, limit: str, used: int, inactive_file: int = 0, active_file: int = 0) -> dict[str, str]:
+    statistics = (
+        "cache 9000\ninactive_file 5\nactive_file 6\ntotal_cache 9000\ntotal_shmem 70\n"
+        f"total_inactive_file {inactive_file}\ntotal_active_file {active_file}\ntotal_unevictable 8\n"
+    )
     return {
         f"{folder}/memory.limit_in_bytes": f"{limit}\n",
         f"{folder}/memory.usage_in_bytes": f"{used}\n",
@@ -56,6 +65,42 @@ def test_a_container_of_version_2_gives_back_its_page_cache(tmp_path: Path) -> N
     write_tree(tmp_path, {"proc/self/cgroup": "0::/\n"})
     write_tree(tmp_path, group_v2("sys/fs/cgroup", str(8 * GIB), used=7 * GIB, inactive_file=5 * GIB))
     assert container_memory(tmp_path) == Memory(8 * GIB, 6 * GIB)
+
+
+def test_file_pages_count_as_free_however_lately_they_were_read(tmp_path: Path) -> None:
+    """A checkpoint that was read twice is active: outside a container it counts as available just the same."""
+    write_tree(tmp_path, {"proc/self/cgroup": "0::/job\n"})
+    full = group_v2("sys/fs/cgroup/job", str(8 * GIB), 8 * GIB, inactive_file=2 * GIB, active_file=4 * GIB)
+    write_tree(tmp_path, full)
+    assert container_memory(tmp_path) == Memory(8 * GIB, 6 * GIB)
+    write_tree(tmp_path, group_v2("sys/fs/cgroup/job", str(8 * GIB), 8 * GIB, GIB, 4 * GIB, slab_reclaimable=GIB))
+    assert container_memory(tmp_path) == Memory(8 * GIB, 6 * GIB)
+    write_tree(tmp_path, {"proc/self/cgroup": "4:memory:/job\n"})
+    full = group_v1("sys/fs/cgroup/memory/job", str(8 * GIB), 8 * GIB, inactive_file=2 * GIB, active_file=4 * GIB)
+    write_tree(tmp_path, full)
+    assert container_memory(tmp_path) == Memory(8 * GIB, 6 * GIB)
+
+
+def test_each_group_around_gives_up_its_own_pages(tmp_path: Path) -> None:
+    write_tree(tmp_path, {"proc/self/cgroup": "0::/pod/job\n"})
+    write_tree(tmp_path, group_v2("sys/fs/cgroup/pod/job", "max", used=5 * GIB, active_file=4 * GIB))
+    write_tree(tmp_path, group_v2("sys/fs/cgroup/pod", str(16 * GIB), used=16 * GIB, active_file=9 * GIB))
+    write_tree(tmp_path, group_v2("sys/fs/cgroup", str(64 * GIB), used=60 * GIB, inactive_file=GIB))
+    assert container_memory(tmp_path) == Memory(16 * GIB, 5 * GIB)
+
+
+def test_statistics_never_promise_more_than_the_group_uses(tmp_path: Path) -> None:
+    write_tree(tmp_path, {"proc/self/cgroup": "0::/\n"})
+    write_tree(tmp_path, group_v2("sys/fs/cgroup", str(8 * GIB), used=GIB, active_file=3 * GIB))
+    assert container_memory(tmp_path) == Memory(8 * GIB, 8 * GIB)
+
+
+def test_a_limit_that_slows_down_counts_as_one_that_refuses(tmp_path: Path) -> None:
+    write_tree(tmp_path, {"proc/self/cgroup": "0::/\n", "sys/fs/cgroup/memory.high": f"{4 * GIB}\n"})
+    write_tree(tmp_path, group_v2("sys/fs/cgroup", "max", used=3 * GIB, active_file=GIB))
+    assert container_memory(tmp_path) == Memory(4 * GIB, 2 * GIB)
+    write_tree(tmp_path, {"sys/fs/cgroup/memory.high": "max\n"})
+    assert container_memory(tmp_path) == Memory(None, None)
 
 
 def test_a_container_of_version_1(tmp_path: Path) -> None:
@@ -110,11 +155,50 @@ def test_the_container_counts_where_it_is_smaller(monkeypatch: pytest.MonkeyPatc
 
 
 def test_what_the_process_holds() -> None:
-    before = resident_bytes()
+    before, own_before = resident_bytes(), own_resident_bytes()
+    assert before is not None
+    assert own_before is not None
+    assert own_before <= before
     held = np.ones(64 * 2**20, np.uint8)
-    assert 60 * 2**20 < resident_bytes() - before < 80 * 2**20
-    assert peak_resident_bytes() >= before + 60 * 2**20
+    after, own_after, peak = resident_bytes(), own_resident_bytes(), peak_resident_bytes()
+    assert after is not None
+    assert own_after is not None
+    assert peak is not None
+    assert 60 * 2**20 < after - before < 80 * 2**20
+    assert 60 * 2**20 < own_after - own_before < 80 * 2**20
+    assert peak >= before + 60 * 2**20
     del held
+
+
+def test_pages_of_a_mapped_file_are_the_systems_already(tmp_path: Path) -> None:
+    (tmp_path / "weights").write_bytes(bytes(64 * 2**20))
+    mapped = np.memmap(tmp_path / "weights", np.uint8, "r")
+    before, own_before = resident_bytes(), own_resident_bytes()
+    assert int(mapped[::4096].sum()) == 0
+    after, own_after = resident_bytes(), own_resident_bytes()
+    assert before is not None
+    assert after is not None
+    assert own_before is not None
+    assert own_after is not None
+    assert after - before > 60 * 2**20
+    assert own_after - own_before < 4 * 2**20
+
+
+def test_a_system_that_tells_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise PermissionError
+
+    monkeypatch.setattr(system, "_process", refuse)
+    assert resident_bytes() is own_resident_bytes() is None
+    monkeypatch.undo()
+    monkeypatch.setitem(sys.modules, "psutil", None)
+    system._process.cache_clear()
+    monkeypatch.setattr(system, "container_memory", lambda: Memory())
+    assert resident_bytes() is None
+    assert memory() == Memory(None, None)
+    monkeypatch.undo()
+    system._process.cache_clear()
+    assert resident_bytes() is not None
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
@@ -134,7 +218,7 @@ def test_a_forked_process_measures_itself() -> None:
 def test_the_processor_and_the_disk(tmp_path: Path) -> None:
     assert processor_name().strip()
     assert 1 <= usable_cores() <= (os.cpu_count() or 1)
-    assert free_disk_bytes(tmp_path) > 0
+    assert (free_disk_bytes(tmp_path) or 0) > 0
 
 
 def test_asking_for_help_imports_no_measuring_library() -> None:

@@ -2,9 +2,29 @@
 
 from __future__ import annotations
 
-import pytest
+import contextlib
+import unicodedata
+from collections.abc import Callable
+from typing import Any
 
-from handscroll.units import budget_text, duration, first_line, gibibytes, one_line, parse_bytes
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from handscroll.errors import UsageError
+from handscroll.request import Request
+from handscroll.units import (
+    budget_text,
+    check_range,
+    duration,
+    first_line,
+    gibibytes,
+    one_line,
+    parse_bytes,
+    parse_compose,
+    parse_size,
+    visible,
+)
 
 
 @pytest.mark.parametrize(
@@ -53,3 +73,84 @@ def test_one_line() -> None:
 def test_the_first_line_of_an_error() -> None:
     assert first_line(OSError("no library\nlooked here\nand there")) == "no library"
     assert first_line(RuntimeError("\n")) == "RuntimeError"
+
+
+# Whatever is written: a value or a UsageError
+
+
+PARSERS: dict[str, Callable[[str], Any]] = {"size": parse_size, "bytes": parse_bytes, "compose": parse_compose}
+LONG = (
+    "9" * 400,
+    "9" * 5000,
+    f"{'9' * 400}GiB",
+    f"1.{'9' * 5000}TiB",
+    f"{'9' * 5000}x{'9' * 5000}",
+    "1e400",
+    "-1",
+    "٣" * 400,
+)
+
+
+@pytest.mark.parametrize("parser", PARSERS)
+@pytest.mark.parametrize("text", LONG, ids=lambda text: f"{text[:4]} of {len(text)}")
+def test_long_numbers_are_refused_in_a_short_line(parser: str, text: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        PARSERS[parser](text)
+    assert len(str(caught.value)) < 250
+
+
+@pytest.mark.parametrize("parser", PARSERS)
+@given(text=st.one_of(st.text(), st.from_regex(r"\s*[0-9.xXeE+-]{1,40}\s*([kmgtKMGT]?i?[bB])?")))
+def test_whatever_is_written_gives_a_value_or_a_usage_error(parser: str, text: str) -> None:
+    with contextlib.suppress(UsageError):
+        PARSERS[parser](text)
+
+
+@pytest.mark.parametrize(
+    "value", [10**5000, -(10**5000), float("nan"), float("inf"), 1e308], ids=lambda value: f"{type(value).__name__}"
+)
+def test_numbers_out_of_range_are_a_usage_error(value: float) -> None:
+    with pytest.raises(UsageError, match="out of range"):
+        check_range("steps", value, 1, 1000)
+
+
+@pytest.mark.parametrize(
+    "option", ["seed", "count", "steps", "patches", "strip_rows", "memory", "guidance", "size", "compose"]
+)
+@given(value=st.one_of(st.integers(), st.floats(), st.text(max_size=20), st.just(10**5000), st.just("9" * 5000)))
+def test_whatever_an_option_is_given_is_a_request_or_a_usage_error(option: str, value: Any) -> None:
+    with contextlib.suppress(UsageError):
+        Request.of("a lake", **{option: value})
+
+
+@pytest.mark.parametrize(
+    ("text", "n_bytes"),
+    [("0.1GiB", 107_374_182), ("1.5 GB", 1_500_000_000), ("3", 3), ("0.9999999999999999999 TiB", 2**40 - 1)],
+)
+def test_amounts_are_exact(text: str, n_bytes: int) -> None:
+    assert parse_bytes(text) == n_bytes
+
+
+# What others wrote
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("\x1b[31mred", "\\x1b[31mred"),
+        ("\x9b31m\x07\x00\x7f", "\\x9b31m\\x07\\x00\\x7f"),
+        ("a\u202eb\u2066c\u2069", "a\\u202eb\\u2066c\\u2069"),
+        ("\ud800", "\\ud800"),
+        ("two\nlines\tand a tab", "two\nlines\tand a tab"),
+        ("नमस्ते 👩‍👩‍👧 עברית e\u0301", "नमस्ते 👩‍👩‍👧 עברית e\u0301"),
+    ],
+)
+def test_what_would_steer_a_terminal_is_shown(text: str, shown: str) -> None:
+    assert visible(text) == shown
+
+
+@given(st.text())
+def test_one_line_is_one_line_that_steers_nothing(text: str) -> None:
+    for line in (one_line(text), first_line(ValueError(text))):
+        assert line.isprintable() or all(unicodedata.category(each) not in ("Cc", "Cs", "Zl", "Zp") for each in line)
+        assert len(line.splitlines()) <= 1

@@ -21,7 +21,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import pyvips
@@ -173,7 +173,7 @@ class Shot:
 
 
 Row = dict[str, Any]  # what was seen of one shot, as it stands in a file of JSON lines
-Looks = Callable[[Sequence[Shot]], Iterable[Row]]
+AShot = TypeVar("AShot")
 
 
 class Onlooker:
@@ -211,7 +211,7 @@ def _look(shot: Shot) -> Row:
     return _onlooker(shot)
 
 
-def look_at_all(path: Path, shots: Sequence[Shot], looks: Looks) -> list[Row]:
+def look_at_all(path: Path, shots: Sequence[AShot], looks: Callable[[Sequence[AShot]], Iterable[Row]]) -> list[Row]:
     """A row for each shot, appended to the file `path` as it comes; goes on where an earlier run was cut off."""
     rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
     with path.open("a") as out:

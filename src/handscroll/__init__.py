@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from handscroll.errors import (
     BudgetError,
     BusyError,
+    Cancelled,
     CheckpointError,
     FetchError,
     FormatError,
@@ -18,6 +19,7 @@ from handscroll.errors import (
     PromptError,
     RunFolderError,
     SizeError,
+    UnconfirmedFetchError,
     UnknownModelError,
     UsageError,
 )
@@ -34,6 +36,7 @@ if TYPE_CHECKING:
 __all__ = [
     "BudgetError",
     "BusyError",
+    "Cancelled",
     "CheckpointError",
     "FetchError",
     "FormatError",
@@ -49,6 +52,7 @@ __all__ = [
     "Result",
     "RunFolderError",
     "SizeError",
+    "UnconfirmedFetchError",
     "UnknownModelError",
     "UsageError",
     "__version__",

@@ -4,12 +4,40 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
+import importlib
 import os
+import re
 import secrets
 import shutil
+import time
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Self
+
+from handscroll.errors import UsageError
+from handscroll.units import shown
+
+# Windows would change line ends otherwise; elsewhere there is no such thing.
+_BINARY = getattr(os, "O_BINARY", 0)
+_CLOSED_IN_CHILDREN = getattr(os, "O_CLOEXEC", getattr(os, "O_NOINHERIT", 0))
+LOCK_RETRY_SECONDS = 0.05  # where a system cannot wait for a lock
+
+
+def as_path(name: str, value: object) -> Path:
+    """A path that somebody gave as text or as a path. Raises UsageError, naming what it is for, for anything else."""
+    if isinstance(value, os.PathLike):
+        value = os.fspath(value)
+    if not isinstance(value, str) or not value:
+        raise UsageError(f"{name} {shown(value)} is not a path; give a text or a pathlib.Path")
+    try:
+        os.lstat(value)
+    except ValueError:
+        raise UsageError(f"{name} {shown(value)} is not a valid file name") from None
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            raise UsageError(f"{name} {shown(value)} is longer than a file name can be") from None
+    return Path(value)
 
 
 def write_whole(
@@ -39,6 +67,16 @@ def write_all(descriptor: int, data: Any) -> None:
     left = memoryview(data).cast("B")
     while left:
         left = left[os.write(descriptor, left) :]
+
+
+def open_to_read(path: Path) -> int:
+    """A descriptor for reading bytes as they are, which no child process gets. Raises OSError."""
+    return os.open(path, os.O_RDONLY | _BINARY | _CLOSED_IN_CHILDREN)
+
+
+def open_new(path: Path) -> int:
+    """A descriptor of a new empty file of this user alone, to read and write bytes as they are. Raises OSError."""
+    return os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | _BINARY | _CLOSED_IN_CHILDREN, 0o600)
 
 
 def part_beside(path: Path) -> Path:
@@ -77,8 +115,8 @@ def discard(path: Path) -> None:
 class Lock:
     """A file or a folder held against other processes, until it is released or this process ends.
 
-    It is the kernel's own lock on what is open, so nothing has to be removed after a process that was killed. Where the
-    file system has no locks it holds nothing, and work goes on without.
+    It is the kernel's own lock on what is open, so nothing has to be removed after a process that was killed: `flock`,
+    and on Windows a lock on a byte. Where the file system has no locks it holds nothing, and work goes on without.
     """
 
     def __init__(self, descriptor: int | None = None) -> None:
@@ -119,9 +157,46 @@ def lock_file(path: Path) -> Lock:
 
 
 def lock_folder(folder: Path) -> Lock:
-    """Holds a folder, once others have let it go. No file is put into it: it may be one of the user's own."""
+    """Holds a folder, once others have let it go. No file is put into it: it may be one of the user's own.
+
+    Where a system opens no folders (Windows), a file that stands for it is held, in the user's cache folder.
+    """
     try:
         descriptor = os.open(folder, os.O_RDONLY)
+    except PermissionError:
+        return Lock() if _can_flock() else _lock_of_its_own(folder)
+    except OSError:
+        return Lock()
+    return _locked(descriptor, wait=True)
+
+
+def can_lock() -> bool:
+    """Whether this system has locks on files that end with the process that holds them."""
+    return _can_flock() or _can_lock_bytes()
+
+
+def _can_flock() -> bool:
+    try:
+        import fcntl
+    except ImportError:
+        return False
+    return hasattr(fcntl, "flock")
+
+
+def _can_lock_bytes() -> bool:
+    try:
+        importlib.import_module("msvcrt")
+    except ImportError:
+        return False
+    return True
+
+
+def _lock_of_its_own(folder: Path) -> Lock:
+    name = hashlib.sha256(os.path.normcase(os.path.realpath(folder)).encode()).hexdigest()[:32]
+    place = cache_folder() / "locks" / name
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(place, os.O_RDWR | os.O_CREAT, 0o666)
     except OSError:
         return Lock()
     return _locked(descriptor, wait=True)
@@ -130,15 +205,52 @@ def lock_folder(folder: Path) -> Lock:
 def _locked(descriptor: int, *, wait: bool) -> Lock:
     """A lock on what is open; where there are no locks, it is closed. Raises BlockingIOError."""
     try:
-        import fcntl
+        if _can_flock():
+            import fcntl
 
-        fcntl.flock(descriptor, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(descriptor, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+        else:
+            _lock_byte(descriptor, wait=wait)
     except BaseException as error:
         os.close(descriptor)
         if isinstance(error, ImportError | OSError) and not isinstance(error, BlockingIOError):
             return Lock()
         raise
     return Lock(descriptor)
+
+
+def _lock_byte(descriptor: int, *, wait: bool) -> None:
+    """As Windows locks: the first byte of a file, which need not be there. Raises BlockingIOError, ImportError."""
+    windows: Any = importlib.import_module("msvcrt")
+    while True:
+        try:
+            os.lseek(descriptor, 0, os.SEEK_SET)
+            return windows.locking(descriptor, windows.LK_NBLCK, 1)
+        except OSError as error:
+            if error.errno not in (errno.EACCES, errno.EAGAIN, errno.EDEADLK):
+                raise
+            if not wait:
+                raise BlockingIOError(errno.EAGAIN, "another process holds it") from error
+        time.sleep(LOCK_RETRY_SECONDS)  # its own waiting gives up after ten tries
+
+
+# Names that Windows keeps for devices, whatever ending follows.
+_DEVICES = re.compile(r"(con|prn|aux|nul|conin\$|conout\$|(com|lpt)[1-9¹²³])\s*(\..*)?", re.IGNORECASE)
+_FORBIDDEN = re.compile(r'[<>:"/\\|?*\x00-\x1f]')
+
+
+def why_not_on_windows(name: str) -> str:
+    """Why Windows takes no file of this name, as `it contains ':'`; empty where it does. For one name, not a path.
+
+    Some of them it takes and means something else: `a:b` is a hidden stream of the file `a`, `nul.png` no file at all.
+    """
+    if found := _FORBIDDEN.search(name):
+        return f"it contains {found[0]!r}"
+    if name.rstrip(" .") != name:
+        return "it ends with a dot or a space"
+    if _DEVICES.fullmatch(name):
+        return "it is the name of a device there"
+    return ""
 
 
 def cache_folder() -> Path:

@@ -18,7 +18,7 @@ from types import NoneType, UnionType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from handscroll.errors import UsageError
-from handscroll.units import check_range
+from handscroll.units import check_range, shown
 
 Check = Callable[[str, Any], None]  # of an option's name and its value; raises UsageError
 
@@ -41,7 +41,7 @@ class Option:
     `fields` are those of the table that it sets: more than one for `--size`. `kind` is what a value is, `choices` the
     words that it may be. `parse` makes the value of a text, a tuple where there are several fields. `default` is shown
     by the command line. `commands` take it as it is; those of `left_to` find a value elsewhere where it is left out,
-    which their own help says.
+    which their own help says. `hint` of a value of another kind adds to what is said of it.
     """
 
     name: str
@@ -56,6 +56,7 @@ class Option:
     kind: type = str
     optional: bool = True
     choices: tuple[str, ...] = ()
+    hint: Callable[[Any], str] | None = None
 
     @property
     def flag(self) -> str:
@@ -70,10 +71,10 @@ class Option:
             given = os.fspath(given)
         is_one_of_several = len(self.fields) > 1 and not isinstance(given, tuple | list)
         if self.parse is not None and (isinstance(given, str) or is_one_of_several):
-            given = self.parse(str(given))
+            given = self.parse(given if isinstance(given, str) else shown(given))
         values = [given] if len(self.fields) == 1 else list(given)
         if len(values) != len(self.fields):
-            raise UsageError(f"{self.name} {given!r} should have {len(self.fields)} values")
+            raise UsageError(f"{self.name} {shown(given)} should have {len(self.fields)} values")
         return dict(zip(self.fields, values, strict=True))
 
 
@@ -88,6 +89,7 @@ def option(
     shown: Any = None,
     commands: Iterable[str] = MAKING,
     left_to: Mapping[str, str] | None = None,
+    hint: Callable[[Any], str] | None = None,
 ) -> Any:
     """A field of a table of options. Fields of the same `name` are set by one option, which the first of them declares.
 
@@ -96,7 +98,15 @@ def option(
     not the field's. The rest is as in `Option`.
     """
     declared = Option(
-        name, help, default if shown is None else shown, metavar, check, parse, tuple(commands), left_to or {}
+        name,
+        help,
+        default if shown is None else shown,
+        metavar,
+        check,
+        parse,
+        tuple(commands),
+        left_to or {},
+        hint=hint,
     )
     return dataclasses.field(default=default, metadata={_KEY: declared})
 
@@ -142,10 +152,17 @@ def fields_of(table: type, options: Mapping[str, Any], command: str | None = Non
 
 
 def check_fields(filled: Any) -> None:
-    """Checks every option's field of a filled table. Raises UsageError for the first that cannot be."""
+    """Checks every option's field of a filled table, and puts Python's own numbers in place of another library's.
+
+    Raises UsageError for the first that cannot be.
+    """
     table: type = type(filled)
     for field, declared in _declared(table).items():
-        _check(_label(table, field), declared, getattr(filled, field))
+        label, value = _label(table, field), getattr(filled, field)
+        own = value if isinstance(value, str) else _converted(label, declared, value)
+        if own is not value:
+            object.__setattr__(filled, field, own)  # a table is frozen once it is filled
+        _check(label, declared, own)
 
 
 def within(least: float, most: float) -> Check:
@@ -194,12 +211,12 @@ def _converted(label: str, declared: Option, value: Any) -> Any:
     wanted, what = _KINDS[declared.kind]
     if declared.kind is bool or declared.kind is str or isinstance(value, bool):
         return value
-    if isinstance(value, str):
+    if isinstance(value, (str, wanted)):
         try:
             return declared.kind(value)
-        except ValueError:
-            raise UsageError(f"{label} {value!r} is not {what}") from None
-    return declared.kind(value) if isinstance(value, wanted) else value
+        except (ValueError, OverflowError):
+            raise UsageError(f"{label} {shown(value)} is not {what}") from None
+    return value
 
 
 def _check(label: str, declared: Option, value: Any) -> None:
@@ -207,9 +224,10 @@ def _check(label: str, declared: Option, value: Any) -> None:
         return
     wanted, what = _KINDS[declared.kind]
     if not isinstance(value, wanted) or (isinstance(value, bool) and declared.kind is not bool):
-        raise UsageError(f"{label} {value!r} is not {what}")
+        hint = declared.hint(value) if declared.hint is not None else ""
+        raise UsageError(f"{label} {shown(value)} is not {what}{hint}")
     if declared.choices and value not in declared.choices:
-        raise UsageError(f"{label} {value!r} is not known; use one of {', '.join(declared.choices)}")
+        raise UsageError(f"{label} {shown(value)} is not known; use one of {', '.join(declared.choices)}")
     if declared.check is not None:
         declared.check(label, value)
 

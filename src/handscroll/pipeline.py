@@ -9,59 +9,89 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from handscroll.events import OnEvent, Progress, ignore
+from handscroll.errors import RunFolderError
+from handscroll.events import OnEvent, Progress, ignore, listener, notice, pulse
+from handscroll.files import as_path
+from handscroll.jobs.folder import check_plain
 from handscroll.jobs.job import Job, find_run, read_job
-from handscroll.jobs.latent_file import check_latent_target, load_latent, request_of_latent, with_size_of
+from handscroll.jobs.latent_file import (
+    check_is_latent,
+    check_latent_target,
+    facts_of_latent,
+    how_read,
+    load_latent,
+    request_of_latent,
+    with_size_of,
+)
 from handscroll.jobs.recovery import Recovery
-from handscroll.jobs.result import Result, latent_facts, made_as, picture_facts
+from handscroll.jobs.result import Facts, Result, decoded_facts, latent_facts, made_as, picture_facts
 from handscroll.jobs.store import RunFolder
 from handscroll.models.checkpoint import CheckpointSpec
-from handscroll.models.opening import on_fetch, open_checkpoint
+from handscroll.models.opening import check_nothing_is_fetched, on_fetch, open_checkpoint
 from handscroll.options import fields_of
+from handscroll.pictures.formats import check_quality, quality_not_used
 from handscroll.pictures.metadata import parameters_text
-from handscroll.pictures.targets import Target, check_target
+from handscroll.pictures.targets import Target, check_format, check_target
 from handscroll.pictures.writing import write_image
 from handscroll.plan.plan import Plan
 from handscroll.plan.search import make_plan, minimum_bytes
 from handscroll.plan.stages import DECODE, DENOISE, TEXT
-from handscroll.request import Request, indexed, random_seed
-from handscroll.runtime.decode import decode_rows
+from handscroll.request import Request, as_request, indexed, random_seed
+from handscroll.runtime.decode import DecodeProgress, decode_rows
 from handscroll.runtime.denoise import denoise_picture
 from handscroll.runtime.device import scratch_folder
-from handscroll.runtime.memory import Meter, enforce
+from handscroll.runtime.memory import Meter
 from handscroll.runtime.probe import probe
 from handscroll.runtime.session import Session
+from handscroll.runtime.settings import job_settings
 from handscroll.runtime.text import Texts, encode_prompts
 
 
 def generate(
     request: Request,
-    path: Path,
+    path: str | Path,
     *,
-    save_latent: Path | None = None,
+    save_latent: str | Path | None = None,
     quality: int | None = None,
     on_event: OnEvent = ignore,
-    must_go_on: bool = False,
 ) -> list[Result]:
     """Makes the pictures of a request and writes them to `path` (`name-1.png`, ... for more than one).
 
     Whatever can be refused is refused before a weight is read. What is finished is kept in a run folder beside `path`
-    until the pictures are written: the same request goes on from there, another starts over (`must_go_on` refuses to).
-    Seconds and memory in the results are this session's. Raises HandscrollError.
+    until the pictures are written: the same request goes on from there, another starts over.
+    Seconds and memory in the results are this session's. Raises HandscrollError, and what `on_event` raises.
     """
+    request, on_event = as_request(request), listener(on_event)
+    path, quality = as_path("path", path), check_quality(quality)
+    save_latent = None if save_latent is None else as_path("save_latent", save_latent)
     spec = open_checkpoint(request.model, request.revision, on_progress=on_fetch(on_event))
+    return _made(request, spec, path, save_latent, quality, on_event)
+
+
+def _made(
+    request: Request,
+    spec: CheckpointSpec,
+    path: Path,
+    save_latent: Path | None,
+    quality: int | None,
+    on_event: OnEvent,
+    *,
+    must_go_on: bool = False,
+) -> list[Result]:
+    """`generate` by a model that is there. `must_go_on` refuses to start over."""
     inputs = probe(spec, request, path)
     plan = make_plan(spec, request, inputs, random_seed())
     targets = _targets(path, plan)
     latent_paths = _latent_targets(save_latent, plan)
-    enforce(plan.device, plan.budget_bytes)
+    plan = _told(plan, quality_not_used(path.suffix, quality), on_event)
     meter = Meter(plan.device)
     job = Job.of(request, spec, plan, path, save_latent, quality)
 
     with (
+        job_settings(plan.device, plan.budget_bytes),
         torch.inference_mode(),
         RunFolder.open(job, on_event, must_go_on=must_go_on) as run,
-        Session(spec, scratch=scratch_folder(run.folder)) as session,
+        Session(spec, scratch=scratch_folder(run.folder), on_event=on_event) as session,
     ):
         plan = dataclasses.replace(plan, seeds=run.seeds)
         plans = [plan] * len(plan.seeds)
@@ -82,70 +112,124 @@ def generate(
             with meters[index].stage(DECODE.name):
                 plan, plans[index] = decode_stage(recovery, plan, request, index, run, targets[index], quality)
                 run.mark_done(index)
+    facts = [picture_facts(request, spec, made, index) for index, made in enumerate(plans)]
     return [
-        Result.of(target.path, spec, plans[index], meters[index], index, run.resumed_from(index))
+        Result.of(target.path, spec, plans[index], meters[index], facts[index], run.resumed_from(index))
         for index, target in enumerate(targets)
     ]
 
 
 def resume(
-    run: Path, *, device: str | None = None, memory_bytes: int | None = None, on_event: OnEvent = ignore
+    run: str | Path,
+    *,
+    model: str | None = None,
+    save_latent: str | Path | None = None,
+    device: str | None = None,
+    memory_bytes: int | None = None,
+    fetch: bool = False,
+    on_event: OnEvent = ignore,
 ) -> list[Result]:
     """Goes on with an unfinished run, given by its folder or by its picture's path, to the same pictures.
 
+    A run folder may come from anybody. What it writes lies beside it: a latent that was kept elsewhere wants
+    `save_latent` again, and nothing but an older latent is replaced by one. A model that is not on this machine is
+    fetched only where it is named as `model`, or with `fetch`.
+
     Raises RunFolderError for what is no run of this version, or whose model or device is another now; BusyError where
-    another process is at it; and as `generate`.
+    another process is at it; UnconfirmedFetchError; and as `generate`.
     """
-    job = read_job(find_run(run))
-    return generate(
-        job.resumed(device, memory_bytes),
-        job.output,
-        save_latent=job.save_latent,
-        quality=job.quality,
-        on_event=on_event,
-        must_go_on=True,
-    )
+    on_event = listener(on_event)
+    save_latent = None if save_latent is None else as_path("save_latent", save_latent)
+    folder = find_run(as_path("run", run))
+    check_plain(folder)
+    job = read_job(folder)
+    request = job.resumed(device, memory_bytes, model)
+    save_latent = save_latent or _latent_of(folder, job)
+    if model is None:
+        _check_fetch(folder / "job.json", request, fetch)
+    spec = open_checkpoint(request.model, request.revision, on_progress=on_fetch(on_event))
+    return _made(request, spec, job.output, save_latent, job.quality, on_event, must_go_on=True)
+
+
+def _check_fetch(file: Path, request: Request, fetch: bool) -> None:
+    """Raises UnconfirmedFetchError where the model of a request, which a file names, would be fetched without leave."""
+    if not fetch:
+        check_nothing_is_fetched(request.model, request.revision, file)
+
+
+def _latent_of(folder: Path, job: Job) -> Path | None:
+    """Where a run folder may put its latent. Raises RunFolderError and OutputError."""
+    if job.save_latent is None:
+        return None
+    if job.save_latent.parent.resolve() != job.output.parent.resolve():
+        raise RunFolderError(
+            f"{folder}: keeps its latent at {job.save_latent}, which is not beside the picture; name that file again "
+            "with --save-latent (in Python: save_latent=...), or run the same `handscroll generate` again"
+        )
+    for index in range(job.request.count):
+        check_is_latent(indexed(job.save_latent, index, job.request.count))
+    return job.save_latent
 
 
 def decode_latent(
-    latent: Path, path: Path, *, quality: int | None = None, on_event: OnEvent = ignore, **options: Any
+    latent: str | Path,
+    path: str | Path,
+    *,
+    quality: int | None = None,
+    fetch: bool = False,
+    on_event: OnEvent = ignore,
+    **options: Any,
 ) -> Result:
-    """Decodes a latent that `generate` saved to a picture file, without denoising again.
+    """Decodes a latent that `generate` or another tool saved to a picture file, without denoising again.
 
-    options: those of `handscroll decode`, as memory='1GiB', strip_rows=4. Left out, the model is the file's. Raises
-    HandscrollError.
+    What the latent's file does not say of how it was made is said nowhere. options: those of `handscroll decode`, as
+    memory='1GiB', strip_rows=4. Left out, the model is the file's; where that is not on this machine, it is fetched
+    only with `fetch`. Raises HandscrollError, of which UnconfirmedFetchError.
     """
     wanted = fields_of(Request, options, "decode")
-    tensor, facts = load_latent(latent)
+    latent, path, quality = as_path("latent", latent), as_path("path", path), check_quality(quality)
+    on_event = listener(on_event)
+    facts = facts_of_latent(latent)
     request = request_of_latent(latent, facts, wanted)
+    if "model" not in wanted:
+        _check_fetch(latent, request, fetch)
     spec = open_checkpoint(request.model, request.revision, on_progress=on_fetch(on_event))
+    tensor, _ = load_latent(latent, spec.autoencoder)
     request = with_size_of(latent, tensor, request, spec)
     inputs = probe(spec, request, path, prompts=False)
-    # A few-step model refuses a negative prompt, which the file may still name.
-    plan = make_plan(spec, dataclasses.replace(request, negative=""), inputs, 0)
+    plan = make_plan(spec, request, inputs, 0)
     target = check_target(path, plan.width, plan.height)
-    enforce(plan.device, plan.budget_bytes)
+    plan = _told(plan, (*how_read(latent, spec.autoencoder), *quality_not_used(path.suffix, quality)), on_event)
     meter = Meter(plan.device)
-    with torch.inference_mode(), Session(spec, scratch=scratch_folder(path.parent)) as session:
+    with (
+        job_settings(plan.device, plan.budget_bytes),
+        torch.inference_mode(),
+        Session(spec, scratch=scratch_folder(path.parent), on_event=on_event) as session,
+    ):
         recovery = Recovery(session, inputs, plan.precision, on_event)
         with meter.stage(DECODE.name):
             for attempt in recovery.attempts(DECODE, plan):
                 with attempt:
                     plan = made_as(attempt.plan, facts)
-                    write_picture(session, plan, tensor, request, target, 0, quality, on_event)
-    return Result.of(target.path, spec, plan, meter)
+                    made = decoded_facts(facts, request, spec, plan)
+                    write_picture(session, plan, tensor, made, target, 0, quality, recovery.on_event)
+    return Result.of(target.path, spec, plan, meter, made)
 
 
 def plan_of(
-    request: Request, path: Path | None = None, on_event: OnEvent = ignore
+    request: Request, path: str | Path | None = None, on_event: OnEvent = ignore
 ) -> tuple[CheckpointSpec, Plan, int | None]:
     """What `generate` would run, where and in how much memory, and the smallest budget that would do.
 
     No weight is read, or fetched. Raises as `generate` does before it begins, BudgetError included.
     """
+    request, on_event = as_request(request), listener(on_event)
+    output = None if path is None else as_path("path", path)
     spec = open_checkpoint(request.model, request.revision, on_progress=on_fetch(on_event), weights_too=False)
-    inputs = probe(spec, request, path)
-    plan = make_plan(spec, request, inputs, random_seed())
+    inputs = probe(spec, request, output)
+    plan = _told(make_plan(spec, request, inputs, random_seed()), (), on_event)
+    if output is not None:
+        check_format(output, plan.width, plan.height)
     return spec, plan, minimum_bytes(plan, spec, inputs)
 
 
@@ -185,7 +269,8 @@ def decode_stage(
             latent, facts = run.latent_and_facts(index)
             made = made_as(attempt.plan, facts)
             part = run.part_for(target.final_path)
-            write_picture(recovery.session, made, latent, request, target, index, quality, recovery.on_event, part)
+            own = picture_facts(request, recovery.session.spec, made, index)
+            write_picture(recovery.session, made, latent, own, target, index, quality, recovery.on_event, part)
     return attempt.plan, made
 
 
@@ -193,25 +278,37 @@ def write_picture(
     session: Session,
     plan: Plan,
     latent: Tensor,
-    request: Request,
+    facts: Facts,
     target: Target,
     index: int,
     quality: int | None,
     on_event: OnEvent,
     part: Path | None = None,
 ) -> None:
-    """Decodes a latent straight into its file, row block by row block. `part` is the file's name until it is whole."""
-    on_event(Progress(DECODE.name, 0, target.height, index))
+    """Decodes a latent straight into its file, row block by row block.
+
+    facts: what the file says of itself, by the arguments of `parameters_text`. part: its name until it is whole.
+    """
+    told = DecodeProgress(on_event, plan, index)
     write_image(
         target,
-        decode_rows(session, plan, latent),
-        parameters_text(**picture_facts(request, session.spec, plan, index)),
+        decode_rows(session, plan, latent, told.on_sweep_rows),
+        parameters_text(**facts),
         quality=quality,
-        on_rows=lambda rows: on_event(Progress(DECODE.name, rows, target.height, index)),
+        on_rows=told.on_rows,
+        on_wait=lambda: on_event(pulse("write", index)),
         part=part,
         beside=plan.device.startswith("cuda"),
     )
     on_event(Progress("write", 1, 1, index))
+
+
+def _told(plan: Plan, more: tuple[str, ...], on_event: OnEvent) -> Plan:
+    """The plan with more notices, once the listener has been told of all of them."""
+    plan = dataclasses.replace(plan, notices=plan.notices + more)
+    for line in plan.notices:
+        on_event(notice(line))
+    return plan
 
 
 def _targets(path: Path, plan: Plan) -> list[Target]:

@@ -17,12 +17,16 @@ from handscroll.units import (
     parse_bytes,
     parse_compose,
     parse_size,
+    shown,
 )
 
 PrecisionName = Literal["auto", "fp32", "bf16", "fp16"]
 DecodeName = Literal["rows", "whole", "tiled", "patch"]
 MAX_PROMPT_CHARACTERS = 20_000
-MAX_SEED = 2**63 - 1
+MAX_SEED = 2**64 - 1
+RANDOM_SEED = -1  # as other tools write it
+DEFAULT_PATCHES = 32
+BYTE_ORDER_MARK = "\ufeff"
 
 DEFAULT_MODEL = "tiny-landscape"
 
@@ -34,8 +38,21 @@ def check_negative(name: str, text: str) -> None:
 
 def check_device(name: str, device: str) -> None:
     """Raises UsageError for a device of another form than auto, cpu, cuda or cuda:N."""
-    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", device):
-        raise UsageError(f"{name} {device!r} is not known; use auto, cpu, cuda or cuda:N")
+    if not re.fullmatch(r"auto|cpu|cuda(:[0-9]{1,4})?", device):
+        raise UsageError(f"{name} {shown(device)} is not known; use auto, cpu, cuda or cuda:N")
+
+
+def check_seed(name: str, seed: int) -> None:
+    """Raises UsageError for what is neither a seed nor -1, which other tools write for a random one."""
+    if seed != RANDOM_SEED and not 0 <= seed <= MAX_SEED:
+        raise UsageError(
+            f"{name} {shown(seed)} is out of range; use 0 to {MAX_SEED}, or {RANDOM_SEED} for a random one"
+        )
+
+
+def seed_hint(given: Any) -> str:
+    """A generator has moved on from its seed, or may be of another device: what it would draw is no seed's."""
+    return "; of a torch.Generator give the seed, as generator.initial_seed()" if hasattr(given, "initial_seed") else ""
 
 
 def check_compose(name: str, side_px: int) -> None:
@@ -53,10 +70,11 @@ DECODING = ("generate", "decode", "scroll")
 class Request:
     """A picture, or `count` pictures of consecutive seeds, from one prompt. Every field but the prompt is an option.
 
-    None stands for the checkpoint's own default (size, steps, guidance) or a random choice (seed). `revision` is that
-    of a model from the hub, which may also be given as `owner/name@REV`; None is the branch `main`. Sizes are pixels:
-    those that are no multiple of the autoencoder's factor are rendered larger and cropped. `patches` is the number of
-    row patches of decode='patch'. `strip_rows` is the row block height of decode='rows', None lets the size decide.
+    None stands for the checkpoint's own default (size, steps, guidance) or a random choice (seed; -1 becomes None). A
+    seed is one of torch's, of which a CPU's noise takes the lowest 32 bits. `revision` is that of a model from the hub,
+    which may also be given as `owner/name@REV`; None is the branch `main`. Sizes are pixels: those that are no multiple
+    of the autoencoder's factor are rendered larger and cropped. `patches` is the number of row patches of
+    decode='patch', None for 32. `strip_rows` is the row block height of decode='rows', None lets the size decide.
     `memory_bytes` is the budget that the run has to stay within; None takes what is fastest on this machine.
     `compose_px`: a much larger picture is composed at about this size squared and then grows; 0 for never, None as the
     checkpoint does.
@@ -69,7 +87,10 @@ class Request:
         "What `models` lists, or yours.",
         metavar="NAME|FOLDER|HUB_ID",
         commands=("generate", "plan", "bench"),
-        left_to={"decode": "Whose autoencoder to use. Left out, the one in the file."},
+        left_to={
+            "decode": "Whose autoencoder to use. Left out, the one in the file.",
+            "resume": "The run's own, named again. Left out, the one in the folder.",
+        },
     )
     width: int | None = option(
         None,
@@ -90,9 +111,10 @@ class Request:
     )
     seed: int | None = option(
         None,
-        "Same seed, same picture. Left out, random.",
+        "Same seed, same picture. Left out, or -1, random.",
         metavar="N",
-        check=within(0, MAX_SEED),
+        check=check_seed,
+        hint=seed_hint,
         commands=("generate", "scroll"),
     )
     count: int = option(
@@ -117,7 +139,9 @@ class Request:
         "blended tiles, inexact; with each convolution cut in patches, exact.",
         commands=DECODING,
     )
-    patches: int = option(32, "Patches of --decode patch.", metavar="N", check=within(1, 65_536), commands=DECODING)
+    patches: int | None = option(
+        None, "Patches of --decode patch. Left out, 32.", metavar="N", check=within(1, 65_536), commands=DECODING
+    )
     strip_rows: int | None = option(
         None,
         "Height of the row blocks of --decode rows: fewer take less memory. Left out, the size decides.",
@@ -159,7 +183,12 @@ class Request:
 
     def __post_init__(self) -> None:
         check_prompt(self.prompt)
+        own = {"prompt": str(self.prompt), "negative": "" if self.negative is None else self.negative}
+        for field, text in own.items():
+            object.__setattr__(self, field, text.removeprefix(BYTE_ORDER_MARK) if isinstance(text, str) else text)
         check_fields(self)
+        if self.seed == RANDOM_SEED:
+            object.__setattr__(self, "seed", None)
         if self.seed is not None:
             check_range("the last picture's seed", self.seed + self.count - 1, 0, MAX_SEED)
         if self.memory_bytes is not None and self.decode != "rows":
@@ -168,9 +197,13 @@ class Request:
             )
 
 
-def check_prompt(prompt: str) -> None:
+def check_prompt(prompt: object) -> None:
     """Raises PromptError for a prompt that says nothing, or more than any text encoder reads."""
-    if not prompt.strip():
+    if isinstance(prompt, list | tuple):
+        raise PromptError(f"the prompt is a list of {len(prompt)}; one picture has one prompt: ask for each by itself")
+    if not isinstance(prompt, str):
+        raise PromptError(f"the prompt {shown(prompt)} is not text")
+    if not prompt.removeprefix(BYTE_ORDER_MARK).strip():
         raise PromptError("the prompt is empty; say in a few words what the picture should show")
     check_text("prompt", prompt)
 
@@ -186,6 +219,13 @@ def check_text(what: str, text: str) -> None:
         text.encode()
     except UnicodeEncodeError:
         raise PromptError(f"the {what} is not valid UTF-8 text") from None
+
+
+def as_request(given: object) -> Request:
+    """A request that somebody handed over. Raises UsageError for anything else."""
+    if not isinstance(given, Request):
+        raise UsageError(f"request {shown(given)} is not a Request; make one with Request.of(prompt, ...)")
+    return given
 
 
 def random_seed() -> int:

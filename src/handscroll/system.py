@@ -9,7 +9,7 @@ import platform
 import shutil
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -26,25 +26,33 @@ class Memory:
     available_bytes: int | None = None
 
 
+# psutil is an ordinary library, which may be broken or find its system without what it asks for: its own errors too.
+_NOT_TOLD = (Exception,)
+
+
 # Memory
 
 
 def memory() -> Memory:
     """The machine's memory, or the container's where that is less."""
-    import psutil
-
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", RuntimeWarning)  # of fields that small containers do not have
-            found = psutil.virtual_memory()
-        machine = Memory(found.total, found.available)
-    except (OSError, psutil.Error):
-        machine = Memory()
+    machine = _machine_memory()
     container = container_memory()
     return Memory(
         _least(machine.total_bytes, container.total_bytes),
         _least(machine.available_bytes, container.available_bytes),
     )
+
+
+def _machine_memory() -> Memory:
+    try:
+        import psutil
+
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", RuntimeWarning)  # of fields that small containers do not have
+            found = psutil.virtual_memory()
+    except _NOT_TOLD:
+        return Memory()
+    return Memory(found.total, found.available)
 
 
 def available_bytes() -> int | None:
@@ -55,35 +63,37 @@ def available_bytes() -> int | None:
 def container_memory(root: Path = Path("/")) -> Memory:
     """What Linux's control groups leave to this process: the least of its group and those around it.
 
-    Both versions are read, below `root`. What a group has read from files counts as used there, though most of it would
-    be given up at once; so the part that was not touched lately is not taken for used.
+    Both versions are read, below `root`. What a group has read from files counts as used there, though the kernel gives
+    it up when memory is asked for, before anything else: file pages, whether touched lately (active) or not, and what
+    it remembers of files (reclaimable slab). The same is counted outside a container (`MemAvailable`). Pages that
+    cannot be given up are in none of these: of memory that programs share (tmpfs), and what is locked.
     """
     total = available = None
     for group, version in _memory_groups(root):
         names = _GROUP_FILES[version]
-        try:
-            limit = int((group / names.limit).read_text())  # "max" where there is none
-            used = int((group / names.used).read_text())
-        except (OSError, ValueError):
-            continue
-        if limit >= _NO_LIMIT_BYTES:
+        limit = _least(*(_number_in(group / name) for name in names.limits))
+        used = _number_in(group / names.used)
+        if limit is None or limit >= _NO_LIMIT_BYTES or used is None:
             continue
         total = _least(total, limit)
-        available = _least(available, max(0, limit - used + _unused_cache_bytes(group / "memory.stat", names.cache)))
+        given_up = min(used, _given_up_bytes(group / "memory.stat", names.given_up))
+        available = _least(available, max(0, limit - used + given_up))
     return Memory(total, available)
 
 
 @dataclass(frozen=True)
 class _GroupFiles:
-    limit: str
+    limits: tuple[str, ...]  # from which on memory is refused, or everything is slowed down
     used: str
-    cache: str  # the name in memory.stat, of the group with those inside it
+    given_up: tuple[str, ...]  # in memory.stat, of the group with those inside it
 
 
 _NO_LIMIT_BYTES = 2**62  # version 1 has a number near 2**63 where there is none
 _GROUP_FILES = {
-    1: _GroupFiles("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
-    2: _GroupFiles("memory.max", "memory.current", "inactive_file"),
+    1: _GroupFiles(("memory.limit_in_bytes",), "memory.usage_in_bytes", ("total_active_file", "total_inactive_file")),
+    2: _GroupFiles(
+        ("memory.max", "memory.high"), "memory.current", ("active_file", "inactive_file", "slab_reclaimable")
+    ),
 }
 
 
@@ -94,10 +104,12 @@ def _memory_groups(root: Path) -> Iterator[tuple[Path, int]]:
     """
     mounted = root / "sys/fs/cgroup"
     try:
-        lines = (root / "proc/self/cgroup").read_text().splitlines()
+        lines = (root / "proc/self/cgroup").read_text(errors="surrogateescape").splitlines()
     except OSError:
         return
     for line in lines:  # 0::/name, or in version 1 4:memory:/name
+        if line.count(":") < 2:
+            continue
         _, controllers, name = line.split(":", 2)
         if controllers and "memory" not in controllers.split(","):
             continue
@@ -106,26 +118,45 @@ def _memory_groups(root: Path) -> Iterator[tuple[Path, int]]:
         yield from ((folder, version) for folder in (group, *group.parents) if folder.is_relative_to(outermost))
 
 
-def _unused_cache_bytes(statistics: Path, name: str) -> int:
+def _number_in(file: Path) -> int | None:
+    """None where there is no such file, and for "max", which is no limit."""
+    try:
+        return int(file.read_text())
+    except (OSError, ValueError):
+        return None
+
+
+def _given_up_bytes(statistics: Path, names: Collection[str]) -> int:
+    total = 0
     with contextlib.suppress(OSError, ValueError):
         for line in statistics.read_text().splitlines():
-            if line.startswith(f"{name} "):
-                return int(line.split()[1])
-    return 0
+            name, _, amount = line.partition(" ")
+            total += int(amount) if name in names else 0
+    return total
 
 
 def _least(*amounts: int | None) -> int | None:
     return min((amount for amount in amounts if amount is not None), default=None)
 
 
-def resident_bytes() -> int:
-    """What this process holds in memory now; 0 where the system does not tell."""
-    import psutil
-
+def resident_bytes() -> int | None:
+    """What this process holds in memory now, or None where that cannot be known."""
     try:
         return int(_process(os.getpid()).memory_info().rss)
-    except (OSError, psutil.Error):
-        return 0
+    except _NOT_TOLD:
+        return None
+
+
+def own_resident_bytes() -> int | None:
+    """Of `resident_bytes` what would be free without this process: its file pages are the system's to give up already.
+
+    Those are code and mapped weights, which `available_bytes` counts. Where a system does not tell them apart, all.
+    """
+    try:
+        held = _process(os.getpid()).memory_info()
+    except _NOT_TOLD:
+        return None
+    return max(0, int(held.rss) - int(getattr(held, "shared", 0)))
 
 
 @functools.lru_cache(maxsize=1)
@@ -136,17 +167,21 @@ def _process(pid: int) -> psutil.Process:
     return psutil.Process(pid)
 
 
-def peak_resident_bytes() -> int:
-    """The most this process has held so far, as `/usr/bin/time -v` prints it."""
+def peak_resident_bytes() -> int | None:
+    """The most this process has held so far, as `/usr/bin/time -v` prints it, or None where that cannot be known."""
     # Linux lets a new program inherit the usage of the process that started it, which may have held gigabytes.
     with contextlib.suppress(OSError), open("/proc/self/status", "rb") as file:
         for line in file:
             if line.startswith(b"VmHWM:"):
                 return int(line.split()[1]) * 1024
-    import resource
+    with contextlib.suppress(ImportError):
+        import resource
 
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if sys.platform == "darwin" else peak * 1024
+    with contextlib.suppress(*_NOT_TOLD):
+        return int(_process(os.getpid()).memory_info().peak_wset)  # Windows
+    return None
 
 
 # Processor and disk
@@ -166,6 +201,9 @@ def usable_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def free_disk_bytes(folder: Path) -> int:
-    """What this user may still write into a folder. Raises OSError."""
-    return shutil.disk_usage(folder).free
+def free_disk_bytes(folder: Path) -> int | None:
+    """What this user may still write into a folder, or None where the system does not tell. Raises OSError."""
+    try:
+        return shutil.disk_usage(folder).free
+    except AttributeError:
+        return None

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import re
+import shlex
+import subprocess
+from collections.abc import Iterable
+from decimal import Decimal
 
-from handscroll.errors import SizeError, UsageError
+from handscroll.errors import SizeError, UsageError, printable
 
 MIN_SIDE_PX, MAX_SIDE_PX = 32, 131_072
 MIN_COMPOSE_PX = 64
+QUOTED_CHARACTERS = 60  # of what a user wrote, in a message about it
 
 
 # What users write
@@ -18,7 +24,7 @@ def parse_size(text: str) -> tuple[int, int]:
     found = re.fullmatch(r"\s*(\d{1,9})(?:\s*[xX×*]\s*(\d{1,9}))?\s*", text)
     if found is None:
         raise SizeError(
-            f"size {text!r} is not a size; write WIDTHxHEIGHT such as 4096x2048, or one number for a square"
+            f"size {shown(text)} is not a size; write WIDTHxHEIGHT such as 4096x2048, or one number for a square"
         )
     width, height = int(found[1]), int(found[2] or found[1])
     check_side("width", width)
@@ -36,29 +42,29 @@ def parse_compose(text: str) -> int | None:
         case digits if re.fullmatch(r"[0-9]{1,9}", digits):
             check_range("compose", int(digits), MIN_COMPOSE_PX, MAX_SIDE_PX)
             return int(digits)
-    raise UsageError(f"compose {text!r} is not known; use auto, off or a side in pixels such as 1024")
+    raise UsageError(f"compose {shown(text)} is not known; use auto, off or a side in pixels such as 1024")
 
 
 def parse_bytes(text: str) -> int:
     """`6GiB`, `800MiB`, `1.5 GB`, `123456` -> bytes. Raises UsageError."""
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(?:([kmgt]i?)?b)?\s*", text, re.IGNORECASE)
+    found = re.fullmatch(r"\s*(\d{1,20}(?:\.\d{1,20})?)\s*(?:([kmgt]i?)?b)?\s*", text, re.IGNORECASE)
     if found is None:
-        raise UsageError(f"memory {text!r} is not an amount; write it as 6GiB or 800MiB")
+        raise UsageError(f"memory {shown(text)} is not an amount; write it as 6GiB or 800MiB")
     unit = (found[2] or "").lower()
     base = 1024 if unit.endswith("i") else 1000
-    return int(float(found[1]) * base ** " kmgt".index(unit[:1] or " "))
+    return int(Decimal(found[1]) * base ** " kmgt".index(unit[:1] or " "))
 
 
 def check_side(name: str, side_px: int) -> None:
     """Raises SizeError for a side that no picture has."""
     if not MIN_SIDE_PX <= side_px <= MAX_SIDE_PX:
-        raise SizeError(f"{name} {side_px} is out of range; use {MIN_SIDE_PX} to {MAX_SIDE_PX} pixels")
+        raise SizeError(f"{name} {shown(side_px)} is out of range; use {MIN_SIDE_PX} to {MAX_SIDE_PX} pixels")
 
 
 def check_range(name: str, value: float | None, least: float, most: float) -> None:
     """Raises UsageError for a number outside its range, NaN included."""
     if value is not None and not least <= value <= most:
-        raise UsageError(f"{name} {value} is out of range; use {least} to {most}")
+        raise UsageError(f"{name} {shown(value)} is out of range; use {least} to {most}")
 
 
 # What users read
@@ -82,15 +88,34 @@ def budget_text(n_bytes: int) -> str:
     return f"{-(-n_bytes // 2**20)}MiB"
 
 
+def allowance_text(n_bytes: int) -> str:
+    """`767MiB`, `12KiB` or `96 bytes`: what was allowed, rounded down, so that it never reads as more than it is."""
+    for unit, unit_bytes in (("MiB", 2**20), ("KiB", 2**10)):
+        if n_bytes >= unit_bytes:
+            return f"{n_bytes // unit_bytes}{unit}"
+    return f"{n_bytes} bytes"
+
+
 def duration(seconds: float) -> str:
     """`4.2 s`, `250 s`, or from ten minutes on `12.4 min`."""
     amount, unit = (seconds / 60, "min") if seconds >= 600 else (seconds, "s")
     return f"{amount:.{int(amount < 100)}f} {unit}"
 
 
+# Texts of others
+
+
+def visible(text: str) -> str:
+    """A text of several lines as a terminal may print it: as `printable`, but that ends of lines and tabs stay."""
+    return re.sub(r"[^\n\t]+", lambda found: printable(found[0]), text)
+
+
 def one_line(said: str | BaseException, most: int | None = None) -> str:
-    """A text, or what an error says (its kind where that is nothing), on one line of at most `most` characters."""
-    line = " ".join(str(said).split())
+    """A text, or what an error says (its kind where that is nothing), on one line of at most `most` characters.
+
+    Whatever would steer a terminal is written out.
+    """
+    line = printable(" ".join(str(said).split()))
     if not line and isinstance(said, BaseException):
         line = type(said).__name__
     return line if most is None or len(line) <= most else f"{line[: most - 3]}..."
@@ -98,4 +123,26 @@ def one_line(said: str | BaseException, most: int | None = None) -> str:
 
 def first_line(error: BaseException) -> str:
     """The first line of what an error says, for libraries that go on for many; its kind where it says nothing."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    return printable((str(error).strip() or type(error).__name__).splitlines()[0])
+
+
+def listed(names: Iterable[str], most: int = 5) -> str:
+    """`a, b and c`, or `a, b, c, d, e and 3 more`."""
+    shown = list(names)
+    if len(shown) > most + 1:
+        shown = [*shown[:most], f"{len(shown) - most} more"]
+    return " and ".join([", ".join(shown[:-1]), shown[-1]] if len(shown) > 1 else shown)
+
+
+def quoted(word: str) -> str:
+    """A word as this system's shell takes it."""
+    return subprocess.list2cmdline([word]) if os.name == "nt" else shlex.quote(word)
+
+
+def shown(value: object, most: int = QUOTED_CHARACTERS) -> str:
+    """What somebody gave, as Python writes it, on one line; its type where it cannot be written."""
+    try:
+        text = repr(value)
+    except Exception:  # whatever a stranger's object raises, or a whole number of thousands of digits
+        text = f"a {type(value).__name__}"
+    return one_line(text, most)

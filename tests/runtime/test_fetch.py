@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import json
 import threading
+import time
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -14,11 +15,16 @@ from urllib.parse import unquote, urlsplit
 import pytest
 from huggingface_hub import constants
 
-from handscroll.errors import CheckpointError, FetchError, UnknownModelError, UsageError
+from handscroll.errors import Cancelled, CheckpointError, FetchError, UnknownModelError, UsageError
+from handscroll.events import Progress
+from handscroll.models import download as download_module
 from handscroll.models import hub as fetch_module
 from handscroll.models.checkpoint import CheckpointSpec
-from handscroll.models.hub import FetchProgress, choose_files, fetch, find_local
-from handscroll.models.opening import open_checkpoint
+from handscroll.models.checksums import damaged_files
+from handscroll.models.download import FetchProgress
+from handscroll.models.hub import fetch, find_local
+from handscroll.models.hub_files import MAX_LICENCE_BYTES, choose_files
+from handscroll.models.opening import on_fetch, open_checkpoint
 from handscroll.pictures.metadata import read_parameters
 from handscroll.pipeline import decode_latent, generate, plan_of
 from handscroll.request import Request
@@ -37,6 +43,8 @@ class Hub:
         self.revisions = {"main": COMMIT, "v1": OLDER, COMMIT: COMMIT, OLDER: OLDER}
         self.refuse: dict[str, tuple[int, dict[str, str]]] = {}  # path prefix -> status and headers
         self.break_after: dict[str, int] = {}  # file name -> bytes to send before the line goes dead
+        self.listed_sizes: dict[str, int] = {}  # in place of the true ones
+        self.slow: dict[str, float] = {}  # file name -> seconds before each megabyte of it
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), self._handler())
         self.server.daemon_threads = True
         threading.Thread(target=self.server.serve_forever, args=(0.02,), daemon=True).start()
@@ -79,7 +87,10 @@ class Hub:
                         return self.send(status, b"{}", headers, body)
                 revision = path.removeprefix(f"/api/models/{HUB_ID}/revision/")
                 if revision in hub.revisions:
-                    siblings = [{"rfilename": name, "size": len(data)} for name, data in hub.files.items()]
+                    siblings = [
+                        {"rfilename": name, "size": hub.listed_sizes.get(name, len(data))}
+                        for name, data in hub.files.items()
+                    ]
                     listing = {
                         "id": HUB_ID,
                         "modelId": HUB_ID,
@@ -104,6 +115,8 @@ class Hub:
             def send_file(self, name: str, data: bytes, body: bool, commit: str) -> None:
                 headers = {"ETag": f'"{etag(data)}"', "X-Repo-Commit": commit, "Accept-Ranges": "bytes"}
                 asked = self.headers.get("Range")
+                if body and name in hub.slow:
+                    return self.send_slowly(data, headers, hub.slow[name])
                 if asked and body:
                     first = int(asked.removeprefix("bytes=").split("-")[0])
                     headers["Content-Range"] = f"bytes {first}-{len(data) - 1}/{len(data)}"
@@ -117,6 +130,18 @@ class Hub:
                     return None
                 return self.send(200, data, headers, body)
 
+            def send_slowly(self, data: bytes, headers: dict[str, str], seconds: float) -> None:
+                self.send_response(200)
+                for name, value in {"Content-Length": str(len(data)), **headers}.items():
+                    self.send_header(name, value)
+                self.end_headers()
+                try:
+                    for first in range(0, len(data), 1 << 20):
+                        time.sleep(seconds)
+                        self.wfile.write(data[first : first + (1 << 20)])
+                except OSError:
+                    self.close_connection = True  # nobody listens any more
+
             def send(self, status: int, data: bytes, headers: dict[str, str], body: bool) -> None:
                 self.send_response(status)
                 for name, value in {"Content-Length": str(len(data)), **headers}.items():
@@ -129,7 +154,8 @@ class Hub:
 
 
 def etag(data: bytes) -> str:
-    return hashlib.sha1(data).hexdigest()
+    """As git names a file, and the hub a small one."""
+    return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
 
 
 def files_of(folder: Path) -> dict[str, bytes]:
@@ -279,7 +305,7 @@ def test_a_disk_that_fills_up_on_the_way(hub: Hub, monkeypatch: pytest.MonkeyPat
     def full(*args: object, **kwargs: object) -> str:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(fetch_module, "snapshot_download", full)
+    monkeypatch.setattr(download_module, "hf_hub_download", full)
     with pytest.raises(FetchError, match="disk is full"):
         fetch(HUB_ID)
 
@@ -393,3 +419,179 @@ def test_a_picture_says_of_which_revision_it_is(hub: Hub, tmp_path: Path) -> Non
     again = decode_latent(latent, tmp_path / "again.png")
     assert again.revision == OLDER
     assert (tmp_path / "again.png").read_bytes() == (tmp_path / "p.png").read_bytes()
+
+
+# Listeners
+
+
+class Asked(Exception):
+    """What a listener raises that wants a fetch to end."""
+
+
+def test_a_listener_runs_on_the_thread_that_fetches(hub: Hub) -> None:
+    threads: set[int] = set()
+    fetch(HUB_ID, on_progress=lambda progress: threads.add(threading.get_ident()))
+    assert threads == {threading.get_ident()}
+
+
+@pytest.mark.parametrize("error", [Asked(), KeyboardInterrupt(), OSError(28, "no"), Cancelled()], ids=repr)
+def test_what_a_listener_raises_ends_the_fetch_and_comes_through(
+    hub: Hub, monkeypatch: pytest.MonkeyPatch, error: BaseException
+) -> None:
+    monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 1 << 16)
+    name = "vae/diffusion_pytorch_model.safetensors"
+    hub.slow[name] = 0.2
+    asked_at: list[float] = []
+
+    def stop(progress: FetchProgress) -> None:
+        if progress.done_bytes > progress.total_bytes - len(hub.files[name]):
+            asked_at.append(time.monotonic())
+            raise error
+
+    with pytest.raises(type(error)) as caught:
+        fetch(HUB_ID, on_progress=stop)
+    assert caught.value is error
+    assert time.monotonic() - asked_at[0] < 3
+    assert len(asked_at) == 1
+    assert not [thread.name for thread in threading.enumerate() if thread.name == "fetch"]
+    cache = Path(constants.HF_HUB_CACHE)
+    assert not list(cache.rglob("*.incomplete"))
+    assert find_local(HUB_ID) is None
+    hub.slow.clear()
+    hub.requests.clear()
+    assert files_of(fetch(HUB_ID)) == hub.files
+    assert "model_index.json" not in hub.downloads()
+
+
+def test_a_fetch_that_stands_still_can_be_ended(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fetch_module, "STOP_SECONDS", 0.2)
+    hub.slow["vae/diffusion_pytorch_model.safetensors"] = 6.0
+    heard: list[FetchProgress] = []
+
+    def stop(progress: FetchProgress) -> None:
+        heard.append(progress)
+        if heard[-2:] == [progress, progress]:
+            raise Asked
+
+    started = time.monotonic()
+    with pytest.raises(Asked):
+        fetch(HUB_ID, on_progress=stop)
+    assert time.monotonic() - started < 5
+
+
+def test_a_fetch_is_announced(hub: Hub) -> None:
+    events: list[Progress] = []
+    open_checkpoint(HUB_ID, on_progress=on_fetch(events.append))
+    assert events[0].stage == "notice"
+    assert events[0].detail.startswith(f"fetching {HUB_ID} from the hub, ")
+    assert {event.stage for event in events[1:]} == {"fetch"}
+
+
+# What a repository may have fetched
+
+
+def test_file_names_are_names_and_no_patterns(hub: Hub) -> None:
+    unwanted = [
+        *("LICENSE*", "LICENSE.bin", "LICENSE/anything", "LICENSEE", "NOTICE.exe", "*", "**/*"),
+        *("tokenizer/*.json", "tokenizer/[a-z].json", "tokenizer/deep/er.json", "scheduler/?.json"),
+        *("vae/*.safetensors", "vae/[d]iffusion_pytorch_model.safetensors", "tokenizer/a\x1b[31m.json", "-x.json"),
+    ]
+    wanted = ["LICENSE", "LICENSE.txt", "LICENCE.md", "NOTICE"]
+    for name in (*unwanted, *wanted):
+        hub.files[name] = b"text"
+    folder = fetch(HUB_ID)
+    here = files_of(folder)
+    assert not [name for name in unwanted if name in here or name in hub.downloads()]
+    assert [name for name in wanted if name in here] == wanted
+
+
+def test_small_files_are_small(hub: Hub) -> None:
+    hub.files["LICENSE.txt"] = b"text"
+    hub.listed_sizes["LICENSE.txt"] = MAX_LICENCE_BYTES + 1
+    assert "LICENSE.txt" not in files_of(fetch(HUB_ID))
+
+
+@pytest.mark.parametrize("name", ["tokenizer/extra.json", "model_index.json", "scheduler/scheduler_config.json"])
+def test_a_small_file_of_gigabytes_is_refused(hub: Hub, name: str) -> None:
+    hub.files.setdefault(name, b"{}")
+    hub.listed_sizes[name] = 50 << 30
+    with pytest.raises(CheckpointError, match=r"takes 50\.0 GiB"):
+        fetch(HUB_ID)
+    assert hub.downloads() == []
+
+
+def test_a_commit_that_is_none_is_refused(hub: Hub) -> None:
+    hub.revisions["main"] = "../../elsewhere"
+    with pytest.raises(FetchError, match="does not say which commit"):
+        fetch(HUB_ID)
+
+
+# What the cache holds
+
+
+def blob_of(folder: Path, name: str) -> Path:
+    return (folder / name).resolve()
+
+
+@pytest.mark.parametrize("name", ["vae/diffusion_pytorch_model.safetensors", "transformer/config.json"])
+@pytest.mark.parametrize("left", [0, 1, 100])
+def test_a_file_that_was_cut_short_is_fetched_anew(hub: Hub, name: str, left: int) -> None:
+    folder = fetch(HUB_ID)
+    blob = blob_of(folder, name)
+    blob.write_bytes(blob.read_bytes()[:left])
+    hub.requests.clear()
+    assert open_checkpoint(HUB_ID).folder == folder
+    assert hub.downloads() == [name]
+    assert files_of(folder) == hub.files
+
+
+def test_a_file_that_is_gone_is_fetched_anew(hub: Hub) -> None:
+    name = "vae/diffusion_pytorch_model.safetensors"
+    folder = fetch(HUB_ID)
+    blob_of(folder, name).unlink()
+    hub.requests.clear()
+    assert open_checkpoint(HUB_ID).folder == folder
+    assert hub.downloads() == [name]
+
+
+def test_offline_it_is_said_what_is_cut_short_and_what_to_do(hub: Hub) -> None:
+    folder = fetch(HUB_ID)
+    blob = blob_of(folder, "vae/diffusion_pytorch_model.safetensors")
+    blob.write_bytes(blob.read_bytes()[:-1])
+    with pytest.raises(
+        FetchError, match=r"not whole on this machine \(.*truncated.*\).*run once with a network"
+    ) as caught:
+        fetch(HUB_ID, offline=True)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_file_of_the_right_size_that_is_damaged_is_found_on_demand(hub: Hub) -> None:
+    folder = fetch(HUB_ID)
+    assert damaged_files(folder) == []
+    blob = blob_of(folder, "vae/diffusion_pytorch_model.safetensors")
+    data = bytearray(blob.read_bytes())
+    data[-1] ^= 1
+    blob.write_bytes(data)
+    assert damaged_files(folder) == [blob]
+    blob.unlink()
+    assert open_checkpoint(HUB_ID).folder == folder
+    assert damaged_files(folder) == []
+
+
+def test_large_files_are_known_by_their_sha256(tmp_path: Path) -> None:
+    (tmp_path / "blobs").mkdir()
+    (tmp_path / "snapshot").mkdir()
+    for number, name in enumerate((hashlib.sha256(b"whole").hexdigest(), hashlib.sha256(b"other").hexdigest(), "name")):
+        (tmp_path / "blobs" / name).write_bytes(b"whole")
+        (tmp_path / "snapshot" / str(number)).symlink_to(tmp_path / "blobs" / name)
+    assert [blob.name for blob in damaged_files(tmp_path / "snapshot")] == [hashlib.sha256(b"other").hexdigest()]
+
+
+@pytest.mark.parametrize("error", [ValueError("The file is too large"), KeyError("x"), AssertionError()], ids=repr)
+def test_what_the_library_raises_is_one_line(hub: Hub, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    def fail(*args: object, **kwargs: object) -> str:
+        raise error
+
+    monkeypatch.setattr(download_module, "hf_hub_download", fail)
+    with pytest.raises(FetchError, match=rf"^fetching {HUB_ID} failed: [^\n]+; run again"):
+        fetch(HUB_ID)

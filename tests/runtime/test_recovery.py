@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import gc
 import itertools
 import re
 import shutil
@@ -55,10 +54,7 @@ def _quick(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(recovery, "WAIT_SECONDS", 0.0)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    gc.collect()
-    gc.freeze()
     yield
-    gc.unfreeze()
     torch.set_num_threads(threads)
 
 
@@ -155,12 +151,13 @@ def test_memory_that_runs_out_at_one_operation_changes_nothing(job: Job) -> None
 
 @pytest.mark.thorough
 def test_memory_that_runs_out_while_a_picture_grows_changes_nothing(job: Job) -> None:
-    job.request = dataclasses.replace(job.request, width=96, height=64, steps=2, compose_px=64, strip_rows=None)
+    job.request = dataclasses.replace(job.request, width=128, height=64, steps=2, compose_px=64, strip_rows=None)
+    assert pipeline.plan_of(job.request)[1].smaller is not None
     job.expected = job.make(Failing())[0]
     counting = Failing()
     job.make(counting)
     kinds = itertools.cycle(ERRORS.values())
-    for number in range(7, counting.operations, counting.operations // 20 + 1):
+    for number in range(7, counting.operations, counting.operations // 8 + 1):
         check_survives(job, number, next(kinds))
 
 
@@ -313,7 +310,8 @@ def test_numbers_that_overflow_in_half_precision_are_made_in_fp32(
         tmp_path / "p.png",
         on_event=lambda event: lines.append(event.detail) if event.stage == "notice" else None,
     )
-    assert lines == [LINES[stage]]
+    assert lines[-1] == LINES[stage]
+    assert len(lines) == (2 if half == "fp16" else 1), "fp16 is for the transformer alone, which is told"
     assert result.precision == mixed(stage, half)
     assert mixed(stage, half) in read_parameters(tmp_path / "p.png")
     assert not (tmp_path / "p.png.run").exists()
@@ -384,9 +382,10 @@ def test_numbers_that_fp32_cannot_hold_either_end_the_run(
     request = Request("a lake", model=str(folder), width=64, height=64, steps=1, seed=3, precision=cast(Any, precision))
     with pytest.raises(NumericsError) as failed:
         generate(request, tmp_path / "p.png", on_event=notices(lines))
-    assert str(failed.value) == LINES[stage].partition(":")[0]
+    file, _, weight = FRAGILE[stage]
+    assert f"{file}.safetensors: the tensor {weight} holds numbers that are not finite" in str(failed.value)
     assert failed.value.exit_code == 1
-    assert lines == ([] if precision == "fp32" else [LINES[stage]])
+    assert lines == []  # trying again in fp32 would not help
     assert not (tmp_path / "p.png").exists()
     if stage == "text":
         assert list((tmp_path / "cache" / "text").rglob("*.safetensors")) == []

@@ -184,6 +184,7 @@ def test_a_training_that_was_cut_off_goes_on(work: Path, capsys: pytest.CaptureF
     assert second.step == 5
 
 
-def test_a_folder_without_pictures_says_what_to_do(tmp_path: Path) -> None:
+def test_a_folder_without_pictures_says_what_to_do(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
     with pytest.raises(SystemExit, match="recipe"):
         TransformerTraining(options(tmp_path)).run()

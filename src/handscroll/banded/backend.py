@@ -24,6 +24,8 @@ Function = Callable[[Tensor], Tensor]
 _FUSED_NAMES = {nn.SiLU: "swish", nn.ReLU: "relu"}
 # Elementwise chains run over pieces of about this size, so that each pass finds the last one's result in cache.
 _CACHED_BYTES = 2**20
+# Of a 2x2 convolution with fewer, oneDNN sums in an order that depends on how many rows and threads there are.
+FEWEST_CHANNELS = 64
 
 
 def has_onednn(weight: Tensor) -> bool:
@@ -62,8 +64,10 @@ class Conv:
         self.weight, self.bias = weight.detach(), None if bias is None else bias.detach()
         self.stride, self.groups, self.activation = stride, groups, activation
         self.padding = [0, weight.shape[-1] // 2 if pad_columns is None else pad_columns]
+        self.is_pointwise = stride == 1 and tuple(weight.shape[2:]) == (1, 1)
         self.onednn = not plain and has_onednn(weight)
-        self.is_linear = self.onednn and groups == stride == 1 and tuple(weight.shape[2:]) == (1, 1)
+        self.is_linear = self.onednn and self.is_pointwise and groups == 1
+        self.is_even = weight.shape[-1] % 2 == 0 and min(weight.shape[:2]) < FEWEST_CHANNELS
         # Laid out here, before the first row block, so that what lives for the whole pass lies together in the heap. No
         # shape is promised: convolutions keep their speed without it, a 1x1 one only as a linear layer.
         if self.is_linear:
@@ -79,14 +83,24 @@ class Conv:
 
     def __call__(self, row_block: Tensor) -> Tensor:
         # [B, n, W, C] -> [B, n', W', C']
+        return (never_single(self._made) if self.is_pointwise and self.onednn else self._made)(row_block)
+
+    def _made(self, row_block: Tensor) -> Tensor:
         if not self.onednn:
-            image = row_block.permute(0, 3, 1, 2)
-            out = F.conv2d(image, self.weight, self.bias, self.stride, self.padding, groups=self.groups)
-            out = out.permute(0, 2, 3, 1).contiguous()
-            return out if self.activation is None else in_place(self.activation)(out)
+            return row_by_row(self._plain, row_block, self.weight.shape[2], self.stride)
         fused = "none" if self.activation is None else _FUSED_NAMES.get(type(self.activation), "")
-        out = self._onednn(row_block, fused or "none")
-        return out if fused or self.activation is None else self.activation(out)
+
+        def run(rows: Tensor) -> Tensor:
+            return self._onednn(rows, fused or "none")
+
+        out = row_by_row(run, row_block, self.weight.shape[2], self.stride) if self.is_even else run(row_block)
+        return out if fused or self.activation is None else activated(self.activation)(out)
+
+    def _plain(self, row_block: Tensor) -> Tensor:
+        image = row_block.permute(0, 3, 1, 2)
+        out = F.conv2d(image, self.weight, self.bias, self.stride, self.padding, groups=self.groups)
+        out = out.permute(0, 2, 3, 1).contiguous()
+        return out if self.activation is None else activated(self.activation)(out)
 
     def _onednn(self, row_block: Tensor, fused: str) -> Tensor:
         if self.is_linear:
@@ -106,9 +120,53 @@ class Conv:
         return out.permute(0, 2, 3, 1).contiguous()
 
 
-def in_place(activation: nn.Module) -> Function:
-    """The activation, written over its input where PyTorch can."""
-    return type(activation)(inplace=True) if type(activation) in (nn.ReLU, nn.SiLU) else activation
+def row_by_row(function: Function, row_block: Tensor, size: int = 1, step: int = 1) -> Tensor:
+    """A function of windows of `size` rows, `step` apart: [B, (n-1)*step + size, W, C] -> [B, n, W', C'].
+
+    On a CPU each row is made by a call of its own, on the same shape and strides however many come together: where
+    libraries choose their code by the shape, or make the last few elements by other code than the rest.
+    """
+    if row_block.device.type != "cpu":
+        return function(row_block)
+    ends = range(size, row_block.shape[1] + 1, step)
+    made = (function(row_block[:, end - size : end].contiguous()) for end in ends)
+    first = next(made)
+    if len(ends) == 1:
+        return first
+    out = first.new_empty(first.shape[0], len(ends), *first.shape[2:])
+    out[:, :1] = first
+    for index, row in enumerate(made, 1):
+        out[:, index : index + 1] = row
+    return out
+
+
+def never_single(function: Function) -> Function:
+    """Gives a single position twice: of one, a product is made by other code, which rounds otherwise."""
+
+    def run(row_block: Tensor) -> Tensor:
+        if row_block.shape[:-1].numel() > 1:
+            return function(row_block)
+        return function(torch.cat([row_block, row_block], dim=-2)).narrow(-2, 0, 1)
+
+    return run
+
+
+def activated(activation: nn.Module) -> Function:
+    """The activation of each element, over its input where PyTorch can; on a CPU row by row, unless it is exact.
+
+    Of a stretch of memory, the last few elements are made by other code than the rest.
+    """
+    if type(activation) is nn.ReLU:
+        return nn.ReLU(inplace=True)
+    if type(activation) is not nn.SiLU:
+        return lambda row_block: row_by_row(activation, row_block)
+
+    def silu_(row_block: Tensor) -> Tensor:
+        for row in _each_row(row_block):
+            F.silu(row, inplace=True)
+        return row_block
+
+    return silu_
 
 
 def laid_out_matrix(weight: Tensor) -> Tensor:
@@ -121,9 +179,14 @@ def matrix(weight: Tensor, bias: Tensor | None, *, silu: bool = False, plain: bo
     if not plain and has_onednn(weight):
         fused = _FUSED_NAMES[nn.SiLU] if silu else "none"
         return lambda row_block: torch.ops.mkldnn._linear_pointwise(row_block, weight, bias, fused, [], "")
-    if silu:
-        return lambda row_block: F.silu(F.linear(row_block, weight, bias), inplace=True)
-    return lambda row_block: F.linear(row_block, weight, bias)
+
+    @never_single
+    def product(row_block: Tensor) -> Tensor:
+        out = F.linear(row_block, weight, bias)
+        return F.silu(out, inplace=True) if silu else out
+
+    # Of a text, [B, T, C], the axis of rows is that of tokens, of which all come at once.
+    return lambda row_block: row_by_row(product, row_block) if row_block.ndim == 4 else product(row_block)
 
 
 def rms_norm_(row_block: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
@@ -182,8 +245,20 @@ def gate_add_(row_block: Tensor, gate: Tensor, residual: Tensor) -> Tensor:
 
 def gate_(values: Tensor) -> Tensor:
     """The gate of Sana's Mix-FFN: `[..., 2C] -> [..., C]`, first half times SiLU of the second."""
-    values, gate = values.chunk(2, dim=-1)
-    return F.silu(gate).mul_(values)
+    values, gates = values.chunk(2, dim=-1)
+    out = values.new_empty(values.shape)
+    for value, gate, target in zip(_each_row(values), _each_row(gates), _each_row(out), strict=True):
+        torch.mul(value, F.silu(gate), out=target)
+    return out
+
+
+def _each_row(row_block: Tensor) -> Iterator[Tensor]:
+    """`[B, rows, W, C]` as rows `[W, C]` on a CPU, else as it is."""
+    if row_block.device.type != "cpu":
+        yield row_block
+        return
+    for image in row_block:
+        yield from image
 
 
 def pixel_unshuffle(row_block: Tensor) -> Tensor:

@@ -116,7 +116,7 @@ class LayerPass(Pass):
         if type(layer) is not nn.Linear and type(layer) is not nn.Conv2d:
             if channels is not None:
                 raise TypeError(f"single channels of {type(layer)} are not known")
-            return _never_single(_called(layer, activation))
+            return backend.never_single(_called(layer, activation))
         if any(size != 1 for size in layer.weight.shape[2:]):
             raise TypeError(f"a convolution of {tuple(layer.weight.shape)} is not a linear layer")
         weight, bias = layer.weight.flatten(1), layer.bias
@@ -142,7 +142,7 @@ class LayerPass(Pass):
 
     def matrix(self, weight: Tensor, bias: Tensor | None, activation: nn.Module | None = None) -> Function:
         """A matrix `[C', C]` on the last axis, as it is laid out, then SiLU if an activation is given."""
-        return _never_single(backend.matrix(weight, bias, silu=activation is not None, plain=self.plain))
+        return backend.never_single(backend.matrix(weight, bias, silu=activation is not None, plain=self.plain))
 
 
 def check_dense(*layers: nn.Module) -> None:
@@ -167,16 +167,5 @@ def _called(layer: nn.Module, activation: nn.Module | None) -> Function:
         else:
             out = layer(row_block)
         return out if activation is None else activation(out)
-
-    return run
-
-
-def _never_single(function: Function) -> Function:
-    """Gives a single position twice: of one, a product is made by other code, which rounds otherwise."""
-
-    def run(row_block: Tensor) -> Tensor:
-        if row_block.shape[:-1].numel() > 1:
-            return function(row_block)
-        return function(torch.cat([row_block, row_block], dim=-2)).narrow(-2, 0, 1)
 
     return run

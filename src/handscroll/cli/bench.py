@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from handscroll.cli import work
 from handscroll.cli.options import Json, Quiet, takes_options
-from handscroll.cli.output import to_json
+from handscroll.cli.output import print_text, to_json
 from handscroll.models.registry import resolve
 from handscroll.options import fields_of
 from handscroll.request import Request
@@ -32,7 +32,10 @@ def bench(*, as_json: Json = False, quiet: Quiet = False, **options: Any) -> Non
         from handscroll.runtime.benchmark import measure
 
         found = measure(**wanted, on_event=on_event)
-    print(to_json(found.as_dict()) if as_json else benchmark_text(found))
+    if as_json:
+        print(to_json(found.as_dict()))
+    else:
+        print_text(benchmark_text(found))
 
 
 def benchmark_text(found: Benchmark) -> str:

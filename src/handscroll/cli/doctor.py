@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import typer
 
 from handscroll.cli.options import Json
-from handscroll.cli.output import to_json
+from handscroll.cli.output import print_text, to_json
 from handscroll.units import gibibytes
 
 if TYPE_CHECKING:
@@ -27,7 +27,10 @@ def doctor(as_json: Json = False) -> None:
     from handscroll.runtime.health import examine
 
     health = examine()
-    print(to_json(health.as_dict()) if as_json else health_text(health))
+    if as_json:
+        print(to_json(health.as_dict()))
+    else:
+        print_text(health_text(health))
     if not health.ok:
         raise typer.Exit(1)
 

@@ -10,13 +10,13 @@ from typing import Annotated, Any
 import typer
 
 from handscroll.cli.options import Json
-from handscroll.cli.output import columns, to_json
+from handscroll.cli.output import columns, print_text, to_json
 from handscroll.errors import FormatError, UsageError
 from handscroll.units import gibibytes, one_line
 
 Found = dict[str, Any]
 
-TENSORS_SHOWN = 20
+TENSORS_SHOWN, MOST_NAME = 20, 100  # characters of a name
 
 
 def info(
@@ -35,7 +35,10 @@ def info(
     Reads no weights and no pixels.
     """
     found = look_at(file)
-    print(to_json(found) if as_json else "\n".join(_SHOWN[found["kind"]](found)))
+    if as_json:
+        print(to_json(found))
+    else:
+        print_text("\n".join(_SHOWN[found["kind"]](found)))
 
 
 def look_at(path: Path) -> Found:
@@ -57,13 +60,15 @@ def look_at(path: Path) -> Found:
             if path.name and (run_folder_of(path) / "job.json").is_file():
                 return _run(find_run(path))
             raise UsageError(f"{path}: no such file or folder")
-        if path.suffix.lower() == ".safetensors":
+        if path.suffix.lower() in (".safetensors", ".latent"):
             return _safetensors(path)
         if path.suffix.lower() in FORMATS:
             return _picture(path)
     except OSError as error:
         raise FormatError(f"{path}: cannot be read: {error.strerror or one_line(error)}") from error
-    raise FormatError(f"{path}: not known; info takes {' '.join(FORMATS)} .safetensors, a checkpoint or a run folder")
+    raise FormatError(
+        f"{path}: not known; info takes {' '.join(FORMATS)} .safetensors .latent, a checkpoint or a run folder"
+    )
 
 
 # What is there
@@ -194,10 +199,11 @@ def _weights_lines(found: Found) -> Iterator[str]:
     yield from _table({dtype: gibibytes(n_bytes) for dtype, n_bytes in found["dtypes"].items()})
     yield from _table(found["metadata"])
     yield ""
-    rows = [(name, each["dtype"], _shape(each["shape"])) for name, each in tensors.items()]
-    yield from columns([("TENSOR", "DTYPE", "SHAPE"), *rows[:TENSORS_SHOWN]])
-    if len(rows) > TENSORS_SHOWN:
-        yield f"and {len(rows) - TENSORS_SHOWN} more, which --json lists"
+    first = list(tensors.items())[:TENSORS_SHOWN]
+    rows = [(one_line(name, MOST_NAME), each["dtype"], _shape(each["shape"])) for name, each in first]
+    yield from columns([("TENSOR", "DTYPE", "SHAPE"), *rows])
+    if len(tensors) > TENSORS_SHOWN:
+        yield f"and {len(tensors) - TENSORS_SHOWN} more, which --json lists"
 
 
 def _checkpoint_lines(found: Found) -> Iterator[str]:
@@ -258,7 +264,8 @@ _SHOWN: dict[str, Callable[[Found], Iterator[str]]] = {
 
 
 def _table(facts: Mapping[str, object]) -> list[str]:
-    return columns([(name, one_line(str(value))) for name, value in facts.items()]) if facts else []
+    shown = [(one_line(name, MOST_NAME), one_line(str(value))) for name, value in facts.items()]
+    return columns(shown) if shown else []
 
 
 def _form(component: str, config: Mapping[str, Any]) -> str:

@@ -16,6 +16,7 @@ from typing import Annotated, Any
 import typer
 
 from handscroll.cli.bench import bench
+from handscroll.cli.dashes import prompts_apart, way_out
 from handscroll.cli.decode import decode
 from handscroll.cli.doctor import doctor
 from handscroll.cli.generate import generate
@@ -24,11 +25,12 @@ from handscroll.cli.models import models
 from handscroll.cli.output import to_json
 from handscroll.cli.plan import plan
 from handscroll.cli.resume import resume
-from handscroll.errors import HandscrollError, is_out_of_memory
+from handscroll.errors import Cancelled, HandscrollError, is_out_of_memory
 from handscroll.units import one_line
 from handscroll.version import __version__
 
-INTERRUPTED = 130
+MAX_REASON = 300  # characters, of what a library says of an error that nobody expected
+INTERRUPTED = Cancelled.exit_code
 
 app = typer.Typer(
     add_completion=False,
@@ -105,14 +107,14 @@ def run(arguments: Sequence[str]) -> int:
 def _attempt(arguments: Sequence[str]) -> int:
     command = typer.main.get_command(app)
     try:
-        with command.make_context("handscroll", list(arguments)) as context:
+        with command.make_context("handscroll", prompts_apart(command, arguments)) as context:
             command.invoke(context)
     except typer.Exit as done:
         return done.exit_code
     except BrokenPipeError:
         raise
     except (Exception, KeyboardInterrupt) as error:
-        exit_code, line, facts = _told(error)
+        exit_code, line, facts = _told(error, way_out(arguments))
         print(line, file=sys.stderr)
         if "--json" in arguments:
             print(to_json({"error": facts}))
@@ -120,16 +122,21 @@ def _attempt(arguments: Sequence[str]) -> int:
     return 0
 
 
-def _told(error: Any) -> tuple[int, str, dict[str, Any]]:
-    """Exit code, the line for stderr, and the error as `--json` shows it. What can be gone on with is said last."""
+def _told(error: Any, hint: str = "") -> tuple[int, str, dict[str, Any]]:
+    """Exit code, the line for stderr, and the error as `--json` shows it. What can be gone on with is said last.
+
+    hint: what is added to an error of how the command line was written.
+    """
     exit_code, opening, facts = _described(error)
+    if isinstance(error, _USAGE_FAULTS):
+        facts["message"] += hint
     facts["message"] = "; ".join([facts["message"], *getattr(error, "__notes__", ())])
     return exit_code, opening + one_line(facts["message"]), facts
 
 
 def _described(error: Any) -> tuple[int, str, dict[str, Any]]:
     if isinstance(error, HandscrollError):
-        return error.exit_code, "error: ", error.as_dict()
+        return error.exit_code, "" if isinstance(error, Cancelled) else "error: ", error.as_dict()
     if isinstance(error, _USAGE_FAULTS):
         message = one_line(error.format_message()).rstrip(".")
         return 2, "error: ", {"code": "bad_usage", "message": message}
@@ -142,5 +149,6 @@ def _described(error: Any) -> tuple[int, str, dict[str, Any]]:
         message = "out of memory; try --decode rows, a smaller --strip-rows or --size, or --device cpu"
     else:
         code = "unexpected"
-        message = one_line(f"{type(error).__name__}: {error}; HANDSCROLL_TRACEBACK=1 shows where")
+        said = one_line(f"{type(error).__name__}: {error}", MAX_REASON)
+        message = f"{said}; this is a fault in handscroll itself, please report it: HANDSCROLL_TRACEBACK=1 shows where"
     return 1, "error: ", {"code": code, "message": message}

@@ -29,6 +29,9 @@ Quality = Annotated[
     int | None, typer.Option(metavar="N", min=1, max=100, help="Of JPEG, WebP and Deep Zoom; others are lossless.")
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON value on stdout, for programs.")]
+Yes = Annotated[
+    bool, typer.Option("--yes", "-y", help="Fetch the model that the file names, if it is not here, and ask nothing.")
+]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Say nothing on stderr but errors.")]
 
 

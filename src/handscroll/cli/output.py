@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from handscroll.units import duration, gibibytes
+from handscroll.units import duration, gibibytes, one_line, visible
 
 if TYPE_CHECKING:
     from handscroll.jobs.result import Result
@@ -19,27 +19,40 @@ def print_results(results: Sequence[Result], as_json: bool, quiet: bool) -> None
         print(to_json(found[0] if len(found) == 1 else {"pictures": found}))
         return
     for result in results:
-        print(result.path)
+        print(visible(str(result.path)) if sys.stdout.isatty() else result.path)
     if not quiet:
         sys.stdout.flush()
         for note in {result.note for result in results if result.note}:
-            print(f"note: {note}", file=sys.stderr)
+            print(f"note: {one_line(note)}", file=sys.stderr)
         print(_summary(results), file=sys.stderr)
 
 
 def _summary(results: Sequence[Result]) -> str:
-    """`4096x4096, 12.4 min, peak 1.7 GiB (planned 1.8, budget 2.0 GiB), seed 7`; several pictures share a line."""
+    """`4096x4096, 12.4 min, peak 1.7 GiB (planned 1.8, budget 2.0 GiB), seed 7`; several pictures share a line.
+
+    What was not measured or is not known is left out.
+    """
     first, last = results[0], results[-1]
     pictures = f"{len(results)} pictures of " if len(results) > 1 else ""
     shared_seconds = first.seconds.get("text", 0.0)  # one prompt, encoded once, counted with each picture
     seconds = sum(result.seconds["total"] - shared_seconds for result in results) + shared_seconds
-    peak_bytes = max(result.memory["measured_peak_bytes"] or 0 for result in results)
-    seeds = f"seed {first.seed}" if len(results) == 1 else f"seeds {first.seed} to {last.seed}"
-    memory = f"peak {gibibytes(peak_bytes)}"
-    if first.memory["budget_bytes"] is not None:
-        planned_bytes = max(result.memory["planned_peak_bytes"] or 0 for result in results)
-        memory += f" (planned {gibibytes(planned_bytes)}, budget {gibibytes(first.memory['budget_bytes'])})"
-    return f"{pictures}{first.width}x{first.height}, {duration(seconds)}, {memory}, {seeds}"
+    parts = [f"{pictures}{first.width}x{first.height}", duration(seconds)]
+    peaks_bytes = [result.memory["measured_peak_bytes"] for result in results if result.memory["measured_peak_bytes"]]
+    if peaks_bytes:
+        memory = f"peak {gibibytes(max(peaks_bytes))}"
+        if first.memory["budget_bytes"] is not None:
+            planned_bytes = max(result.memory["planned_peak_bytes"] or 0 for result in results)
+            planned = f"planned {gibibytes(planned_bytes)}, " if planned_bytes else ""
+            memory += f" ({planned}budget {gibibytes(first.memory['budget_bytes'])})"
+        parts.append(memory)
+    if first.seed is not None:
+        parts.append(f"seed {first.seed}" if len(results) == 1 else f"seeds {first.seed} to {last.seed}")
+    return ", ".join(parts)
+
+
+def print_text(text: str) -> None:
+    """Prints lines for people. What they quote of files and of others cannot steer a terminal."""
+    print(visible(text))
 
 
 def columns(rows: Sequence[Sequence[str]]) -> list[str]:

@@ -10,7 +10,7 @@ import typer
 
 from handscroll.cli import work
 from handscroll.cli.options import Json, Quiet, output_option, takes_options
-from handscroll.cli.output import columns, to_json
+from handscroll.cli.output import columns, print_text, to_json
 from handscroll.models.registry import resolve
 from handscroll.request import Request
 from handscroll.units import budget_text, duration, gibibytes
@@ -52,7 +52,7 @@ def plan(
         print(to_json(plan_dict(spec, found, minimum_bytes)))
         return
     counts_triton = minimum_bytes is not None and found.device == "cpu" and "triton" in sys.modules
-    print(plan_table(spec, found, minimum_bytes) + (TRITON_COUNTS if counts_triton else ""))
+    print_text(plan_table(spec, found, minimum_bytes) + (TRITON_COUNTS if counts_triton else ""))
 
 
 def plan_table(spec: CheckpointSpec, plan: Plan, minimum_bytes: int | None) -> str:

@@ -9,12 +9,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from handscroll import events
-from handscroll.plan.stages import BY_NAME, Stage
-from handscroll.units import gibibytes
-
-# Before the first stage of the table.
-FETCH = Stage("fetch", "fetching", (), "bytes", per_picture=False)
-SHOWN = {FETCH.name: FETCH, **BY_NAME}
+from handscroll.cli.log import SHOWN, amount_of, title_of
 
 
 @contextmanager
@@ -54,19 +49,8 @@ class _Bars:
         unknown = stage.unit == "prompts" and event.done == 0
         self._progress.update(
             bar,
-            description=self._title(stage, event),
+            description=title_of(stage, event, self._pictures),
             completed=event.done,
             total=None if unknown else event.total,
-            amount=_amount(stage, event),
+            amount=amount_of(stage, event),
         )
-
-    def _title(self, stage: Stage, event: events.Progress) -> str:
-        of_one = self._pictures > 1 and stage.per_picture
-        which = f" {event.picture + 1}/{self._pictures}" if of_one else ""
-        return f"{stage.title}{which}{f' ({event.detail})' if event.detail else ''}"
-
-
-def _amount(stage: Stage, event: events.Progress) -> str:
-    if stage is FETCH:
-        return f"{gibibytes(event.done)} of {gibibytes(event.total)}"
-    return f"{event.done:,}/{event.total:,} {stage.unit}" if stage.per_picture else ""

@@ -8,17 +8,26 @@ from typing import Annotated, Any
 import typer
 
 from handscroll.cli import work
-from handscroll.cli.options import Json, Quiet, takes_options
+from handscroll.cli.options import Json, Quiet, Yes, takes_options
 from handscroll.cli.output import print_results
 from handscroll.models.registry import resolve
 from handscroll.options import fields_of
 from handscroll.request import Request
+
+SaveLatent = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE.safetensors", help="Needed where the latent is kept in another folder than the picture."
+    ),
+]
 
 
 @takes_options("resume")
 def resume(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="The run folder, such as dusk.png.run, or its picture.")],
     *,
+    save_latent: SaveLatent = None,
+    yes: Yes = False,
     as_json: Json = False,
     quiet: Quiet = False,
     **options: Any,
@@ -35,11 +44,15 @@ def resume(
     from handscroll.jobs.job import find_run, read_job
 
     wanted = fields_of(Request, options, "resume")
-    job = read_job(find_run(run))
-    resolve(job.request.model)
+    folder = find_run(run)
+    job = read_job(folder)
+    model = wanted.get("model") or job.request.model
+    resolve(model)
+    if "model" not in wanted:
+        yes = work.may_fetch(model, job.request.revision, folder / "job.json", yes=yes, quiet=quiet)
     with work.watching(quiet, job.request.count) as on_event:
         from handscroll import pipeline
 
         with work.imports_set_aside():
-            results = pipeline.resume(run, on_event=on_event, **wanted)
+            results = pipeline.resume(run, save_latent=save_latent, fetch=yes, on_event=on_event, **wanted)
     print_results(results, as_json, quiet)

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import re
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 
 from handscroll.errors import BusyError, OutputError, RunFolderError
 from handscroll.files import Lock, discard, lock_file, sync_folder
-from handscroll.jobs.job import FORMAT
+from handscroll.jobs.job import FORMAT, load_facts
 
 _OURS = re.compile(r"job\.json|lock|(state|latent)-\d+(\.previous)?\.safetensors|[a-z]+\.(part|rows)")
 
@@ -51,13 +51,28 @@ def _refuse_foreign(folder: Path) -> None:
         raise RunFolderError(
             f"{folder}: in the way, and not a run folder of handscroll; move it or choose another name"
         )
+    check_plain(folder)
+
+
+def check_plain(folder: Path) -> None:
+    """Raises RunFolderError where a file of a run is none: a link, which may lead anywhere, or a device.
+
+    No run leaves such a thing. Unfinished pictures may be folders.
+    """
+    for path in _files(folder):
+        if not _OURS.fullmatch(path.name):
+            continue
+        with contextlib.suppress(FileNotFoundError):
+            mode = path.lstat().st_mode
+            if not stat.S_ISREG(mode) and not (stat.S_ISDIR(mode) and path.suffix == ".part"):
+                raise RunFolderError(f"{folder}: {path.name} in it is no plain file; remove it, no run has made it")
 
 
 def _is_ours(folder: Path) -> bool:
     try:
-        facts = json.loads((folder / "job.json").read_bytes())
+        facts = load_facts(folder)
         return isinstance(facts, dict) and facts.get("format") == FORMAT
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return folder.is_dir() and all(_OURS.fullmatch(path.name) for path in _files(folder))
 
 
@@ -66,6 +81,9 @@ def leave_folder(folder: Path, lock: Lock) -> None:
     if not (folder / "job.json").exists():
         tidy_folder(folder)
         discard(folder / "lock")
+        if (folder / "lock").exists():  # Windows removes no file that is open; who takes it meanwhile keeps it
+            lock.release()
+            discard(folder / "lock")
         with contextlib.suppress(OSError):
             folder.rmdir()
         sync_folder(folder.parent)

@@ -10,21 +10,20 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
 
 from handscroll.errors import HandscrollError, RunFolderError
 from handscroll.models.checkpoint import CheckpointSpec
 from handscroll.models.registry import resolve, split_revision
 from handscroll.plan.plan import Plan
 from handscroll.request import Request
+from handscroll.units import QUOTED_CHARACTERS, one_line
 from handscroll.version import __version__
-
-if TYPE_CHECKING:
-    pass
-
+from handscroll.weights.json_text import parse_json
 
 FORMAT, FORMAT_VERSION = "handscroll run", 1
 MAX_NAME_BYTES = 255  # what common file systems hold
+MAX_JOB_BYTES = 4 << 20  # of a job.json: two prompts of 20,000 characters, escaped, and 10,000 pictures that are done
 
 
 @dataclass(frozen=True)
@@ -34,7 +33,8 @@ class Job:
     `request` is as given, but for `model`, which is found again from any folder, and its `revision`, which is the
     commit that it was; `seed` None in it stands for a drawn one. `steps` are those of all sizes that a picture grows
     through. `latents` holds everything else that latents depend on, `pictures` what pictures depend on beyond their
-    latents; both are JSON values under names that a user understands.
+    latents; both are JSON values under names that a user understands. `latent_shapes` are those of the sizes that a
+    picture grows through, each under the steps before it; it is not written, and empty in a job that was read.
     """
 
     request: Request
@@ -45,6 +45,7 @@ class Job:
     output: Path
     save_latent: Path | None = None
     quality: int | None = None
+    latent_shapes: Mapping[int, tuple[int, ...]] = dataclasses.field(default_factory=dict, compare=False)
 
     @classmethod
     def of(
@@ -89,6 +90,7 @@ class Job:
             output,
             save_latent,
             quality,
+            {size.steps_before: _latent_shape(spec, size) for size in plan.sizes},
         )
 
     def difference(self, older: Job) -> str:
@@ -103,12 +105,16 @@ class Job:
         now = "to be drawn" if self.request.seed is None else self.request.seed
         return f"its seed was {older.first_seed}, now it is {now}"
 
-    def resumed(self, device: str | None, memory_bytes: int | None = None) -> Request:
-        """The request that goes on with this job: with the seed that was drawn, and in what it computed in."""
+    def resumed(self, device: str | None, memory_bytes: int | None = None, model: str | None = None) -> Request:
+        """The request that goes on with this job: with the seed that was drawn, and in what it computed in.
+
+        A `model` is the job's own, named anew.
+        """
         precisions = {value for name, value in {**self.latents, **self.pictures}.items() if name.endswith("precision")}
         kind = self.latents.get("device", "auto")
         return dataclasses.replace(
             self.request,
+            model=model or self.request.model,
             seed=self.first_seed,
             device=device or (kind if self.request.device == "auto" else self.request.device),
             precision=precisions.pop() if len(precisions) == 1 else self.request.precision,
@@ -153,36 +159,72 @@ def read_job(folder: Path) -> Job:
     expected = run_folder_of(job.output)
     if folder.name != expected.name:
         raise RunFolderError(f"{folder}: was renamed; call it {expected.name} again")
+    if folder.resolve() != expected.resolve():
+        raise RunFolderError(f"{folder}: {job.output} is a link to another folder; put the run beside {expected}")
     return job
+
+
+def load_facts(folder: Path) -> Any:
+    """What a job.json holds, whatever that is. Raises OSError, ValueError or RecursionError where it is none."""
+    file = folder / "job.json"
+    if not file.is_file() or file.stat().st_size > MAX_JOB_BYTES:
+        raise ValueError(f"{file}: no file, or too large")
+    return parse_json(file.read_bytes(), MAX_JOB_BYTES)
 
 
 def read_facts(folder: Path) -> dict[str, Any]:
     try:
-        facts = json.loads((folder / "job.json").read_bytes())
-    except (OSError, ValueError) as error:
+        facts = load_facts(folder)
+    except (OSError, ValueError, RecursionError) as error:
         raise RunFolderError(f"{folder}: its job.json is broken") from error
     if not isinstance(facts, dict) or facts.get("format") != FORMAT:
         raise RunFolderError(f"{folder}: not a run folder of handscroll")
     if facts.get("format_version") != FORMAT_VERSION:
-        raise RunFolderError(f"{folder}: written by handscroll {facts.get('handscroll')}, this is {__version__}")
+        other = one_line(str(facts.get("handscroll")), QUOTED_CHARACTERS)
+        raise RunFolderError(f"{folder}: written by handscroll {other}, this is {__version__}")
     return facts
 
 
 def job_of(folder: Path, facts: dict[str, Any]) -> Job:
+    """The job that a folder's facts tell of. A file that lay beside the picture lies beside the folder now.
+
+    Raises RunFolderError for facts that cannot be.
+    """
     try:
-        output = folder.with_name(Path(facts["output"]).name)
+        recorded, latent = Path(facts["output"]), facts["save_latent"]
+        output = folder.with_name(recorded.name)
+        if latent is not None:
+            latent = Path(latent)
+            latent = output.with_name(latent.name) if latent.parent == recorded.parent else latent
         return Job(
             request=Request(**facts["request"]),
-            first_seed=int(facts["first_seed"]),
-            steps=int(facts["steps"]),
-            latents=dict(facts["latents"]),
-            pictures=dict(facts["pictures"]),
+            first_seed=_whole(facts["first_seed"], 0, 2**64 - 1),
+            steps=_whole(facts["steps"], 1, 2**31),
+            latents=_plain(facts["latents"]),
+            pictures=_plain(facts["pictures"]),
             output=output,
-            save_latent=None if facts["save_latent"] is None else Path(facts["save_latent"]),
-            quality=facts["quality"],
+            save_latent=latent,
+            quality=None if facts["quality"] is None else _whole(facts["quality"], 1, 100),
         )
-    except (KeyError, TypeError, ValueError, HandscrollError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError, HandscrollError) as error:
         raise RunFolderError(f"{folder}: its job.json is broken") from error
+
+
+def _whole(value: Any, least: int, most: int) -> int:
+    if type(value) is not int or not least <= value <= most:
+        raise ValueError
+    return value
+
+
+def _plain(values: Any) -> dict[str, Any]:
+    """A table of texts and numbers, as every job's are."""
+    if not all(value is None or isinstance(value, str | int | float) for value in values.values()):
+        raise ValueError
+    return dict(values)
+
+
+def _latent_shape(spec: CheckpointSpec, plan: Plan) -> tuple[int, ...]:
+    return 1, spec.transformer.in_channels, plan.latent_height, plan.latent_width
 
 
 def _fingerprint(folder: Path) -> str:

@@ -18,7 +18,7 @@ from types import TracebackType
 from typing import Self
 
 from handscroll.errors import BudgetError, NumericsError, OutOfMemoryError, is_out_of_memory
-from handscroll.events import OnEvent, notice
+from handscroll.events import OnEvent, Progress, notice
 from handscroll.plan.inputs import MIB, PlanInputs
 from handscroll.plan.plan import Plan
 from handscroll.plan.precision import Precision
@@ -26,9 +26,14 @@ from handscroll.plan.search import replan_in_precision, shrink
 from handscroll.plan.stages import Stage
 from handscroll.runtime.session import Session
 from handscroll.units import one_line
+from handscroll.weights.files import first_not_finite
+from handscroll.weights.header import MAX_NAME
 
 # When a stage takes the least already, only another program can make room: it is given some time to.
 LAST_TRIES, WAIT_SECONDS = 3, 1.0
+
+# Whose numbers may be wrong, and the component that holds the weights.
+WEIGHTS_OF = {"text_encoder": "text_encoder", "transformer": "transformer", "autoencoder": "vae"}
 
 MAX_LINE = 120  # of what a library says of an error, in characters
 
@@ -44,17 +49,21 @@ class Fault:
     def of(cls, error: BaseException | None, stage: Stage) -> Fault | None:
         """None for what trying again does not mend."""
         if isinstance(error, NumericsError):
-            return cls(str(error), error.component or stage.components[0])
+            component = error.component or stage.components[0]
+            return cls(str(error), component) if component in WEIGHTS_OF else None
         if isinstance(error, Exception) and is_out_of_memory(error):
             return cls(one_line(error, MAX_LINE))
         return None
 
 
 class Attempt:
-    """One try of a stage by `plan`. A context manager, which holds back what the next attempt may mend."""
+    """One try of a stage by `plan`. A context manager, which holds back what the next attempt may mend.
 
-    def __init__(self, stage: Stage, plan: Plan) -> None:
-        self.stage, self.plan = stage, plan
+    That is never what the listener raised, whatever it is.
+    """
+
+    def __init__(self, stage: Stage, plan: Plan, listener: _Listener) -> None:
+        self.stage, self.plan, self._listener = stage, plan, listener
         self.fault: Fault | None = None
 
     def __enter__(self) -> Self:
@@ -63,15 +72,36 @@ class Attempt:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> bool:
-        self.fault = Fault.of(error, self.stage)
+        is_listeners = error is not None and self._listener.raised is error
+        self._listener.raised = None  # or its traceback would keep the tensors of every frame
+        self.fault = None if is_listeners else Fault.of(error, self.stage)
         return self.fault is not None
 
 
+class _Listener:
+    """A job's listener. `raised` is what it ended the job with."""
+
+    def __init__(self, on_event: OnEvent) -> None:
+        self.on_event = on_event
+        self.raised: BaseException | None = None
+
+    def __call__(self, event: Progress) -> None:
+        try:
+            self.on_event(event)
+        except BaseException as error:
+            self.raised = error
+            raise
+
+
 class Recovery:
-    """Plans the attempts at the stages of one job. `inputs` and `precision` are what it was planned from and in."""
+    """Plans the attempts at the stages of one job. `inputs` and `precision` are what it was planned from and in.
+
+    All that the job tells goes by its `on_event`, also what the session tells between two blocks.
+    """
 
     def __init__(self, session: Session, inputs: PlanInputs, precision: Precision, on_event: OnEvent) -> None:
-        self.session, self.inputs, self.precision, self.on_event = session, inputs, precision, on_event
+        self.session, self.inputs, self.precision = session, inputs, precision
+        self.on_event = session.on_event = _Listener(on_event)
 
     def attempts(self, stage: Stage, plan: Plan, picture: int = 0) -> Iterator[Attempt]:
         """Attempts at a stage until one succeeds; its plan is what goes on from there.
@@ -83,7 +113,7 @@ class Recovery:
         plan = self._in_precision(plan, stage, self.precision)
         tries_left = LAST_TRIES
         while True:
-            attempt = Attempt(stage, plan)
+            attempt = Attempt(stage, plan, self.on_event)
             yield attempt
             if attempt.fault is None:
                 return
@@ -111,15 +141,29 @@ class Recovery:
             time.sleep(WAIT_SECONDS)
 
     def _in_fp32(self, plan: Plan, stage: Stage, fault: Fault, picture: int) -> Plan:
-        """The plan with one component in fp32. Raises NumericsError where it was, or where fp32 does not fit."""
+        """The plan with one component in fp32. Raises NumericsError where that cannot help, or does not fit.
+
+        It cannot where the component was in fp32, or where its weights are not finite themselves.
+        """
         component = fault.component
         assert component is not None
+        weights = self.session.spec.weights_of(WEIGHTS_OF[component])
+        if entry := first_not_finite(weights.tensors):
+            raise NumericsError(
+                f"{entry.file}: the tensor {one_line(entry.name, MAX_NAME)} holds numbers that are not finite, so no "
+                "picture can be made with it; fetch the file again, or use another checkpoint",
+                component,
+            )
         if getattr(plan.precision, component) == "fp32":
-            raise NumericsError(fault.line)
+            raise NumericsError(
+                f"{fault.line}: its weights are finite and it computed in fp32, so the same again gives the same; "
+                "change the prompt, --seed, --steps or --guidance, or use another checkpoint",
+                component,
+            )
         try:
             plan = self._in_precision(plan, stage, dataclasses.replace(plan.precision, **{component: "fp32"}))
         except BudgetError as error:
-            raise NumericsError(f"{fault.line}; fp32 does not fit: {error}") from error
+            raise NumericsError(f"{fault.line}; fp32 does not fit: {error}", component) from error
         self.on_event(notice(f"{fault.line}: {stage.title} again in fp32", picture))
         return plan
 

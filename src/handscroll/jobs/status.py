@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from handscroll.errors import CheckpointError, RunFolderError
-from handscroll.jobs.folder import latent_path, state_paths
+from handscroll.jobs.folder import check_plain, latent_path, state_paths
 from handscroll.jobs.job import Job, read_facts, read_job
 from handscroll.request import indexed
 from handscroll.weights.header import read_header, read_metadata
+
+_RUN_ID = re.compile(r"[0-9a-f]{16}")  # it becomes part of a file's name
 
 
 @dataclass(frozen=True)
@@ -41,6 +44,7 @@ def read_status(folder: Path) -> RunStatus:
 
     Raises RunFolderError where it is broken, foreign or of another version.
     """
+    check_plain(folder)
     job = read_job(folder)
     run_id, done = id_and_done(folder, read_facts(folder))
     done &= written(job)
@@ -81,7 +85,10 @@ def where_it_goes_on(
 def id_and_done(folder: Path, facts: dict[str, Any]) -> tuple[str, set[int]]:
     """The name of the run that a job.json tells of, and the pictures that it has finished. Raises RunFolderError."""
     try:
-        return str(facts["id"]), {int(number) - 1 for number in facts["done"]}
+        run_id, done = facts["id"], facts["done"]
+        if not (isinstance(run_id, str) and _RUN_ID.fullmatch(run_id) and all(type(number) is int for number in done)):
+            raise ValueError
+        return run_id, {number - 1 for number in done}
     except (KeyError, TypeError, ValueError) as error:
         raise RunFolderError(f"{folder}: its job.json is broken") from error
 
@@ -98,7 +105,8 @@ def _steps_done(folder: Path, index: int, job: Job, run_id: str) -> int:
         facts = _facts_of(path)
         if facts.get("run") == run_id and facts.get("precision") == str(job.latents.get("transformer's precision")):
             with contextlib.suppress(ValueError):
-                return int(facts.get("steps_done", "0")) + int(facts.get("steps_before", "0"))
+                steps = int(facts.get("steps_done", "0")) + int(facts.get("steps_before", "0"))
+                return max(0, min(steps, job.steps))
     return 0
 
 

@@ -18,19 +18,19 @@ import dataclasses
 import json
 import os
 import secrets
-import shlex
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
-from handscroll.errors import CheckpointError, OutputError, RunFolderError
+from handscroll.errors import BudgetError, CheckpointError, NumericsError, OutputError, RunFolderError
 from handscroll.events import OnEvent, ignore, notice
 from handscroll.files import Lock, discard, write_whole
-from handscroll.jobs.latent_file import load_latent, save_latent
+from handscroll.jobs.latent_file import describe_latent, load_latent, save_latent
+from handscroll.jobs.state_file import read_state, write_state
+from handscroll.units import quoted
 from handscroll.version import __version__
-from handscroll.weights.tensor_file import read_tensors, write_tensors
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -75,31 +75,38 @@ class RunFolder:
         folder = run_folder_of(job.output)
         lock = take_folder(folder)
         try:
-            tidy_folder(folder)
-            older, reason = _older_run(folder, job)
-            if older is not None:
-                older_job, run_id, done = older
-                request = dataclasses.replace(job.request, seed=older_job.request.seed)
-                job = dataclasses.replace(job, request=request, first_seed=older_job.first_seed)
-                if older_job.pictures != job.pictures:
-                    done = set()
-                run = cls(folder, job, run_id, done & written(job), lock, on_event)
-                if run._is_worth_keeping():
-                    on_event(notice(f"{folder} goes on {run._where()}"))
-            elif reason and must_go_on:
+            with _told_of_files(folder):
+                tidy_folder(folder)
+                older, reason = _older_run(folder, job)
+            if older is None and reason and must_go_on:
                 raise RunFolderError(f"{folder}: cannot go on: {reason}; `handscroll generate` starts over")
-            else:
+            if older is None:
                 if reason:
                     on_event(notice(f"starting over in {folder}: {reason}"))
                 clear_folder(folder)
-                run = cls(folder, job, secrets.token_hex(8), set(), lock, on_event)
-            run._write_job()
-        except BaseException as error:
+            run = cls._gone_on_with(folder, job, older, lock, on_event)
+            if older is not None and run._is_worth_keeping():
+                on_event(notice(f"{folder} goes on {run._where()}"))
+            with _told_of_files(folder):
+                run._write_job()
+        except BaseException:
             leave_folder(folder, lock)
-            if isinstance(error, OSError):
-                raise OutputError(f"cannot write the run folder {folder}: {error.strerror}") from error
             raise
         return run
+
+    @classmethod
+    def _gone_on_with(
+        cls, folder: Path, job: Job, older: tuple[Job, str, set[int]] | None, lock: Lock, on_event: OnEvent
+    ) -> Self:
+        """The run of a job by the name of an older one, with what that has done; by a new name where there is none."""
+        if older is None:
+            return cls(folder, job, secrets.token_hex(8), set(), lock, on_event)
+        older_job, run_id, done = older
+        request = dataclasses.replace(job.request, seed=older_job.request.seed)
+        job = dataclasses.replace(job, request=request, first_seed=older_job.first_seed)
+        if older_job.pictures != job.pictures:
+            done = set()
+        return cls(folder, job, run_id, done & written(job), lock, on_event)
 
     @property
     def seeds(self) -> tuple[int, ...]:
@@ -153,16 +160,12 @@ class RunFolder:
         precision: of the transformer that made it, the job's own if None.
         """
         newest, previous = self._state_paths(index)
-        tensors = {"latent": state.latent, "timesteps": state.timesteps, "generator": state.generator}
-        tensors |= {f"model_output.{number}": output for number, output in enumerate(state.model_outputs)}
-        facts = {"run": self._id, "steps_done": state.steps_done, "lower_order_nums": state.lower_order_nums}
-        facts["steps_before"] = state.steps_before
-        facts["precision"] = precision or self._precision
+        facts = {"run": self._id, "precision": precision or self._precision}
 
         def save() -> None:
             if newest.exists():
                 os.replace(newest, previous)
-            write_tensors(newest, tensors, {key: str(value) for key, value in facts.items()}, part=self._part("state"))
+            write_state(newest, state, facts, self._part("state"))
 
         if self._try(save):
             self._ours.add(index)
@@ -211,7 +214,9 @@ class RunFolder:
     ) -> None:
         if error is not None and self._is_worth_keeping():
             with contextlib.suppress(MemoryError):  # it may be what has just happened
-                error.add_note(f"`handscroll resume {shlex.quote(str(self.folder))}` goes on {self._where()}")
+                # The same steps give the same numbers, unless there is more memory for fp32 the next time.
+                if not isinstance(error, NumericsError) or isinstance(error.__cause__, BudgetError):
+                    error.add_note(f"`handscroll resume {quoted(str(self.folder))}` goes on {self._where()}")
             self.release()
             return
         clear_folder(self.folder)
@@ -249,7 +254,11 @@ class RunFolder:
         path = self._latent_path(index)
         if not path.exists():
             return False
+        shapes = self.job.latent_shapes
         try:
+            described = describe_latent(path)
+            if described is None or (shapes and described[0] != shapes[max(shapes)]):
+                return False
             return load_latent(path)[1].get("run") == self._id
         except CheckpointError:
             return False
@@ -259,21 +268,9 @@ class RunFolder:
         return str(self.job.latents.get("transformer's precision"))
 
     def _read_state(self, path: Path, precision: str | None = None) -> SamplerState | None:
-        from handscroll.runtime.sampling.state import SamplerState
-
         try:
-            tensors, facts = read_tensors(path)
-            outputs = [tensors[f"model_output.{number}"] for number in range(len(tensors) - 3)]
-            state = SamplerState(
-                steps_done=int(facts["steps_done"]),
-                latent=tensors["latent"],
-                timesteps=tensors["timesteps"],
-                generator=tensors["generator"],
-                model_outputs=tuple(outputs),
-                lower_order_nums=int(facts["lower_order_nums"]),
-                steps_before=int(facts["steps_before"]),
-            )
-        except (CheckpointError, KeyError, ValueError):
+            state, facts = read_state(path, self.job.latent_shapes)
+        except CheckpointError:
             return None
         is_ours = facts.get("run") == self._id and facts.get("precision") == (precision or self._precision)
         return state if is_ours else None
@@ -320,6 +317,14 @@ class PictureStates:
 
     def save(self, state: SamplerState, precision: str) -> None:
         self.run.keep_state(self.index, state, precision)
+
+
+@contextlib.contextmanager
+def _told_of_files(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise OutputError(f"cannot write the run folder {folder}: {error.strerror}") from error
 
 
 # Reading what an earlier run left

@@ -5,11 +5,27 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Self
 
-from handscroll.models.config import default_of, require_a_stage, require_known, require_positive, spec_from_config
+from handscroll.models.config import (
+    MAX_CHANNELS,
+    MAX_HEADS,
+    MAX_LAYERS,
+    default_of,
+    require_a_stage,
+    require_known,
+    require_positive,
+    require_within,
+    spec_from_config,
+)
 from handscroll.models.parameters import convolution_parameters, linear_parameters
+from handscroll.units import shown
 
 BLOCK_TYPES = frozenset({"ResBlock", "EfficientViTBlock"})
 NORM_TYPES = frozenset({"rms_norm", "layer_norm", "batch_norm"})
+MAX_STAGES, MAX_KERNEL, MAX_SCALES = 10, 63, 8
+# As diffusers reads them: whatever is not the first of each is taken for the second.
+UPSAMPLE_TYPES = frozenset({"interpolate", "pixel_shuffle"})
+DOWNSAMPLE_TYPES = frozenset({"pixel_unshuffle", "Conv", "conv"})
+ACTIVATIONS = frozenset({"silu", "swish", "mish", "gelu", "relu"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,16 +59,37 @@ class AutoencoderSpec:
         require_positive(self, "in_channels", "latent_channels", "attention_head_dim", "scaling_factor")
         for half in ("encoder", "decoder"):
             channels = getattr(self, f"{half}_block_out_channels")
-            if len(channels) < 2 or min(channels) < 1:
-                raise ValueError(f"{half}_block_out_channels {list(channels)} describe no stages")
+            if not 2 <= len(channels) <= MAX_STAGES or min(channels) < 1:
+                raise ValueError(f"{half}_block_out_channels {shown(list(channels))} describe no stages")
             for field in ("block_types", "layers_per_block", "qkv_multiscales"):
                 require_a_stage(f"{half}_{field}", getattr(self, f"{half}_{field}"), len(channels))
             require_known(f"{half}_block_types", getattr(self, f"{half}_block_types"), BLOCK_TYPES)
+            self._check_sizes(half)
         if len(self.encoder_block_out_channels) != len(self.decoder_block_out_channels):
             raise ValueError("encoder and decoder have different numbers of stages")
         for field in ("decoder_norm_types", "decoder_act_fns"):
             require_a_stage(field, getattr(self, field), len(self.decoder_block_out_channels))
         require_known("decoder_norm_types", self.decoder_norm_types, NORM_TYPES)
+        require_known("decoder_act_fns", tuple(each.lower() for each in self.decoder_act_fns), ACTIVATIONS)
+        require_known("decoder_conv_act_fn", (self.decoder_conv_act_fn.lower(),), ACTIVATIONS)
+        require_known("upsample_block_type", (self.upsample_block_type,), UPSAMPLE_TYPES)
+        require_known("downsample_block_type", (self.downsample_block_type,), DOWNSAMPLE_TYPES)
+        require_within(
+            self,
+            in_channels=(1, MAX_CHANNELS),
+            latent_channels=(1, MAX_CHANNELS),
+            attention_head_dim=(1, MAX_HEADS),
+            scaling_factor=(1e-6, 1e6),
+        )
+
+    def _check_sizes(self, half: str) -> None:
+        """Raises ValueError for sizes of one half that no autoencoder has."""
+        ranges = {"block_out_channels": (1, MAX_CHANNELS), "layers_per_block": (0, MAX_LAYERS // MAX_STAGES)}
+        ranges["qkv_multiscales"] = (1, MAX_KERNEL)
+        require_within(self, **{f"{half}_{field}": bounds for field, bounds in ranges.items()})
+        for scales in getattr(self, f"{half}_qkv_multiscales"):
+            if len(scales) > MAX_SCALES:
+                raise ValueError(f"{half}_qkv_multiscales has {len(scales)} scales for a stage; at most {MAX_SCALES}")
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> Self:

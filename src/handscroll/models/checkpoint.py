@@ -12,22 +12,27 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
+from handscroll.errors import printable
 from handscroll.models.autoencoder import AutoencoderSpec
 from handscroll.models.config import build_spec
 from handscroll.models.folder import (
     COMPONENTS,
     check_agreement,
-    check_layout,
     read_component,
     read_own_settings,
     read_scheduler,
 )
+from handscroll.models.index import Index, read_index
 from handscroll.models.scheduler import SchedulerSpec
 from handscroll.models.text_encoder import TextEncoderSpec
 from handscroll.models.transformer import TransformerSpec
+from handscroll.units import listed
 from handscroll.weights.folder import NO_WEIGHTS, WeightFiles
+
+# As transformers' configs name the precision that a text encoder was saved in.
+CONFIG_DTYPES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +43,9 @@ class CheckpointSpec:
     `instruction_lines` is the checkpoint's own text for it, and None means diffusers' text. A prompt longer than
     `max_prompt_tokens` is cut. Much larger pictures are composed at about `compose_px` squared and grow from
     there, None for never. The weight files are empty in a spec that describes a checkpoint which is not on this
-    machine; `published` is then what is known of its precision. `commit` is the hub's, of a model that came from there.
+    machine; `stored_in` is then what is known of a component's dtype, and `published` that of the others.
+    `from_figures`: no file of it is here, and all of this is from the table of known models. `commit` is the hub's, of
+    a model that came from there. `remarks`: what the user should know of it, a line each.
     """
 
     folder: Path
@@ -57,6 +64,9 @@ class CheckpointSpec:
     max_prompt_tokens: int = 300
     compose_px: int | None = None
     commit: str | None = None
+    from_figures: bool = False
+    stored_in: tuple[tuple[str, str], ...] = ()
+    remarks: tuple[str, ...] = ()
     transformer_weights: WeightFiles = NO_WEIGHTS
     autoencoder_weights: WeightFiles = NO_WEIGHTS
     text_encoder_weights: WeightFiles = NO_WEIGHTS
@@ -79,19 +89,19 @@ class CheckpointSpec:
     def from_configs(cls, folder: str | Path) -> Self:
         """Read only the JSON of a checkpoint folder, whose weights may not be there yet. Raises CheckpointError."""
         folder = Path(folder)
-        check_layout(folder)
+        index = read_index(folder)
         configs = {component: read_component(folder, component) for component in COMPONENTS}
         transformer = build_spec(TransformerSpec, folder / "transformer/config.json", configs["transformer"])
         autoencoder = build_spec(AutoencoderSpec, folder / "vae/config.json", configs["vae"])
         text_encoder = build_spec(TextEncoderSpec, folder / "text_encoder/config.json", configs["text_encoder"])
-        scheduler = read_scheduler(folder)
-        check_agreement(folder, transformer, autoencoder, text_encoder)
+        scheduler = read_scheduler(folder, index)
+        check_agreement(folder, index, transformer, autoencoder, text_encoder)
 
         own = read_own_settings(folder)
         sprint = scheduler.class_name == "SCMScheduler" or transformer.guidance_embeds
         return cls(
             folder=folder,
-            name=own.name or folder.resolve().name,
+            name=printable(own.name or folder.resolve().name),
             transformer=transformer,
             autoencoder=autoencoder,
             text_encoder=text_encoder,
@@ -101,9 +111,11 @@ class CheckpointSpec:
             default_guidance=4.5 if own.default_guidance is None else own.default_guidance,
             instruction=own.instruction,
             instruction_lines=own.complex_human_instruction,
-            licence=own.licence,
+            licence=None if own.licence is None else printable(own.licence),
             max_prompt_tokens=own.max_prompt_tokens,
             compose_px=own.compose_px,
+            published=_published(configs["text_encoder"]),
+            remarks=_remarks(folder, index),
         )
 
     @property
@@ -129,4 +141,19 @@ class CheckpointSpec:
 
     def dtype_of(self, component: str) -> str:
         """The dtype that a component's weights were published in: `fp32`, `bf16` or `fp16`."""
-        return self.weights_of(component).dtype or self.published
+        return self.weights_of(component).dtype or dict(self.stored_in).get(component, self.published)
+
+
+def _remarks(folder: Path, index: Index) -> tuple[str, ...]:
+    """What the index asks for and nothing takes, as diffusers' own pipeline takes none of it."""
+    if not index.unused:
+        return ()
+    return (
+        f"{folder / 'model_index.json'}: {listed(index.unused)} is no setting of a {index.pipeline} and is not used",
+    )
+
+
+def _published(text_encoder: dict[str, Any]) -> str:
+    """What a text encoder's config says of its precision, the only one that does."""
+    said = text_encoder.get("dtype") or text_encoder.get("torch_dtype")
+    return CONFIG_DTYPES.get(str(said), "fp32")

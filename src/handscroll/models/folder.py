@@ -9,28 +9,17 @@ from typing import Any
 
 from handscroll.errors import CheckpointError
 from handscroll.models.autoencoder import AutoencoderSpec
-from handscroll.models.config import build_spec, freeze, read_config, require_positive, shown
+from handscroll.models.config import build_spec, freeze, read_config, require_positive, require_within
+from handscroll.models.index import FEW_STEP_PIPELINE, PIPELINES, Index, check_class
 from handscroll.models.scheduler import SchedulerSpec
 from handscroll.models.text_encoder import TextEncoderSpec
 from handscroll.models.transformer import TransformerSpec
+from handscroll.units import MAX_SIDE_PX, shown
+from handscroll.weights.foreign import USE_THE_ORIGINAL, quantised_by_config
 
 COMPONENTS = ("text_encoder", "transformer", "vae")
-LAYOUT = "model_index.json, tokenizer/, text_encoder/, transformer/, vae/ and scheduler/"
-PIPELINES = frozenset(
-    {
-        "SanaPipeline",
-        "SanaPAGPipeline",
-        "SanaControlNetPipeline",
-        "SanaSprintPipeline",
-        "SanaSprintImg2ImgPipeline",
-    }
-)
-CLASSES = {
-    "text_encoder": frozenset({"Gemma2Model", "Gemma2ForCausalLM"}),
-    "transformer": frozenset({"SanaTransformer2DModel"}),
-    "vae": frozenset({"AutoencoderDC"}),
-    "scheduler": frozenset({"DPMSolverMultistepScheduler", "FlowMatchEulerDiscreteScheduler", "SCMScheduler"}),
-}
+MAX_TEXT = 20_000  # characters of one text in handscroll.json
+TEXT_ENCODER_KIND = "gemma2"
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +40,17 @@ class OwnSettings:
         for field in ("native_px", "default_steps", "max_prompt_tokens", "compose_px"):
             if getattr(self, field) is not None:
                 require_positive(self, field)
+        require_within(
+            self,
+            native_px=(1, MAX_SIDE_PX),
+            compose_px=(1, MAX_SIDE_PX),
+            default_steps=(1, 1000),
+            default_guidance=(0, 1000),
+            max_prompt_tokens=(1, 2**13),
+        )
+        for text in (self.name, self.licence, *(self.complex_human_instruction or ())):
+            if text is not None and len(text) > MAX_TEXT:
+                raise ValueError(f"a text has {len(text)} characters; at most {MAX_TEXT} are read: {shown(text)}")
 
 
 def read_own_settings(folder: Path) -> OwnSettings:
@@ -60,63 +60,60 @@ def read_own_settings(folder: Path) -> OwnSettings:
     config = read_config(file)
     known = {field.name for field in dataclasses.fields(OwnSettings)} - {"instruction"}
     if unknown := sorted(config.keys() - known):
-        raise CheckpointError(f"{file}: {unknown[0]!r} is not a setting; the settings are {', '.join(sorted(known))}")
+        raise CheckpointError(
+            f"{file}: {shown(unknown[0])} is not a setting; the settings are {', '.join(sorted(known))}"
+        )
     # Left out means diffusers' text; null means no instruction at all.
     silent = config.get("complex_human_instruction", ()) is None
     return build_spec(OwnSettings, file, {**config, "instruction": not silent})
 
 
-def check_layout(folder: Path) -> None:
-    if not folder.is_dir():
-        raise CheckpointError(f"{folder}: no such folder; a checkpoint folder holds {LAYOUT}")
-    index = folder / "model_index.json"
-    if not index.is_file():
-        raise CheckpointError(f"{index}: missing; a checkpoint folder holds {LAYOUT}")
-    config = read_config(index)
-    pipeline = config.get("_class_name")
-    if str(pipeline) not in PIPELINES:
-        known = ", ".join(sorted(PIPELINES))
-        raise CheckpointError(f"{index}: {shown(pipeline)} is not a Sana pipeline; known are {known}")
-    for component, allowed in CLASSES.items():
-        entry = config.get(component)
-        if not isinstance(entry, list) or len(entry) != 2 or not isinstance(entry[1], str):
-            raise CheckpointError(f"{index}: names no {component}; a checkpoint folder holds {LAYOUT}")
-        _check_class(index, component, entry[1], allowed)
-    for component in ("tokenizer", *CLASSES):
-        if not (folder / component).is_dir():
-            raise CheckpointError(f"{folder / component}: missing; a checkpoint folder holds {LAYOUT}")
-
-
-def _check_class(file: Path, component: str, name: str, allowed: frozenset[str]) -> None:
-    if name not in allowed:
-        raise CheckpointError(f"{file}: {component} is {shown(name)}; handscroll runs {' or '.join(sorted(allowed))}")
-
-
 def read_component(folder: Path, component: str) -> dict[str, Any]:
+    """The config.json of one component. Raises CheckpointError for what is not run, naming the file."""
     file = folder / component / "config.json"
     config = read_config(file)
     if config.get("quantization_config") is not None:
-        raise CheckpointError(f"{file}: this {component} is stored quantised, which is not supported; use the original")
+        how = quantised_by_config(config["quantization_config"])
+        raise CheckpointError(
+            f"{file}: this {component} is stored {how}, which handscroll does not read; {USE_THE_ORIGINAL}"
+        )
+    adapter = folder / component / "adapter_config.json"
+    if adapter.exists():
+        raise CheckpointError(
+            f"{adapter}: a LoRA adapter beside the weights is not implemented; fuse it into them with diffusers "
+            "(pipe.fuse_lora()) and save the pipeline, or move its files away to paint without it"
+        )
     names = config.get("architectures") if component == "text_encoder" else [config.get("_class_name")]
     for name in names if isinstance(names, list) else []:
         if isinstance(name, str):
-            _check_class(file, component, name, CLASSES[component])
+            check_class(file, component, name)
+    kind = config.get("model_type") or TEXT_ENCODER_KIND
+    if component == "text_encoder" and kind != TEXT_ENCODER_KIND:
+        raise CheckpointError(f"{file}: model_type is {shown(kind)}; handscroll runs {TEXT_ENCODER_KIND}")
     return config
 
 
-def read_scheduler(folder: Path) -> SchedulerSpec:
+def read_scheduler(folder: Path, index: Index) -> SchedulerSpec:
+    """The scheduler, whose class both files name. Raises CheckpointError for one that its pipeline does not run."""
     file = folder / "scheduler" / "scheduler_config.json"
     config = read_config(file)
-    name = config.get("_class_name") or read_config(folder / "model_index.json")["scheduler"][1]
-    _check_class(file, "scheduler", str(name), CLASSES["scheduler"])
+    name = str(config.get("_class_name") or index.scheduler)
+    check_class(file, "scheduler", name)
+    if name != index.scheduler:
+        raise CheckpointError(
+            f"{file}: is that of a {name}, and model_index.json names a {index.scheduler}; write in both which is meant"
+        )
+    if name not in PIPELINES[index.pipeline]:
+        runs = " or ".join(PIPELINES[index.pipeline])
+        raise CheckpointError(f"{file}: a {index.pipeline} samples by {runs}, not by {name}")
     settings = tuple((key, freeze(value)) for key, value in config.items() if not key.startswith("_"))
-    for key, value in settings:
-        if isinstance(value, dict):
-            raise CheckpointError(f"{file}: {key} should be a plain value or a list, found {shown(value)}")
-    return SchedulerSpec(str(name), settings)
+    return build_spec(SchedulerSpec, file, {"class_name": name, "settings": settings})
 
 
-def check_agreement(folder: Path, dit: TransformerSpec, vae: AutoencoderSpec, text: TextEncoderSpec) -> None:
+def check_agreement(
+    folder: Path, index: Index, dit: TransformerSpec, vae: AutoencoderSpec, text: TextEncoderSpec
+) -> None:
+    """Raises CheckpointError for components that do not fit each other or the pipeline."""
     if dit.in_channels != vae.latent_channels:
         raise CheckpointError(
             f"{folder}: the transformer takes {dit.in_channels} channels, the autoencoder makes {vae.latent_channels}"
@@ -126,3 +123,19 @@ def check_agreement(folder: Path, dit: TransformerSpec, vae: AutoencoderSpec, te
             f"{folder}: the transformer takes text of {dit.caption_channels} channels, "
             f"the text encoder makes {text.hidden_size}"
         )
+    # The flow pipeline drops a second half, a learned variance; the few-step one knows of none.
+    allowed = (dit.in_channels,) if index.is_few_step else (dit.in_channels, 2 * dit.in_channels)
+    if dit.out_channels not in allowed:
+        raise CheckpointError(
+            f"{folder}: the transformer makes {dit.out_channels} channels; a {index.pipeline} takes "
+            f"{' or '.join(map(str, allowed))}"
+        )
+    if dit.guidance_embeds and not index.is_few_step:
+        raise CheckpointError(
+            f"{folder}: the transformer takes guidance as an input (guidance_embeds), which a {index.pipeline} does "
+            f"not give; is it a {FEW_STEP_PIPELINE} with an SCMScheduler?"
+        )
+    if vae.in_channels != 3:
+        raise CheckpointError(f"{folder}: the autoencoder has {vae.in_channels} channels; pictures have 3")
+    if "layer_norm" in vae.decoder_norm_types:
+        raise CheckpointError(f"{folder}: decoder_norm_types 'layer_norm' is not implemented, here as in diffusers")

@@ -8,15 +8,13 @@ tokenizer and one set of safetensors; never a pickle.
 from __future__ import annotations
 
 import errno
-import io
+import os
 import re
-import threading
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
-from huggingface_hub import HfApi, constants, snapshot_download
+from huggingface_hub import HfApi, constants
 from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
@@ -28,29 +26,24 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 from huggingface_hub.file_download import repo_folder_name
-from tqdm.std import tqdm
 
-from handscroll.errors import CheckpointError, FetchError, HandscrollError, UnknownModelError
+from handscroll.errors import CheckpointError, FetchError, HandscrollError, UnknownModelError, UsageError
 from handscroll.files import write_whole
 from handscroll.models.checkpoint import CheckpointSpec
-from handscroll.models.folder import COMPONENTS, LAYOUT
+from handscroll.models.download import TIMEOUT_SECONDS, Download, FetchProgress
+from handscroll.models.hub_files import TOKENIZERS, check_small, choose_files
 from handscroll.system import free_disk_bytes
-from handscroll.units import first_line, gibibytes
-from handscroll.weights.folder import PICKLE_SUFFIXES, candidates
+from handscroll.threads import run_watched
+from handscroll.units import first_line, gibibytes, one_line, shown
 
-TIMEOUT_SECONDS = 20.0
 DEFAULT_REVISION = "main"
+COMMIT_CHARACTERS = 40
 COMMIT = re.compile(r"[0-9a-f]{40}")
+# What git takes for no name. It becomes one of a file, which must not lie elsewhere.
+_NO_REVISION = re.compile(r"^$|^[/.-]|\.\.|//|/\.|[/.]$|\.lock$|@\{|[\x00-\x20\x7f~^:?*\[\\]")
 
-
-@dataclass(frozen=True, slots=True)
-class FetchProgress:
-    """How far a fetch is, over all its files together."""
-
-    hub_id: str
-    done_bytes: int
-    total_bytes: int
-
+STOP_SECONDS = 5.0  # for a download that is ended to end: it does at the next piece that arrives
+TELL_AGAIN_SECONDS = 1.0  # where nothing arrives, so that a listener may end it
 
 OnProgress = Callable[[FetchProgress], None]
 
@@ -62,14 +55,18 @@ def fetch(
     on_progress: OnProgress | None = None,
     offline: bool | None = None,
     weights_too: bool = True,
+    on_listing: Callable[[Mapping[str, int]], None] | None = None,
 ) -> Path:
     """The folder of a hub checkpoint on this machine; downloaded first unless it is already here whole.
 
     revision: a branch, tag or commit; None for `main`. It is resolved to a commit once, and all files are of that
-    commit, whose name is the folder's. A checkpoint that is here is used without asking the hub. `offline=True`, or
-    HF_HUB_OFFLINE in the environment, never reaches for the network. The small files come first, so that a repository
-    which is not Sana's is refused before gigabytes are fetched. Without `weights_too` nothing else is: enough for a
-    plan.
+    commit, whose name is the folder's. A checkpoint that is here is used without asking the hub; what of it is cut
+    short is fetched anew. `offline=True`, or HF_HUB_OFFLINE in the environment, never reaches for the network. The
+    small files come first, so that a repository which is not Sana's is refused before gigabytes are fetched. Without
+    `weights_too` nothing else is: enough for a plan. `on_listing` is given the weight files that the hub has for it,
+    and their bytes.
+
+    on_progress: told on this thread, now and then; what it raises, and Ctrl-C, ends the download and passes through.
 
     Raises UnknownModelError if the hub knows no such model, FetchError if it cannot be reached, wants a login or the
     disk is too small, and CheckpointError if what it holds is not a Sana checkpoint in safetensors.
@@ -78,16 +75,12 @@ def fetch(
     if folder is not None:
         return folder
     if offline or (offline is None and constants.HF_HUB_OFFLINE):
-        what = hub_id if revision is None else f"revision {revision} of {hub_id}"
-        raise FetchError(f"{what} is not on this machine and fetching is off (offline); {_where_to_look(hub_id)}")
-    try:
-        return _download(hub_id, revision or DEFAULT_REVISION, on_progress, weights_too=weights_too)
-    except HandscrollError:
-        raise
-    except Exception as error:  # hub, HTTP, xet and disk errors share no root but this one
-        if told := _told(hub_id, error):
-            raise told from error
-        raise
+        raise FetchError(_not_here(hub_id, revision))
+    watched = _Watched(hub_id, revision or DEFAULT_REVISION, on_progress, weights_too=weights_too)
+    folder = run_watched(watched.fetch, watched.look, watched.stop, stop_seconds=STOP_SECONDS)
+    if on_listing is not None:
+        on_listing(watched.listing)
+    return folder
 
 
 def find_local(hub_id: str, revision: str | None = None) -> Path | None:
@@ -97,147 +90,119 @@ def find_local(hub_id: str, revision: str | None = None) -> Path | None:
     checkpoint that is here whole.
     """
     folders = _snapshot_folders(hub_id, revision)
-    whole = [folder for folder in folders if _is_whole(folder)]
+    whole = [folder for folder in folders if not _what_is_missing(folder)]
     return whole[0] if len(whole) == 1 else None
 
 
-def _is_whole(folder: Path) -> bool:
-    if not any((folder / "tokenizer" / name).is_file() for name in TOKENIZERS):
-        return False
+def find_small_files(hub_id: str, revision: str | None = None) -> Path | None:
+    """The folder of a hub checkpoint whose small files are here, with its weights or without; else as `find_local`."""
+    described = [folder for folder in _snapshot_folders(hub_id, revision) if _is_described(folder)]
+    return described[0] if len(described) == 1 else None
+
+
+def _is_described(folder: Path) -> bool:
     try:
-        CheckpointSpec.from_folder(folder)
+        CheckpointSpec.from_configs(folder)
     except CheckpointError:
         return False
-    return True
+    return any((folder / "tokenizer" / name).is_file() for name in TOKENIZERS)
 
 
-# Choosing files.
-TOKENIZERS = ("tokenizer.json", "tokenizer.model")
-
-
-def choose_files(names: Iterable[str], hub_id: str) -> tuple[list[str], list[str]]:
-    """Of all file names in a repository, those to fetch: the small ones, and the weights.
-
-    Where a component is stored more than once, its bf16 variant is taken, since it is half the size of the fp32 files
-    and what they are rounded to anyway; otherwise the plain files. An fp16 variant is taken only if there is nothing
-    else: text encoder and autoencoder overflow in it. Raises CheckpointError if the repository lacks a component.
-    """
-    names = sorted(names)
-    if "model_index.json" not in names:
-        other = "" if hub_id.endswith("_diffusers") else f"; is there a {hub_id}_diffusers?"
-        raise CheckpointError(f"{hub_id}: not in diffusers' layout, which holds {LAYOUT}{other}")
-    small = [name for name in names if name in ("model_index.json", "handscroll.json") or name.startswith("LICENSE")]
-    small += [name for name in names if name.startswith("scheduler/") and name.endswith(".json")]
-    small += [name for name in names if name.startswith("tokenizer/") and name.endswith((".json", ".model", ".jinja"))]
-    weights: list[str] = []
-    for component in COMPONENTS:
-        inside = [name.removeprefix(f"{component}/") for name in names if name.startswith(f"{component}/")]
-        found = candidates(inside)
-        if not found:
-            pickled = any(name.endswith(PICKLE_SUFFIXES) for name in inside)
-            why = "only pickles, which can run code and are never fetched" if pickled else "no weights"
-            raise CheckpointError(f"{hub_id}: {component}/ holds {why}; handscroll reads safetensors")
-        chosen = next((candidate for candidate in found if candidate.variant == "bf16"), found[0])
-        small += [f"{component}/config.json", *([f"{component}/{chosen.index}"] if chosen.index else [])]
-        weights += [f"{component}/{name}" for name in chosen.names]
-    return small, weights
+def _what_is_missing(folder: Path) -> str:
+    """Why a snapshot is not whole, in one line; empty where it is."""
+    if not any((folder / "tokenizer" / name).is_file() for name in TOKENIZERS):
+        return f"{folder / 'tokenizer'}: holds none of {', '.join(TOKENIZERS)}"
+    try:
+        CheckpointSpec.from_folder(folder)
+    except CheckpointError as error:
+        return one_line(error)
+    return ""
 
 
 # Downloading.
 
 
-def _download(hub_id: str, revision: str, on_progress: OnProgress | None, *, weights_too: bool = True) -> Path:
-    api = HfApi(endpoint=constants.ENDPOINT)
-    info = api.model_info(hub_id, revision=revision, files_metadata=True, timeout=TIMEOUT_SECONDS)
-    commit = info.sha
-    if commit is None:
-        raise FetchError(f"the hub does not say which commit revision {revision} of {hub_id} is; run again")
-    sizes = {sibling.rfilename: sibling.size or 0 for sibling in info.siblings or ()}
-    small, weights = choose_files(sizes, hub_id)
-    wanted = {name: sizes.get(name, 0) for name in (*small, *(weights if weights_too else ()))}
-    _check_room(hub_id, sum(wanted.values()))
+class _Watched:
+    """A download on a thread of its own, and what is told of it on another."""
 
-    report = _Report(hub_id, on_progress, wanted, _snapshots(hub_id) / commit)
-    folder = _snapshot(hub_id, commit, small, report)
-    CheckpointSpec.from_configs(folder)
-    if weights_too:
-        folder = _snapshot(hub_id, commit, weights, report)
-    _note_commit(hub_id, revision, commit)
-    report.finish()
-    return folder
+    def __init__(self, hub_id: str, revision: str, on_progress: OnProgress | None, *, weights_too: bool) -> None:
+        self.hub_id, self.revision, self.on_progress, self.weights_too = hub_id, revision, on_progress, weights_too
+        self.download: Download | None = None
+        self.listing: dict[str, int] = {}
+        self.stopped = False
+        self.told: FetchProgress | None = None
+        self.told_at = 0.0
 
+    def fetch(self) -> Path:
+        """The folder. Whatever the hub's library raises is told in one line."""
+        try:
+            return self._fetch()
+        except HandscrollError:
+            raise
+        except Exception as error:  # hub, HTTP, xet and disk errors share no root but this one
+            raise _told(self.hub_id, error) from error
 
-def _snapshot(hub_id: str, commit: str, names: list[str], report: _Report) -> Path:
-    folder = snapshot_download(
-        hub_id,
-        revision=commit,
-        cache_dir=constants.HF_HUB_CACHE,
-        endpoint=constants.ENDPOINT,
-        allow_patterns=names,
-        etag_timeout=TIMEOUT_SECONDS,
-        tqdm_class=report.bar_class(),
-        max_workers=4,
-    )
-    report.files_done(names)
-    return Path(folder)
+    def look(self) -> None:
+        """Tells the listener how far the files are: where that is new, and once a second where it is not."""
+        if self.download is None or self.on_progress is None:
+            return
+        if self.told is None:
+            self._tell(self.download.at_first)
+        progress, now = self.download.progress(), time.monotonic()
+        if progress != self.told or now - self.told_at >= TELL_AGAIN_SECONDS:
+            self._tell(progress)
 
+    def stop(self) -> None:
+        self.stopped = True
+        if self.download is not None:
+            self.download.stop()
 
-class _Report:
-    """Turns the hub library's progress bars into FetchProgress events."""
+    def _tell(self, progress: FetchProgress) -> None:
+        assert self.on_progress is not None
+        self.told, self.told_at = progress, time.monotonic()
+        self.on_progress(progress)
 
-    def __init__(
-        self, hub_id: str, on_progress: OnProgress | None, sizes: Mapping[str, int], already: Path | None
-    ) -> None:
-        self._hub_id = hub_id
-        self._on_progress = on_progress
-        self._sizes = sizes
-        self._total_bytes = sum(sizes.values())
-        self._here = {name for name in sizes if already is not None and (already / name).exists()}
-        self._last_bytes = -1
-        self._lock = threading.Lock()
-        self._tell(0)
+    def _fetch(self) -> Path:
+        hub_id, revision = self.hub_id, self.revision
+        info = HfApi(endpoint=constants.ENDPOINT).model_info(
+            hub_id, revision=revision, files_metadata=True, timeout=TIMEOUT_SECONDS
+        )
+        commit = info.sha
+        if commit is None or COMMIT.fullmatch(commit) is None:
+            raise FetchError(f"the hub does not say which commit revision {revision} of {hub_id} is; run again")
+        sizes = {sibling.rfilename: sibling.size or 0 for sibling in info.siblings or ()}
+        small, weights = choose_files(sizes, hub_id)
+        small = check_small(small, sizes, hub_id)
+        self.listing = {name: sizes.get(name, 0) for name in weights}
+        wanted = {name: sizes.get(name, 0) for name in (*small, *(weights if self.weights_too else ()))}
+        folder = _snapshots(hub_id) / commit
+        for name, size in wanted.items():
+            _discard_if_cut(folder / name, size)
+        _check_room(hub_id, sum(wanted.values()))
 
-    def bar_class(self) -> type[tqdm]:
-        """A silent progress bar class for one call of snapshot_download, which makes one or more bars of bytes."""
-        report, bars = self, []
-
-        class Bar(tqdm):
-            def __init__(self, *args: Any, **kwargs: Any) -> None:
-                super().__init__(*args, **{**kwargs, "file": io.StringIO(), "disable": False})
-                if kwargs.get("unit") == "B":
-                    bars.append(self)
-
-            def display(self, *args: Any, **kwargs: Any) -> bool:
-                return True
-
-            def update(self, n: float | None = 1) -> bool | None:
-                with report._lock:
-                    self.n += n or 0
-                    fetched = max((bar.n for bar in bars), default=0)
-                report._tell(int(fetched))
-                return None
-
-        return Bar
-
-    def files_done(self, names: Iterable[str]) -> None:
-        self._here.update(names)
-        self._tell(0)
-
-    def finish(self) -> None:
-        self._here.update(self._sizes)
-        self._tell(0)
-
-    def _tell(self, fetched_bytes: int) -> None:
-        done_bytes = sum(self._sizes.get(name, 0) for name in self._here) + fetched_bytes
-        done_bytes = min(done_bytes, self._total_bytes)
-        with self._lock:
-            if self._on_progress is None or done_bytes <= self._last_bytes:
-                return
-            self._last_bytes = done_bytes
-            self._on_progress(FetchProgress(self._hub_id, done_bytes, self._total_bytes))
+        download = Download(hub_id, commit, wanted, [name for name in wanted if (folder / name).exists()])
+        self.download = download
+        if self.stopped:
+            download.stop()
+        download.fetch(small)
+        CheckpointSpec.from_configs(folder)
+        if self.weights_too:
+            download.fetch(weights)
+        _note_commit(hub_id, revision, commit)
+        return folder
 
 
 # The cache.
+
+
+def _discard_if_cut(file: Path, size_bytes: int) -> None:
+    """Removes a file of another size than the hub says, and what it points to: as long as it is there, it is kept."""
+    if not size_bytes or not file.is_file() or file.stat().st_size == size_bytes:
+        return
+    blob = file.parent / os.readlink(file) if file.is_symlink() else None
+    file.unlink()
+    if blob is not None and blob.parent.name == "blobs":
+        blob.unlink(missing_ok=True)
 
 
 def _repository_folder(hub_id: str) -> Path:
@@ -266,13 +231,16 @@ def _snapshot_folders(hub_id: str, revision: str | None) -> list[Path]:
 
 
 def _ref(hub_id: str, revision: str) -> Path:
-    """Where the cache notes which commit a branch or tag was when it was last asked for."""
+    """Where the cache notes which commit a branch or tag was when it was last asked for. Raises UsageError."""
+    if _NO_REVISION.search(revision):
+        raise UsageError(f"revision {shown(revision)} is no name of a branch, tag or commit")
     return _repository_folder(hub_id) / "refs" / revision
 
 
 def _noted_commit(hub_id: str, revision: str) -> str:
     try:
-        noted = _ref(hub_id, revision).read_text().strip()
+        with _ref(hub_id, revision).open() as file:
+            noted = file.read(COMMIT_CHARACTERS + 2).strip()
     except (OSError, ValueError):
         return ""
     return noted if re.fullmatch(r"\w+", noted) else ""
@@ -294,7 +262,7 @@ def _check_room(hub_id: str, needed_bytes: int) -> None:
     while not place.exists():
         place = place.parent
     free_bytes = free_disk_bytes(place)
-    if needed_bytes > free_bytes:
+    if free_bytes is not None and needed_bytes > free_bytes:
         raise FetchError(
             f"{hub_id} needs {gibibytes(needed_bytes)} more on disk and {constants.HF_HUB_CACHE} has "
             f"{gibibytes(free_bytes)} free; make room or point HF_HOME elsewhere"
@@ -304,7 +272,7 @@ def _check_room(hub_id: str, needed_bytes: int) -> None:
 # Telling what went wrong, in one line that says what to do.
 
 
-def _told(hub_id: str, error: BaseException) -> HandscrollError | None:
+def _told(hub_id: str, error: BaseException) -> HandscrollError:
     page = f"{constants.ENDPOINT}/{hub_id}"
     if isinstance(error, LocalEntryNotFoundError) and error.__cause__ is not None:
         error = error.__cause__  # why the hub's own copy could not be asked for
@@ -328,11 +296,21 @@ def _told(hub_id: str, error: BaseException) -> HandscrollError | None:
         return FetchError(f"the disk is full at {constants.HF_HUB_CACHE}; make room and run again to go on from here")
     if isinstance(error, HTTPError | LocalEntryNotFoundError | OfflineModeIsEnabled | ConnectionError | TimeoutError):
         return FetchError(f"no connection to {constants.ENDPOINT} ({type(error).__name__}); {_where_to_look(hub_id)}")
-    if isinstance(error, OSError | RuntimeError):
-        return FetchError(f"fetching {hub_id} failed: {first_line(error)}; run again to go on from here")
-    return None
+    return FetchError(f"fetching {hub_id} failed: {first_line(error)}; run again to go on from here")
 
 
 def _where_to_look(hub_id: str) -> str:
     partly = " (there in part)" if _repository_folder(hub_id).is_dir() else ""
     return f"looked in {_repository_folder(hub_id)}{partly}; `handscroll models` lists what is here"
+
+
+def _not_here(hub_id: str, revision: str | None) -> str:
+    """Why a model cannot be had while fetching is off, and what would help."""
+    what = hub_id if revision is None else f"revision {revision} of {hub_id}"
+    missing = next(filter(None, map(_what_is_missing, _snapshot_folders(hub_id, revision))), "")
+    if missing:
+        return (
+            f"{what} is not whole on this machine ({missing}) and fetching is off (offline); run once with a network "
+            "and without HF_HUB_OFFLINE, and what is missing or cut short is fetched anew"
+        )
+    return f"{what} is not on this machine and fetching is off (offline); {_where_to_look(hub_id)}"

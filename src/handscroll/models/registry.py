@@ -6,11 +6,15 @@ The checkpoints live under https://huggingface.co/Efficient-Large-Model; nothing
 from __future__ import annotations
 
 import difflib
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
 
 from handscroll.errors import UnknownModelError, UsageError
+from handscroll.models.links import split_link
+from handscroll.models.single_file import describe_file
+from handscroll.units import shown
 
 BUILTIN_FOLDER = Path(__file__).parents[1] / "builtin"
 # As the model cards state it: https://huggingface.co/Efficient-Large-Model/Sana_1600M_1024px_BF16_diffusers
@@ -74,46 +78,84 @@ _HUB_ID = re.compile(f"{_HUB_PART}/{_HUB_PART}", re.ASCII)
 
 
 def split_revision(model: str | Path, revision: str | None = None) -> tuple[str | Path, str | None]:
-    """`owner/name@REV` or `short-name@REV` -> the model and its revision, which may also be given apart.
+    """`owner/name@REV`, `short-name@REV` or a link of the hub -> the model and its revision, which may be given apart.
 
     A folder whose name holds an @ is a folder. Raises UsageError for two revisions, or none after the @.
     """
+    model = model_name(model)
     text = str(model)
-    if isinstance(model, Path) or "@" not in text or Path(text).expanduser().is_dir():
+    if isinstance(model, Path) or _local(text) is not None:
+        return model, revision
+    if link := split_link(text):
+        return link[0], _one_revision(text, link[1], revision)
+    if "@" not in text:
         return model, revision
     name, _, named = text.partition("@")
     if not named:
         raise UsageError(f"{text!r} names no revision after the @; write owner/name@REVISION")
-    if revision is not None and revision != named:
+    return name, _one_revision(text, named, revision)
+
+
+def _one_revision(text: str, named: str | None, revision: str | None) -> str | None:
+    """Of the revision in a text and the one beside it. Raises UsageError for two."""
+    if None not in (named, revision) and revision != named:
         raise UsageError(f"{text!r} and --revision {revision} name two revisions; give one of them")
-    return name, named
+    return revision if named is None else named
 
 
 def resolve(model: str | Path) -> Entry | Path | str:
-    """What a user means by a model: a registry entry, a folder on this machine, or a hub id as `owner/name`.
+    """What a user means by a model: a registry entry, a folder on this machine, or a hub id as `owner/name` or a link.
 
     A short name comes before a folder of the same name (write `./name` for the folder), and the hub id of an official
     checkpoint is its entry. A revision after an @ is not looked at. Raises UnknownModelError, with the closest short
     names, for anything else.
     """
+    model = model_name(model)
     if isinstance(model, Path):
-        if model.expanduser().is_dir():
-            return model.expanduser()
+        if folder := _local(model):
+            return _as_folder(folder)
         raise UnknownModelError(f"no such model folder: {model}")
     model = str(split_revision(model)[0])
     entry = BY_NAME.get(model.lower()) or BY_HUB_ID.get(model)
     if entry is not None:
         return entry
-    folder = Path(model).expanduser()
-    if model and folder.is_dir():
-        return folder
+    if model and (folder := _local(model)):
+        return _as_folder(folder)
     if model.startswith((".", "/", "~")) or "\\" in model:
         raise UnknownModelError(f"no such model folder: {model}")
     if _HUB_ID.fullmatch(model):
         return model
+    if "://" in model:
+        raise UnknownModelError(f"{model}: no link of huggingface.co; give a folder, a short name or owner/name")
     raise UnknownModelError(
-        f"no model {model!r}; {_closest(model)}; a checkpoint folder or a hub id owner/name also does"
+        f"no model {shown(model, 100)}; {_closest(model[:100])}; a checkpoint folder or a hub id owner/name also does"
     )
+
+
+def model_name(model: object) -> str | Path:
+    """A model as somebody gave it, a name or a path. Raises UnknownModelError for what is neither."""
+    if isinstance(model, os.PathLike) and not isinstance(model, Path):
+        model = os.fspath(model)
+    if not isinstance(model, str | Path):
+        raise UnknownModelError(f"model {shown(model)} is no name; give a text or a pathlib.Path")
+    return model
+
+
+def _local(model: str | Path) -> Path | None:
+    """What a text names on this machine, if there is something."""
+    try:
+        path = Path(model).expanduser()
+        return path if path.exists() else None
+    except (OSError, RuntimeError, ValueError):  # a name that is too long, no such user, a zero byte
+        return None
+
+
+def _as_folder(path: Path) -> Path:
+    """Raises UnknownModelError for what is no folder, saying what it is."""
+    if path.is_dir():
+        return path
+    said = describe_file(path) if path.is_file() else "neither a folder nor a file"
+    raise UnknownModelError(f"{path}: {said}")
 
 
 def _closest(model: str) -> str:

@@ -5,7 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Self
 
-from handscroll.models.config import require_positive, spec_from_config
+from handscroll.models.config import (
+    MAX_CHANNELS,
+    MAX_HEADS,
+    MAX_LAYERS,
+    require_positive,
+    require_within,
+    spec_from_config,
+)
 from handscroll.models.parameters import linear_parameters
 
 
@@ -30,6 +37,25 @@ class TextEncoderSpec:
     def __post_init__(self) -> None:
         require_positive(self, "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "head_dim")
         require_positive(self, "num_attention_heads", "num_key_value_heads")
+        require_within(
+            self,
+            vocab_size=(1, 2**24),
+            hidden_size=(1, MAX_CHANNELS),
+            intermediate_size=(1, MAX_CHANNELS),
+            num_hidden_layers=(1, MAX_LAYERS),
+            num_attention_heads=(1, MAX_HEADS),
+            num_key_value_heads=(1, MAX_HEADS),
+            head_dim=(1, MAX_HEADS),
+            max_position_embeddings=(1, 2**24),
+            sliding_window=(1, 2**24),
+            rms_norm_eps=(0, 1),
+            pad_token_id=(0, self.vocab_size - 1),
+        )
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"num_attention_heads {self.num_attention_heads} is no multiple of num_key_value_heads "
+                f"{self.num_key_value_heads}"
+            )
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> Self:

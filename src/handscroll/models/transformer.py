@@ -5,7 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Self
 
-from handscroll.models.config import require_positive, spec_from_config
+from handscroll.models.config import (
+    MAX_CHANNELS,
+    MAX_HEADS,
+    MAX_LAYERS,
+    require_positive,
+    require_within,
+    spec_from_config,
+)
 from handscroll.models.parameters import convolution_parameters, linear_parameters
 
 
@@ -39,6 +46,27 @@ class TransformerSpec:
         require_positive(self, "in_channels", "out_channels", "num_attention_heads", "attention_head_dim")
         require_positive(self, "num_layers", "num_cross_attention_heads", "cross_attention_head_dim", "mlp_ratio")
         require_positive(self, "caption_channels", "sample_size", "patch_size")
+        require_within(
+            self,
+            num_layers=(1, MAX_LAYERS),
+            in_channels=(1, MAX_CHANNELS),
+            out_channels=(1, MAX_CHANNELS),
+            num_attention_heads=(1, MAX_HEADS),
+            attention_head_dim=(1, MAX_HEADS),
+            num_cross_attention_heads=(1, MAX_HEADS),
+            cross_attention_head_dim=(1, MAX_HEADS),
+            width=(1, MAX_CHANNELS),
+            cross_width=(1, MAX_CHANNELS),
+            caption_channels=(1, MAX_CHANNELS),
+            mlp_ratio=(1 / self.width, 64),
+            dropout=(0, 1),
+            sample_size=(1, 2**14),
+            patch_size=(1, 64),
+            norm_eps=(0, 1),
+            interpolation_scale=(1e-3, 1e3),
+            guidance_embeds_scale=(-1e6, 1e6),
+            timestep_scale=(-1e6, 1e6),
+        )
         if self.cross_attention_dim != self.width:
             raise ValueError(f"cross_attention_dim is {self.cross_attention_dim}, but the width is {self.width}")
         if self.qk_norm not in (None, "rms_norm_across_heads"):

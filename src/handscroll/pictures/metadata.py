@@ -10,7 +10,7 @@ import zlib
 from pathlib import Path
 from typing import Any
 
-from handscroll.errors import FormatError
+from handscroll.errors import FormatError, OutOfMemoryError, is_out_of_memory
 from handscroll.pictures.formats import DZI, FORMATS, PNG, TIFF, Format
 from handscroll.pictures.vips import load_vips
 
@@ -19,43 +19,51 @@ KEYWORD = "parameters"  # the PNG text chunk that image tools look for
 
 
 def parameters_text(
-    prompt: str,
-    negative: str,
+    prompt: str = "",
+    negative: str = "",
     *,
-    steps: int,
-    sampler: str,
-    guidance: float,
-    seed: int,
     width: int,
     height: int,
-    model: str,
     version: str,
     memory_mode: str,
     exact: bool,
+    steps: int | None = None,
+    sampler: str | None = None,
+    guidance: float | None = None,
+    seed: int | None = None,
+    model: str | None = None,
     precision: str = "",
     composed: str = "",
     revision: str = "",
+    autoencoder: str = "",
+    prompt_read: str = "",
+    negative_read: str = "",
 ) -> str:
-    """How a picture was made, in the lines that image tools read. `version` is handscroll's own, such as 0.1.0.
+    """How a picture was made, in the lines that image tools read; what is not known is left out.
 
-    composed: the size, as 512x512, at which a picture began that grew; image tools know it as the first pass.
-    revision: the commit of a model that came from the hub.
+    version: handscroll's own, such as 0.1.0. composed: the size, as 512x512, at which a picture began that grew; image
+    tools know it as the first pass. revision: the commit of a model that came from the hub. autoencoder: what decoded
+    it, where that is not the model's own. prompt_read and negative_read: as `298 of 468 tokens`, where they were cut.
     """
-    fields = {
+    told = {
         "Steps": steps,
         "Sampler": sampler,
-        "CFG scale": f"{guidance:g}",
+        "CFG scale": None if guidance is None else f"{guidance:g}",
         "Seed": seed,
         "Size": f"{width}x{height}",
-        **({"First pass size": composed} if composed else {}),
+        "First pass size": composed,
         "Model": model,
-        **({"Model revision": revision} if revision else {}),
-        **({"Precision": precision} if precision else {}),
+        "Model revision": revision,
+        "VAE": autoencoder,
+        "Precision": precision,
+        "Prompt read": prompt_read,
+        "Negative prompt read": negative_read,
         "Version": f"handscroll {version}",
         "Memory mode": memory_mode,
         "Exact": "true" if exact else "false",
     }
-    lines = [prompt.strip()]
+    fields = {name: value for name, value in told.items() if value is not None and value != ""}
+    lines = [prompt.strip()] if prompt.strip() else []
     if negative.strip():
         lines.append(f"Negative prompt: {negative.strip()}")
     lines.append(", ".join(f"{name}: {_quoted(str(value))}" for name, value in fields.items()))
@@ -110,6 +118,8 @@ def _opened(path: Path, known: Format) -> Any:
     try:
         return vips.Image.new_from_file(str(path), access="sequential", revalidate=True)
     except vips.Error as error:
+        if is_out_of_memory(error):
+            raise OutOfMemoryError(f"out of memory while reading {path}; close other programs") from error
         raise FormatError(f"cannot read {path}: not a {known.title} picture, or a damaged one") from error
 
 
@@ -130,8 +140,11 @@ def _read_png_text(path: Path, file: Any) -> str:
             body = body[2:].split(b"\0", 2)[-1]
         elif packed:
             body = body[1:]
-        # A few kilobytes can unpack to gigabytes.
-        return (zlib.decompressobj().decompress(body, 1 << 24) if packed else body).decode(charset, "replace")
+        try:
+            # A few kilobytes can unpack to gigabytes.
+            return (zlib.decompressobj().decompress(body, 1 << 24) if packed else body).decode(charset, "replace")
+        except zlib.error:
+            raise FormatError(f"cannot read {path}: its text is broken") from None
     return ""
 
 

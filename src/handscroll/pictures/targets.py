@@ -11,13 +11,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from handscroll.errors import FormatError, OutputError, SizeError
-from handscroll.files import lock_folder
+from handscroll.errors import FormatError, OutOfMemoryError, OutputError, SizeError, is_out_of_memory
+from handscroll.files import lock_folder, why_not_on_windows
 from handscroll.pictures.formats import FORMATS, Format
 from handscroll.system import free_disk_bytes
 from handscroll.units import gibibytes, one_line
 
+IS_WINDOWS = os.name == "nt"
 EXCHANGING = ".exchanging"  # in a folder of Deep Zoom tiles: its index is gone, or not there yet
+MAX_REASON = 120  # characters, of what a library says
 TIFF_LEVEL_IN_MEMORY_BYTES = 100 << 20  # libvips keeps larger levels of a pyramid in the temporary folder
 
 
@@ -55,6 +57,16 @@ class Target:
         return FORMATS[self.path.suffix.lower()]
 
 
+def check_format(path: Path, width: int, height: int) -> Format:
+    """The format that a file name says. Raises FormatError and SizeError as `check_target`, and looks at no disk."""
+    known = FORMATS.get(path.suffix.lower())
+    if known is None:
+        suffix = f"{path.suffix!r} is not a suffix handscroll writes" if path.suffix else "the file name has no suffix"
+        raise FormatError(f"cannot tell the format of {path}: {suffix}; use one of {' '.join(FORMATS)}")
+    _check_size(known, width, height)
+    return known
+
+
 def check_target(path: Path, width: int, height: int) -> Target:
     """Refuse a file that could not be written, before any work is done. `width` and `height` are in pixels.
 
@@ -62,12 +74,10 @@ def check_target(path: Path, width: int, height: int) -> Target:
     or OutputError (a folder in the way, no such folder, no permission, too little free disk).
     """
     path = Path(path)
-    known = FORMATS.get(path.suffix.lower())
-    if known is None:
-        suffix = f"{path.suffix!r} is not a suffix handscroll writes" if path.suffix else "the file name has no suffix"
-        raise FormatError(f"cannot tell the format of {path}: {suffix}; use one of {' '.join(FORMATS)}")
-    _check_size(known, width, height)
+    known = check_format(path, width, height)
     target = Target(path, known.name, width, height)
+    if IS_WINDOWS and (reason := why_not_on_windows(path.name)):
+        raise OutputError(f"cannot write {path}: Windows takes no such file name, {reason}; choose another")
     try:
         str(path).encode()
         _check_place(target)
@@ -121,7 +131,7 @@ def check_files_folder(target: Target, index: Path) -> None:
 
 def _check_free(path: Path, folder: Path, needed_bytes: int) -> None:
     free_bytes = free_disk_bytes(folder)
-    if free_bytes < needed_bytes:
+    if free_bytes is not None and free_bytes < needed_bytes:
         figures = f"needs {gibibytes(needed_bytes)} in {folder}, {gibibytes(free_bytes)} is free"
         raise OutputError(f"not enough disk to write {path}: {figures}; free some space or choose another folder")
 
@@ -132,7 +142,16 @@ def output_errors(target: Target, *library_errors: type[Exception]) -> Iterator[
     try:
         yield
     except caught as error:
+        if is_out_of_memory(error):
+            raise OutOfMemoryError(_no_memory(target, error)) from error
         raise OutputError(_reason(target, error)) from error
+
+
+def _no_memory(target: Target, error: Exception) -> str:
+    """One line on memory that ran out in a writer, and what would take less."""
+    path, line = target.path, one_line(error, MAX_REASON)
+    smaller = "" if target.format == "png" else ", write a .png, which takes the least,"
+    return f"out of memory while writing {path} ({line}); close other programs{smaller} or use a smaller --size"
 
 
 def _reason(target: Target, error: Exception) -> str:

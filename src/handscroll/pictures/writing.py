@@ -25,11 +25,12 @@ from typing import Any, Self
 
 import numpy as np
 
-from handscroll.files import discard, lock_folder, part_beside, sync_file, sync_folder, write_all
+from handscroll.files import discard, lock_folder, open_new, part_beside, sync_file, sync_folder, write_all
 from handscroll.pictures.encoding import encode_picture
 from handscroll.pictures.metadata import png_chunk
 from handscroll.pictures.targets import EXCHANGING, Target, check_files_folder, output_errors
 from handscroll.pictures.vips import load_vips
+from handscroll.threads import POLL_SECONDS, run_watched
 
 
 def write_image(
@@ -39,6 +40,7 @@ def write_image(
     *,
     quality: int | None = None,
     on_rows: Callable[[int], None] | None = None,
+    on_wait: Callable[[], None] = lambda: None,
     part: Path | None = None,
     beside: bool = False,
 ) -> Path:
@@ -46,12 +48,14 @@ def write_image(
 
     `parameters` is stored in the file for `read_parameters` and other image tools. `quality`, 1 to 100, is for JPEG,
     WebP and Deep Zoom tiles; PNG and TIFF are lossless. `on_rows` is told after each row block how many rows have come.
+    `on_wait` is called every tenth of a second while the file is encoded; raising there stops the encoder at once, but
+    for WebP, which is encoded in one piece.
 
     The file appears whole or not at all; an older one stays until then. Raises ValueError for row blocks that do not
-    make up the picture, OutputError where it cannot be written; what `row_blocks` or `on_rows` raise passes through
-    unchanged. Until it is whole it is called `part`, a name on the same file system that nobody else uses, and the
-    scratch has that name with the suffix `.rows`; what a killed process left there is replaced. Left out, hidden names
-    beside it.
+    make up the picture, OutputError where it cannot be written, OutOfMemoryError; what `row_blocks`, `on_rows` or
+    `on_wait` raise passes through unchanged. Until it is whole it is called `part`, a name on the same file system that
+    nobody else uses, and the scratch has that name with the suffix `.rows`; what a killed process left there is
+    replaced. Left out, hidden names beside it.
 
     beside: encode on a thread while rows come, without a scratch, to the same bytes. That is for rows that another
     device makes: on a CPU the encoder and those who make rows would take each other's cores, and memory on top.
@@ -68,7 +72,7 @@ def write_image(
                 discard(leftover)
         if beside:
             cleanup.callback(discard, part)
-            encoder = _Encoder(target, lambda image: encode_picture(image, target, part, parameters, quality))
+            encoder = _Encoder(target, lambda image: encode_picture(image, target, part, parameters, quality), on_wait)
             with encoder:
                 _receive(target, row_blocks, encoder.write, on_rows)
         else:
@@ -77,7 +81,13 @@ def write_image(
             _receive(target, row_blocks, lambda row_block: write_all(scratch, row_block), on_rows)
             cleanup.callback(discard, part)
             with output_errors(target, vips.Error):
-                encode_picture(_picture(scratch_name, target), target, part, parameters, quality)
+                image = _picture(scratch_name, target)
+
+            def encode() -> None:
+                with output_errors(target, vips.Error):
+                    encode_picture(image, target, part, parameters, quality)
+
+            run_watched(encode, on_wait, lambda: image.set_kill(True))
         with output_errors(target, vips.Error):
             publish(target, part, final)
     return target.path
@@ -88,7 +98,7 @@ def _open_scratch(path: Path, cleanup: contextlib.ExitStack) -> tuple[int, str]:
 
     Where the system names open files, it is unlinked at once, so that not even a killed process leaves it behind.
     """
-    scratch = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
+    scratch = open_new(path)
     cleanup.callback(discard, path)
     cleanup.callback(os.close, scratch)
     by_descriptor = f"/proc/self/fd/{scratch}"
@@ -127,11 +137,13 @@ class _Encoder:
     """Encodes on a thread the row blocks that are written to it, from top to bottom.
 
     libvips reads no raw rows from a pipe, so they go through it as a PNG that is not compressed, at 0.5 GB/s. A context
-    manager, left when all rows are written, or none will come any more; raises what the encoder raised.
+    manager, left when all rows are written, or none will come any more; raises what the encoder raised. `on_wait` is
+    called while the last of them are encoded.
     """
 
-    def __init__(self, target: Target, encode: Callable[[Any], None]) -> None:
-        self.target, self.encode = target, encode
+    def __init__(self, target: Target, encode: Callable[[Any], None], on_wait: Callable[[], None]) -> None:
+        self.target, self.encode, self.on_wait = target, encode, on_wait
+        self.image: Any = None
         self.error: BaseException | None = None
         self.stored = zlib.compressobj(0)
 
@@ -148,8 +160,8 @@ class _Encoder:
         try:
             with output_errors(self.target, vips.Error):
                 source = vips.Source.new_from_descriptor(self.read_end)
-                image = vips.Image.new_from_source(source, "", access="sequential", fail_on="truncated")
-                self.encode(image.copy(xres=1, yres=1))  # as of raw rows, for which there is no resolution
+                self.image = vips.Image.new_from_source(source, "", access="sequential", fail_on="truncated")
+                self.encode(self.image.copy(xres=1, yres=1))  # as of raw rows, for which there is no resolution
         except BaseException as error:
             self.error = error
         while os.read(self.read_end, 2**16):  # or who writes would wait for ever
@@ -169,7 +181,16 @@ class _Encoder:
         if error is None:
             write_all(self.write_end, png_chunk(b"IDAT", self.stored.flush()) + png_chunk(b"IEND", b""))
         os.close(self.write_end)
-        self.thread.join()
+        try:
+            while self.thread.is_alive() and error is None:
+                self.thread.join(POLL_SECONDS)
+                self.on_wait()
+        except BaseException:
+            if self.image is not None:
+                self.image.set_kill(True)
+            raise
+        finally:
+            self.thread.join()
         if error is None and self.error is not None:
             raise self.error
 

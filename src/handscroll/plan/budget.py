@@ -10,6 +10,7 @@ from typing import Protocol, TypeVar
 from handscroll.limits import STAGING_BYTES
 from handscroll.models.checkpoint import CheckpointSpec
 from handscroll.plan.inputs import MIB, Hardware, PlanInputs
+from handscroll.plan.kept import kept_beside_bytes
 from handscroll.plan.plan import Plan
 from handscroll.plan.stages import TEXT_PART, Part
 
@@ -80,16 +81,17 @@ def part_budget(
     part: Part, plan: Plan, spec: CheckpointSpec, inputs: PlanInputs, limit_bytes: int | None
 ) -> PartBudget:
     """The budget of one part of a plan within a limit of the whole process (or of the CUDA allocator)."""
+    base_bytes = (inputs.hardware.base_bytes or 0) + kept_beside_bytes(part, plan, spec)
     if inputs.hardware.is_cuda:
-        return PartBudget(inputs.hardware.base_bytes, CUDA_EXTRA_BYTES, CUDA_EXTRA_SHARE, limit_bytes)
+        return PartBudget(base_bytes, CUDA_EXTRA_BYTES, CUDA_EXTRA_SHARE, limit_bytes)
     share = CPU_HEAP_SHARE if plan.budget_bytes is None else CPU_EXTRA_SHARE
-    return PartBudget(inputs.hardware.base_bytes, _cpu_extra_bytes(part, plan, spec), share, limit_bytes)
+    return PartBudget(base_bytes, _cpu_extra_bytes(part, plan, spec), share, limit_bytes)
 
 
 def _cpu_extra_bytes(part: Part, plan: Plan, spec: CheckpointSpec) -> int:
     """What a part takes beside tensors: kernels, and a buffer to read weights of another dtype through."""
     precision = getattr(plan.precision, part.component)
-    stored = {entry.dtype for entry in spec.weights_of(part.folder).tensors}
+    stored = {entry.dtype for entry in spec.weights_of(part.folder).tensors} or {spec.dtype_of(part.folder)}
     growths = 0 if part is TEXT_PART else len(plan.sizes) - 1
     extra_bytes = part.cpu_extra_bytes + growths * CPU_GROWTH_BYTES
     extra_bytes += (1 + growths) * CPU_HALF_EXTRA_BYTES if precision != "fp32" else 0

@@ -12,6 +12,7 @@ from handscroll.plan.decoder_shape import DecoderShape
 from handscroll.plan.denoise import DenoiseStage, Sampling, denoise_stages
 from handscroll.plan.encoder_shape import EncoderShape
 from handscroll.plan.inputs import PlanInputs
+from handscroll.plan.kept import kept_bytes
 from handscroll.plan.plan import PartPlan, Plan
 from handscroll.plan.precision import BYTES
 from handscroll.plan.stages import DECODE_PART, DENOISE_PART, ENCODE_PART, TEXT_PART, Part
@@ -39,7 +40,8 @@ def _prompts(plan: Plan, spec: CheckpointSpec) -> int:
 
 def _text(plan: Plan, spec: CheckpointSpec, inputs: PlanInputs) -> Iterable[TextStage]:
     precision = plan.precision.text_encoder
-    return [text_stage(spec.text_encoder, inputs.tokens or 0, _prompts(plan, spec), precision, inputs)]
+    kept = TEXT_PART.module in plan.kept
+    return [text_stage(spec.text_encoder, inputs.tokens or 0, _prompts(plan, spec), precision, inputs, kept)]
 
 
 def _denoise(plan: Plan, spec: CheckpointSpec, inputs: PlanInputs, budget: PartBudget) -> Iterable[DenoiseStage]:
@@ -52,7 +54,8 @@ def _denoise(plan: Plan, spec: CheckpointSpec, inputs: PlanInputs, budget: PartB
         branches=_prompts(plan, spec),
         precision=plan.precision.transformer,
     )
-    return denoise_stages(spec.transformer, sampling, inputs.hardware, budget.tensor_bytes)
+    kept = DENOISE_PART.module in plan.kept
+    return denoise_stages(spec.transformer, sampling, inputs.hardware, budget.tensor_bytes, kept)
 
 
 def _autoencoder(
@@ -64,5 +67,10 @@ def _autoencoder(
         half, small, strip_rows = EncoderShape, plan.smaller, None
     shape = half(spec.autoencoder, plan.latent_height, plan.latent_width, BYTES[precision])
     # A smaller picture is held whole, in the host's memory, while it is decoded and encoded again.
-    held_bytes = 0 if small is None or inputs.hardware.is_cuda else 3 * small.width * small.height
-    return decode_stages(shape, precision, inputs.hardware, budget.tensor_bytes, strip_rows, held_bytes)
+    picture_bytes = 0 if small is None else 3 * small.width * small.height
+    hardware, held_bytes = inputs.hardware, picture_bytes
+    if hardware.is_cuda:
+        host_bytes = max(0, hardware.host_bytes - picture_bytes)
+        hardware, held_bytes = dataclasses.replace(hardware, host_bytes=host_bytes), 0
+    kept = kept_bytes(part, plan, spec)
+    return decode_stages(shape, precision, hardware, budget.tensor_bytes, strip_rows, held_bytes, kept)

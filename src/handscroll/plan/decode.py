@@ -14,6 +14,7 @@ from functools import cache, lru_cache
 
 from handscroll.limits import CUDA_STRIP_BYTES, MAP_CHUNK_BYTES, STRIP_BYTES
 from handscroll.plan.decoder_shape import DecoderShape, PassShape
+from handscroll.plan.host import host_map_bytes
 from handscroll.plan.inputs import Hardware, heights_up_to
 from handscroll.plan.store import Store
 
@@ -49,6 +50,11 @@ class DecodeStage:
     def starts(self) -> tuple[int, ...]:
         return tuple(sweep.start for sweep in self.sweeps)
 
+    def share_done(self, index: int, share: float) -> float:
+        """How much of the stage is done, 0 to 1, when `share` of sweep `index` is, by planned seconds."""
+        seconds = [sweep.seconds for sweep in self.sweeps]
+        return (sum(seconds[:index]) + share * seconds[index]) / self.seconds if self.seconds else 0.0
+
     @property
     def spilled(self) -> bool:
         return any(sweep.store in ("host", "disk") for sweep in self.sweeps)
@@ -65,13 +71,15 @@ def decode_stages(
     limit_bytes: int | None,
     strip_rows: int | None = None,
     held_bytes: int = 0,
+    kept_bytes: int = 0,
 ) -> Iterator[DecodeStage]:
     """Every way worth considering, each with the fastest row blocks that the limit lets; else with the smallest.
 
     `strip_rows` fixes the height in the last sweep, and the others' by the same bytes. `held_bytes` are there all the
-    time, beside what the stage itself makes.
+    time, beside what the stage itself makes; so are `kept_bytes` of weights, which then need not be read.
     """
-    for route in _routes(shape, precision, hardware, strip_rows, held_bytes):
+    reads = not kept_bytes
+    for route in _routes(shape, precision, hardware, strip_rows, held_bytes + kept_bytes, reads):
         sweeps = []
         for options in route:
             fitting = (option for option in options if limit_bytes is None or option.peak_bytes <= limit_bytes)
@@ -79,6 +87,31 @@ def decode_stages(
         yield DecodeStage(
             tuple(sweeps), max(sweep.peak_bytes for sweep in sweeps), sum(sweep.seconds for sweep in sweeps)
         )
+
+
+def taller(
+    shape: DecoderShape, precision: str, hardware: Hardware, stage: DecodeStage, limit_bytes: int, held_bytes: int = 0
+) -> DecodeStage:
+    """The same way with the tallest row blocks that the limit lets; `decode_stages` tries powers of two."""
+    held_bytes += _latent_bytes(shape)
+    stores = [sweep.store for sweep in stage.sweeps]
+    layout = _Layout(shape, stage.starts, stores, precision, hardware, held_bytes, reads=False)
+    sweeps = []
+    for index, sweep in enumerate(stage.sweeps):
+        fitting, too_tall = sweep.strip_rows, _most_rows(shape, index, hardware) + 1
+        while too_tall - fitting > 1:
+            rows = (fitting + too_tall) // 2
+            made = layout.sweep(index, rows, shape.pass_shape(sweep.start, index, rows))
+            if made.peak_bytes <= limit_bytes:
+                fitting, sweep = rows, made
+            else:
+                too_tall = rows
+        sweeps.append(sweep)
+    return DecodeStage(tuple(sweeps), max(sweep.peak_bytes for sweep in sweeps), sum(sweep.seconds for sweep in sweeps))
+
+
+def _latent_bytes(shape: DecoderShape) -> int:
+    return shape.rows * shape.columns * shape.spec.latent_channels * (4 + 2 * shape.element_bytes)
 
 
 def _by_seconds(option: SweepStage) -> tuple[float, int]:
@@ -89,12 +122,14 @@ def _by_bytes(option: SweepStage) -> tuple[int, float]:
     return option.peak_bytes, option.seconds
 
 
-@lru_cache(maxsize=8)  # a job asks several times: for its budget, for the least, for the next try
+@lru_cache(
+    maxsize=32
+)  # a job asks several times: for its budget, for the least, for what may be kept, for the next try
 def _routes(
-    shape: DecoderShape, precision: str, hardware: Hardware, strip_rows: int | None, held_bytes: int
+    shape: DecoderShape, precision: str, hardware: Hardware, strip_rows: int | None, held_bytes: int, reads: bool
 ) -> tuple[tuple[tuple[SweepStage, ...], ...], ...]:
     """For every layout, for every sweep, what each row block height makes of it, the fastest first."""
-    held_bytes += shape.rows * shape.columns * shape.spec.latent_channels * (4 + 2 * shape.element_bytes)
+    held_bytes += _latent_bytes(shape)
     heights = [_heights(shape, index, hardware, strip_rows) for index in range(len(shape))]
     routes = []
     known: dict[tuple[object, ...], tuple[SweepStage, ...]] = {}
@@ -104,7 +139,7 @@ def _routes(
         return [shape.pass_shape(start, index, rows) for rows in heights[index]]
 
     for starts, stores in _layouts(shape, hardware):
-        layout = _Layout(shape, starts, stores, precision, hardware, held_bytes)
+        layout = _Layout(shape, starts, stores, precision, hardware, held_bytes, reads)
         route = []
         for index in range(len(shape)):
             start = starts[index]
@@ -123,8 +158,13 @@ def _heights(shape: DecoderShape, index: int, hardware: Hardware, strip_rows: in
     if strip_rows is not None:
         last = len(shape) - 1
         return [strip_rows if index == last else max(1, strip_rows * shape.row_bytes(last) // row_bytes)]
-    most = max(1, min(shape.map_rows(index), (CUDA_STRIP_BYTES if hardware.is_cuda else STRIP_BYTES) // row_bytes))
-    return heights_up_to(most)
+    return heights_up_to(_most_rows(shape, index, hardware))
+
+
+def _most_rows(shape: DecoderShape, index: int, hardware: Hardware) -> int:
+    """Beyond it nothing gets faster."""
+    strip_bytes = CUDA_STRIP_BYTES if hardware.is_cuda else STRIP_BYTES
+    return max(1, min(shape.map_rows(index), strip_bytes // shape.row_bytes(index)))
 
 
 def _layouts(shape: DecoderShape, hardware: Hardware) -> Iterator[tuple[list[int], tuple[Store | None, ...]]]:
@@ -140,7 +180,7 @@ def _layouts(shape: DecoderShape, hardware: Hardware) -> Iterator[tuple[list[int
         for first_spilled in sorted(stored - {0}):
             spilled = {index for index in stored if index >= first_spilled}
             for store, room_bytes in rooms.items():
-                if _spilled_bytes(shape, spilled) <= room_bytes:
+                if _spilled_bytes(shape, spilled, store) <= room_bytes:
                     yield (
                         starts,
                         tuple(
@@ -156,9 +196,10 @@ def _restarts(shape: DecoderShape) -> list[int]:
     return [last, *(index for index in reversed(range(last)) if shape.map_bytes(index) != shape.map_bytes(index + 1))]
 
 
-def _spilled_bytes(shape: DecoderShape, spilled: set[int]) -> int:
+def _spilled_bytes(shape: DecoderShape, spilled: set[int], store: Store) -> int:
     """The most that lies there at one time: two maps, one being read while the next is written."""
-    return sum(sorted((shape.map_bytes(index) for index in spilled), reverse=True)[:2])
+    sizes = ((shape.map_bytes(index), shape.map_rows(index)) for index in spilled)
+    return sum(sorted((host_map_bytes(*size) if store == "host" else size[0] for size in sizes), reverse=True)[:2])
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,12 +212,13 @@ class _Layout:
     precision: str
     hardware: Hardware
     held_bytes: int  # the latent, and what a caller holds
+    reads: bool  # whether weights come from the file
 
     def sweep(self, index: int, strip_rows: int, made: PassShape) -> SweepStage:
         start, rates = self.starts[index], self.hardware.rates
         row_blocks = -(-self.shape.map_rows(index) // strip_rows)
         seconds = made.flops / rates.flops(self.precision) + row_blocks * made.calls * SECONDS_A_CALL
-        seconds += made.weight_bytes / rates.weight_bytes
+        seconds += made.weight_bytes / rates.weight_bytes if self.reads else 0.0
         for place in (start, index + 1):  # the map that is read, and the one that is written
             store = self.stores[place] if 0 < place < len(self.shape) else None
             if store in ("disk", "host"):
@@ -191,6 +233,8 @@ class _Layout:
         source = self._kept_bytes(start)
         result = self._kept_bytes(index + 1) if index + 1 < len(self.shape) else 0
         chunks = min(source, MAP_CHUNK_BYTES) + min(result, MAP_CHUNK_BYTES)
+        if self.shape.resident:
+            chunks = min(chunks, min(source, result))
         if any(later == start for later in self.starts[index + 1 :]):  # read again, and so not freed behind the reader
             return source + result + chunks
         return max(source, result) + chunks

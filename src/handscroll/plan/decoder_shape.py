@@ -13,7 +13,7 @@ tensors, on a CPU with oneDNN, for one picture. By unit, for r rows of its input
     up, shuffle 2 x C                             -                     12 r K
     norm_out    -                                 -                     r C
     conv_out    2 x C                             -                     r C + r K
-    down        3 x C                             -                     2 r C + r K
+    down        3 x C                             -                     r C + r K / 2
     mean_out    2 x C                             -                     r C + 2 r K
 
 I = heads * head_dim, S = scales with the plain one, K the channels that go out. A pass also has one workspace as large
@@ -159,11 +159,31 @@ class UnitShape:
             case "norm_out":
                 elements = rows * channels
             case "down":
-                elements = 2 * rows * channels + rows * out_channels
+                elements = rows * channels + rows * out_channels // 2
             case "mean_out":
                 elements = rows * channels + 2 * rows * out_channels
             case _:
                 elements = rows * channels + rows * out_channels
+        return elements * columns * element_bytes
+
+    def unfused_bytes(self, rows: int, columns: int, element_bytes: int) -> int:
+        """What it holds beside without fused kernels: all windows, or of a depthwise convolution its results twice."""
+        channels, out_channels, inner = self.channels, self.out_channels, self.inner
+        match self.kind:
+            case "mix_ffn":
+                elements = 8 * rows * channels
+            case "attention" | "sums":
+                elements = 2 * max(rows, self.lag_rows) * inner
+            case "up" if self.folded:
+                elements = 5 * (rows + 1) * channels + 2 * rows * out_channels
+            case "up" if self.factor == 2 and self.parameters == 9 * channels * out_channels + out_channels:
+                elements = 36 * (rows + 2) * channels
+            case "down" if self.parameters > 2 * self.macs:  # a stride of two, and no pixel_unshuffle
+                elements = 9 * rows * channels // 4
+            case "norm_out":
+                return 0
+            case _:
+                elements = 9 * rows * channels
         return elements * columns * element_bytes
 
 
@@ -251,7 +271,8 @@ class DecoderShape:
     """The decoder of a latent of `rows` x `columns`, cut at its attentions as banded/autoencoder/ cuts it.
 
     Sweep i begins with attention i, but for sweep 0; a latent of a few pixels has fewer barriers. `columns` are those
-    of all pictures of a batch together.
+    of all pictures of a batch together. fused: whether the device has fused kernels, such as oneDNN's, for the type.
+    resident: the weights are there anyway, laying them out brings none; and maps are counted to less than a chunk.
     """
 
     spec: AutoencoderSpec
@@ -259,6 +280,8 @@ class DecoderShape:
     columns: int
     element_bytes: int
     batch: int = 1
+    fused: bool = True
+    resident: bool = False
 
     def units(self) -> Iterator[UnitShape]:
         """The network's units, in the order they run."""
@@ -294,8 +317,13 @@ class DecoderShape:
     @cached_property
     def _parts(self) -> tuple[tuple[tuple[_Part, ...], _Part | None], ...]:
         """Of every sweep its units, and the sums that it makes for the next one's attention."""
-        parts = {id(unit): _Part.of(unit, self.element_bytes) for sweep in self.sweeps for unit in sweep}
-        sums = [_Part.of(replace(sweep[0], kind="sums"), self.element_bytes) for sweep in self.sweeps[1:]]
+        given = (self.element_bytes, self.resident, self.fused)
+        parts = {
+            id(unit): _Part.of(unit, *given, leads=index > 0 and unit is sweep[0])
+            for index, sweep in enumerate(self.sweeps)
+            for unit in sweep
+        }
+        sums = [_Part.of(replace(sweep[0], kind="sums"), *given, leads=True) for sweep in self.sweeps[1:]]
         return tuple(
             (tuple(parts[id(unit)] for unit in sweep), side)
             for sweep, side in zip(self.sweeps, [*sums, None], strict=True)
@@ -314,13 +342,16 @@ class DecoderShape:
             rows = min(row_block, self.rows * unit.scale)
             for size, channels in part.windows:
                 workspace = max(workspace, (size - 1 + max(rows, size // 2)) * channels * columns * element_bytes)
-            working = max(working, waiting + unit.working_bytes(rows, columns, element_bytes))
+            at_work = unit.working_bytes(rows, columns, element_bytes)
+            if not self.fused:
+                at_work += max(unit.unfused_bytes(rows, columns, element_bytes), min(FP32_PIECES_BYTES, at_work))
+            working = max(working, waiting + at_work)
             if rows * unit.factor > _rows_at(strip_rows, int(unit.scale * unit.factor), own):
                 # What comes out is cut to fewer rows; the others wait above the units that follow.
                 waiting += int(rows * unit.out_channels * columns * unit.factor**2) * element_bytes
         attentions = [sweep[0] for sweep in self.sweeps[1 : index + 2]]
         sums = sum(4 * unit.inner * (unit.head_dim + 1) * (1 + len(unit.scales)) for unit in attentions)
-        if element_bytes == 2:
+        if element_bytes == 2 and self.fused:
             working += min(FP32_PIECES_BYTES, working)
         held = sum(part.held_channels for part in parts) * self.columns * element_bytes
         return PassShape(
@@ -348,14 +379,18 @@ class _Part:
     macs: int
 
     @staticmethod
-    def of(unit: UnitShape, element_bytes: int) -> _Part:
+    def of(unit: UnitShape, element_bytes: int, resident: bool, fused: bool, leads: bool) -> _Part:
+        """leads: whether a sweep begins with it; an attention that does not is called as it is."""
+        lent_bytes = 0 if resident else unit.parameters * element_bytes
+        called = unit.kind == "attention" and not leads
+        as_it_is = resident and (called or (not fused and unit.laid_out == unit.parameters))
         buffered = sum((size - 1) * channels for size, channels in unit.windows)
         return _Part(
             unit,
             tuple(unit.windows),
             (buffered + unit.queued_channels) * unit.scale,
-            unit.laid_out * element_bytes,
-            unit.layout_bytes(element_bytes) + unit.parameters * element_bytes,
+            0 if as_it_is else unit.laid_out * element_bytes,
+            (0 if as_it_is else unit.layout_bytes(element_bytes)) + lent_bytes,
             unit.macs * unit.scale**2,
         )
 

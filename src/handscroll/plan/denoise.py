@@ -13,6 +13,7 @@ from itertools import product
 
 from handscroll.limits import BAND_BYTES, CUDA_BAND_BYTES, SLAB_CHANNELS, SLAB_MULTIPLE, SLOTS
 from handscroll.models.transformer import TransformerSpec
+from handscroll.plan.host import host_map_bytes, layers_on_host, staging_bytes
 from handscroll.plan.inputs import Hardware, heights_up_to
 from handscroll.plan.precision import BYTES
 from handscroll.plan.store import Store, stored_bytes
@@ -32,8 +33,8 @@ class DenoiseStage:
 
     `together`: guidance's branches pass through each layer one after another, so that it is read once a step; else one
     forward follows the other, and one residual stream exists at a time. `residual` is where the streams live between
-    row blocks. `lay_out`: a layer is laid out for the CPU's kernels, beside itself. Beside a CUDA device, `host_bytes`
-    of the layers that are read anew are kept in the host's memory.
+    row blocks. `lay_out`: a layer is laid out for the CPU's kernels, beside itself. Beside a CUDA device,
+    `host_layers` of those that are read anew are kept in the host's memory, of which they take `host_bytes`.
     `peak_bytes` of the whole stage; `seconds` by the hardware's rates.
     """
 
@@ -45,6 +46,7 @@ class DenoiseStage:
     host_bytes: int
     peak_bytes: int
     seconds: float
+    host_layers: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,9 +66,12 @@ class Sampling:
 
 
 def denoise_stages(
-    spec: TransformerSpec, job: Sampling, hardware: Hardware, limit_bytes: int | None
+    spec: TransformerSpec, job: Sampling, hardware: Hardware, limit_bytes: int | None, kept: bool = False
 ) -> Iterator[DenoiseStage]:
-    """Every way to run it that is worth considering; those that keep layers resident keep as many as the limit lets."""
+    """Every way to run it that is worth considering; those that keep layers resident keep as many as the limit lets.
+
+    kept: all layers are in memory, whatever the limit.
+    """
     element_bytes = BYTES[job.precision]
     layer_bytes = spec.block_parameter_count * element_bytes
     fixed_bytes = (spec.parameter_count - spec.num_layers * spec.block_parameter_count) * element_bytes
@@ -75,54 +80,78 @@ def denoise_stages(
     samples_bytes = 8 * 4 * job.positions * spec.patch_size**2 * max(spec.in_channels, spec.out_channels)
     text_bytes = job.branches * job.tokens * (3 * spec.width + spec.caption_channels) * element_bytes
     compute_seconds = job.steps * job.branches * forward_flops(spec, job) / hardware.rates.flops(job.precision)
-    for residual, together in _residuals(hardware, job.branches, stream_bytes):
+    for residual, together in _residuals(hardware, job, stream_bytes, 0 if kept else layer_bytes):
         streams = job.branches if together else 1
         held = fixed_bytes + text_bytes + samples_bytes
         held += (streams - 1) * stored_bytes(stream_bytes, residual)
         held += stored_bytes(stream_bytes, residual, rewritten=True)
         moved_bytes = 0 if residual == "memory" else 3 * job.steps * job.branches * spec.num_layers * stream_bytes
         moving_seconds = moved_bytes / (hardware.rates.disk_bytes if residual == "disk" else hardware.rates.host_bytes)
+        room_bytes = hardware.host_bytes
+        room_bytes -= (job.branches + 1) * host_map_bytes(stream_bytes, job.rows) if residual == "host" else 0
+        readings = job.steps * (1 if together else job.branches)
         layouts = (False,) if hardware.is_cuda else (True, False)
         for band_rows, lay_out in product(band_heights(spec, job, hardware), layouts):
             row_blocks = -(-job.rows // band_rows)
             calls = job.steps * job.branches * spec.num_layers * row_blocks
             working = held + band_bytes(spec, job.columns, band_rows, job.tokens, element_bytes) + lay_out * layer_bytes
-            readings = job.steps * (1 if together else job.branches)
             laying_seconds = lay_out * readings * spec.num_layers * layer_bytes / LAYING_OUT_BYTES
             busy_seconds = compute_seconds * (1 - lay_out * LAID_OUT_GAIN) + laying_seconds
-            for resident in {0, _resident_layers(spec.num_layers, layer_bytes, slots, working, limit_bytes)}:
+            most = _resident_layers(spec.num_layers, layer_bytes, slots, working, limit_bytes)
+            for resident in {spec.num_layers} if kept else {0, most}:
                 streamed = spec.num_layers - resident
-                weight_bytes = (resident + (min(slots, streamed))) * layer_bytes
-                read_bytes = streamed * layer_bytes
-                # Kept beside the device only where that is faster than the file.
-                kept = hardware.is_cuda and hardware.rates.host_bytes > hardware.rates.weight_bytes
-                host_bytes = read_bytes if kept and read_bytes <= hardware.host_bytes else 0
-                rate = hardware.rates.host_bytes if host_bytes else hardware.rates.weight_bytes
-                reading_seconds = readings * read_bytes / rate
-                if hardware.is_cuda:  # on a stream of its own while a layer computes, and not quite for nothing
-                    seconds = max(busy_seconds, reading_seconds) + READING_SHARE * reading_seconds
-                else:
-                    seconds = busy_seconds + reading_seconds
+                read = _reading(streamed, layer_bytes, readings, busy_seconds, hardware, room_bytes)
                 yield DenoiseStage(
                     band_rows=band_rows,
                     resident_layers=resident,
                     together=together,
                     residual=residual,
                     lay_out=lay_out,
-                    host_bytes=host_bytes,
-                    peak_bytes=working + weight_bytes,
-                    seconds=seconds + moving_seconds + calls * SECONDS_A_BAND,
+                    host_layers=read.host_layers,
+                    host_bytes=read.host_bytes,
+                    peak_bytes=working + (resident + min(slots, streamed)) * layer_bytes,
+                    seconds=read.seconds + moving_seconds + calls * SECONDS_A_BAND,
                 )
 
 
-def _residuals(hardware: Hardware, branches: int, stream_bytes: int) -> Iterator[tuple[Store, bool]]:
+@dataclass(frozen=True, slots=True)
+class _Reading:
+    """Layers that are read anew: how many of them the host keeps, what that takes, and computing with reading."""
+
+    host_layers: int
+    host_bytes: int
+    seconds: float
+
+
+def _reading(
+    streamed: int, layer_bytes: int, readings: int, busy_seconds: float, hardware: Hardware, room_bytes: int
+) -> _Reading:
+    """`readings` times so many layers, beside `busy_seconds` of computing. `room_bytes` of the host's memory."""
+    rates = hardware.rates
+    host_layers = host_bytes = 0
+    if hardware.is_cuda and rates.host_bytes > rates.weight_bytes:  # else the file is as near
+        host_layers, host_bytes = layers_on_host(streamed, layer_bytes, room_bytes)
+    a_reading = host_layers * layer_bytes / rates.host_bytes
+    a_reading += (streamed - host_layers) * layer_bytes / rates.weight_bytes
+    reading_seconds = readings * a_reading
+    if hardware.is_cuda:  # on a stream of its own while a layer computes, and not quite for nothing
+        seconds = max(busy_seconds, reading_seconds) + READING_SHARE * reading_seconds
+    else:
+        seconds = busy_seconds + reading_seconds
+    return _Reading(host_layers, host_bytes, seconds)
+
+
+def _residuals(
+    hardware: Hardware, job: Sampling, stream_bytes: int, streamed_layer_bytes: int
+) -> Iterator[tuple[Store, bool]]:
     """Where residual streams live, and whether all branches' exist at a time. Each is written as another is read."""
     yield "memory", True
-    if branches > 1:
+    if job.branches > 1:
         yield "memory", False
-    if hardware.is_cuda and (branches + 1) * stream_bytes <= hardware.host_bytes:
+    on_host_bytes = (job.branches + 1) * host_map_bytes(stream_bytes, job.rows) + staging_bytes(streamed_layer_bytes)
+    if hardware.is_cuda and on_host_bytes <= hardware.host_bytes:
         yield "host", True
-    if (branches + 1) * stream_bytes <= hardware.scratch_bytes:
+    if (job.branches + 1) * stream_bytes <= hardware.scratch_bytes:
         yield "disk", True
 
 

@@ -63,11 +63,15 @@ def first_step(steps: int) -> int:
 def with_smaller_sizes(plan: Plan, spec: CheckpointSpec, compose_px: int | None) -> Plan:
     """The plan with the smaller ones that it grows from; where nobody asked (None), as the checkpoint does.
 
-    Raises UsageError where a few-step model is asked to.
+    Raises UsageError where a few-step model is asked to, or one whose scheduler mixes noise in another way.
     """
     if spec.is_sprint:
         if compose_px:
             raise UsageError(f"{spec.name} is a few-step model and composes at full size; leave --compose out")
+        return plan
+    if not spec.scheduler.is_flow:
+        if compose_px:
+            raise UsageError(f"{spec.name} samples without flow sigmas, so that no picture grows; leave --compose out")
         return plan
     compose_px = spec.compose_px if compose_px is None else compose_px
     if not compose_px or not first_step(plan.steps):

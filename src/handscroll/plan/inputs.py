@@ -32,15 +32,16 @@ class Rates:
 class Hardware:
     """The device that a request resolved to, `cpu` or `cuda:N`.
 
-    bf16_is_faster: whether a CPU multiplies bf16 faster than fp32. base_bytes: what the process holds before the first
-    stage, libraries included; it counts towards the budget on a CPU (on a CUDA device the budget is the allocator's
-    alone, and this is 0). free_bytes: what stages may take where no budget is given, None if the system does not tell.
-    host_bytes and scratch_bytes: room for maps in the host's memory (CUDA only) and in the scratch folder.
+    bf16_is_faster: whether a CPU multiplies bf16 faster than fp32. base_bytes: what is held before the first stage and
+    counts towards the budget: on a CPU all that the process holds, libraries included, None where the system does not
+    tell; on a CUDA device what the process has allocated there already. free_bytes: what stages may take where no
+    budget is given, those base_bytes included, None if the system does not tell. host_bytes: room in the host's memory
+    beside a CUDA device, for layers and maps together. scratch_bytes: room for maps in the scratch folder.
     """
 
     device: str
     bf16_is_faster: bool = False
-    base_bytes: int = 0
+    base_bytes: int | None = 0
     free_bytes: int | None = None
     host_bytes: int = 0
     scratch_bytes: int = 2**62
@@ -52,14 +53,43 @@ class Hardware:
 
 
 @dataclass(frozen=True, slots=True)
+class TextRead:
+    """How much of a prompt the model reads, in tokens of its own: without an instruction and special tokens.
+
+    `ends`: the last words that are read, where it is cut.
+    """
+
+    tokens: int
+    read: int
+    ends: str = ""
+
+    @property
+    def is_cut(self) -> bool:
+        return self.read < self.tokens
+
+    def as_dict(self) -> dict[str, int]:
+        return {"tokens": self.tokens, "read": self.read}
+
+    def __str__(self) -> str:
+        return f"{self.read} of {self.tokens} tokens"
+
+
+@dataclass(frozen=True, slots=True)
 class PlanInputs:
     """What a plan is made from beside spec and request: the hardware, and how long the prompts are.
 
     tokens: of the longest prompt as the text encoder will see it; None where there is none to encode or denoise by, as
-    when a kept latent is decoded. tokenizer_bytes: what the tokenizer takes while prompts are encoded.
+    when a kept latent is decoded. tokenizer_bytes: what the tokenizer takes while prompts are encoded. prompt_read and
+    negative_read: how much of each is read; None where that is not known. notices: what the user should know of the
+    checkpoint, a line each. keeps_modules: whether modules may stay in memory between this job and the next, where
+    there is room for them.
     """
 
     hardware: Hardware
     tokens: int | None = None
     tokenizer_bytes: int = 0
     suffix: str = ".png"
+    prompt_read: TextRead | None = None
+    negative_read: TextRead | None = None
+    notices: tuple[str, ...] = ()
+    keeps_modules: bool = False

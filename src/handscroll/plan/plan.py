@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from handscroll.plan.decode import DecodeStage
 from handscroll.plan.denoise import DenoiseStage
+from handscroll.plan.inputs import TextRead
 from handscroll.plan.precision import Precision
 from handscroll.plan.stages import STAGES
 from handscroll.plan.text import TextStage
@@ -23,7 +24,11 @@ class Plan:
     others decode, which keep no budget.
 
     A picture that grows has a `smaller` one, which is decoded, enlarged, encoded as `encoding` says and denoised on
-    from step `first_step` of its schedule. `composed` says, as 512x512, at which size it began.
+    from step `first_step` of its schedule. `composed` says, as 512x512, at which size it began. `kept` names the
+    modules that are in memory whole, from one job to the next and whatever stage is at work (`Part.module`).
+
+    `prompt_read` and `negative_read` say how much of them the model reads, None where that is not known or not done.
+    `notices` are lines for the user: what was asked for and is not used.
     """
 
     width: int
@@ -46,6 +51,10 @@ class Plan:
     smaller: Plan | None = None
     first_step: int = 0
     composed: str = ""
+    prompt_read: TextRead | None = None
+    negative_read: TextRead | None = None
+    notices: tuple[str, ...] = ()
+    kept: tuple[str, ...] = ()
 
     @property
     def sizes(self) -> tuple[Plan, ...]:

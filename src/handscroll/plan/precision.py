@@ -34,14 +34,18 @@ class Precision:
 
     def after(self, made: str) -> Precision:
         """This precision to decode what was `made` in another, as `str` puts it: its autoencoder behind their rest."""
-        if "," in made:
-            found = {name: precision for name, _, precision in (part.rpartition(" ") for part in made.split(", "))}
-        else:
-            found = {"text encoder": made, "transformer": made}
-        text_encoder, transformer = found.get("text encoder"), found.get("transformer")
-        if text_encoder not in BYTES or transformer not in BYTES:
-            return self
-        return replace(self, text_encoder=text_encoder, transformer=transformer)
+        told = precisions_before(made)
+        return self if told is None else replace(self, text_encoder=told[0], transformer=told[1])
+
+
+def precisions_before(made: str) -> tuple[str, str] | None:
+    """The text encoder's and the transformer's precision in what `str` of a `Precision` says; None for other texts."""
+    if "," in made:
+        found = {name: precision for name, _, precision in (part.rpartition(" ") for part in made.split(", "))}
+    else:
+        found = {"text encoder": made, "transformer": made}
+    text_encoder, transformer = found.get("text encoder", ""), found.get("transformer", "")
+    return (text_encoder, transformer) if {text_encoder, transformer} <= BYTES.keys() else None
 
 
 def resolve_precision(spec: CheckpointSpec, requested: str, device: str, bf16_is_faster: bool) -> Precision:

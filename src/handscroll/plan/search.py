@@ -8,14 +8,16 @@ from typing import Any
 
 from handscroll.errors import BudgetError, SizeError, UsageError
 from handscroll.models.checkpoint import CheckpointSpec
+from handscroll.plan import kept as kept_modules
 from handscroll.plan.budget import limit_of, part_budget
 from handscroll.plan.candidates import best_candidate
 from handscroll.plan.growth import with_smaller_sizes
 from handscroll.plan.inputs import MIB, PlanInputs
 from handscroll.plan.plan import Plan
 from handscroll.plan.precision import Precision, resolve_precision
-from handscroll.plan.stages import BY_NAME, DECODE, DENOISE, DENOISE_PART, ENCODE_PART, TEXT, Stage
-from handscroll.request import Request
+from handscroll.plan.stages import BY_NAME, DECODE, DENOISE, DENOISE_PART, ENCODE_PART, TEXT, Part, Stage
+from handscroll.plan.unused import unused, uses_negative
+from handscroll.request import DEFAULT_PATCHES, Request
 from handscroll.units import MAX_SIDE_PX, budget_text
 
 # A stated minimum is rounded up, so that it still does when the process itself takes a little more the next time.
@@ -53,21 +55,58 @@ def make_plan(spec: CheckpointSpec, request: Request, inputs: PlanInputs, seed: 
         precision=resolve_precision(spec, request.precision, hardware.device, hardware.bf16_is_faster),
         device=hardware.device,
         decode=request.decode,
-        patches=request.patches,
+        patches=request.patches or DEFAULT_PATCHES,
         strip_rows=request.strip_rows,
         budget_bytes=request.memory_bytes,
+        prompt_read=inputs.prompt_read,
     )
     if inputs.tokens is not None:
         plan = with_smaller_sizes(plan, spec, request.compose_px)
+    if uses_negative(spec, plan):
+        plan = dataclasses.replace(plan, negative_read=inputs.negative_read)
+    plan = dataclasses.replace(plan, notices=(*inputs.notices, *unused(request, spec, plan)))
     return plan_stages(plan, spec, inputs)
 
 
 def plan_stages(plan: Plan, spec: CheckpointSpec, inputs: PlanInputs) -> Plan:
     """The plan with its stages chosen anew for its precision and budget. Raises BudgetError."""
-    planned = _chosen(plan, spec, inputs, _planned_stages(plan, inputs), limit_of(plan.budget_bytes, inputs.hardware))
+    _refuse_unknown(plan, inputs)
+    limit_bytes = limit_of(plan.budget_bytes, inputs.hardware)
+    planned = _keeping(plan, spec, inputs, limit_bytes)
     if plan.budget_bytes is not None and max(planned.planned_bytes.values(), default=0) > plan.budget_bytes:
         raise _too_small(planned, spec, inputs)
     return planned
+
+
+def _refuse_unknown(plan: Plan, inputs: PlanInputs) -> None:
+    if plan.budget_bytes is not None and inputs.hardware.base_bytes is None:
+        raise UsageError(
+            "--memory cannot be kept here: nothing tells how much memory this process holds; leave --memory out"
+        )
+
+
+def _keeping(plan: Plan, spec: CheckpointSpec, inputs: PlanInputs, limit_bytes: int | None) -> Plan:
+    """The plan with its stages chosen, and with the modules that are worth keeping for the next job, where any may be.
+
+    Of all choices whose stages fit beside what is kept, the fastest: reading anew what is not kept counts as well.
+    """
+    stages = _planned_stages(plan, inputs)
+    parts = [part for stage in stages for part in _parts_of(stage, plan)]
+    may_keep = inputs.keeps_modules and plan.decode == "rows"
+    found: list[tuple[float, Plan]] = []
+    for kept in kept_modules.choices(dict.fromkeys(parts) if may_keep else ()):
+        planned = _chosen(dataclasses.replace(plan, kept=kept), spec, inputs, stages, limit_bytes)
+        if kept and limit_bytes is not None and max(planned.planned_bytes.values(), default=0) > limit_bytes:
+            continue
+        read_bytes = kept_modules.rereading_bytes(parts, planned, spec)
+        seconds = sum(planned.planned_seconds.values()) + read_bytes / inputs.hardware.rates.weight_bytes
+        found.append((seconds, planned))
+    return min(found, key=lambda each: each[0])[1]
+
+
+def _parts_of(stage: Stage, plan: Plan) -> list[Part]:
+    """What a stage consists of in this plan."""
+    return [part for part in stage.parts if part is not ENCODE_PART or plan.smaller is not None]
 
 
 def replan(plan: Plan, spec: CheckpointSpec, inputs: PlanInputs, stage: Stage) -> Plan:
@@ -94,7 +133,7 @@ def shrink(plan: Plan, spec: CheckpointSpec, inputs: PlanInputs, stage: Stage) -
     """The plan with less memory for one stage, after it ran out; None where all of it takes the least already.
 
     Of a stage of several parts nobody knows which one ran out, nor at how much: the largest are shrunk first, and
-    where they cannot be, the next.
+    where they cannot be, the next. Nothing is kept for the next job any more.
     """
     parts = plan.parts[stage.name]
     if not parts:
@@ -103,7 +142,8 @@ def shrink(plan: Plan, spec: CheckpointSpec, inputs: PlanInputs, stage: Stage) -
     def total_bytes(plan: Plan) -> int:
         return sum(part.peak_bytes for part in plan.parts[stage.name])
 
-    base_bytes, used_bytes = inputs.hardware.base_bytes, total_bytes(plan)
+    base_bytes, used_bytes = inputs.hardware.base_bytes or 0, total_bytes(plan)
+    plan = dataclasses.replace(plan, kept=())  # what is kept for the next job goes first
     if total_bytes(_chosen(plan, spec, inputs, [stage], limit_bytes=0)) >= used_bytes:
         return None
     limit_bytes, smaller = max(part.peak_bytes for part in parts), plan
@@ -132,9 +172,11 @@ def _chosen(
     plan: Plan, spec: CheckpointSpec, inputs: PlanInputs, stages: Iterable[Stage], limit_bytes: int | None
 ) -> Plan:
     """The plan with these stages chosen anew, each part of them within the limit where it can be."""
-    parts = [part for stage in stages for part in stage.parts if part is not ENCODE_PART or plan.smaller is not None]
+    parts = [part for stage in stages for part in _parts_of(stage, plan)]
     if DENOISE_PART in parts and plan.smaller is not None:
-        smaller = dataclasses.replace(plan.smaller, precision=plan.precision, budget_bytes=plan.budget_bytes)
+        smaller = dataclasses.replace(
+            plan.smaller, precision=plan.precision, budget_bytes=plan.budget_bytes, kept=plan.kept
+        )
         smaller = _chosen(smaller, spec, inputs, [DENOISE, DECODE], limit_bytes)
         plan = dataclasses.replace(plan, smaller=smaller)
     found: dict[str, Any] = {}

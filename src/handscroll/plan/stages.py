@@ -16,14 +16,15 @@ class Part:
     """What is planned apart. `field`: where it stands in a `Plan`.
 
     folder: the component's folder in a checkpoint, whose weights it reads. component: that component as `Precision`
-    names it. cpu_extra_bytes: what it takes of a CPU's process beside tensors: code that is touched for the first time,
-    heaps of threads, oneDNN's scratch and compiled kernels, the file writer.
+    names it. module: which of its modules. cpu_extra_bytes: what it takes of a CPU's process beside tensors: code that
+    is touched for the first time, heaps of threads, oneDNN's scratch and compiled kernels, the file writer.
     """
 
     name: str
     field: str
     folder: str
     component: str
+    module: str
     cpu_extra_bytes: int
 
 
@@ -48,10 +49,10 @@ class Stage:
         return tuple(dict.fromkeys([own, *(part.component for part in self.parts)]))
 
 
-TEXT_PART = Part("text", "text", "text_encoder", "text_encoder", 32 * MIB)
-ENCODE_PART = Part("encode", "encoding", "vae", "autoencoder", 68 * MIB)
-DENOISE_PART = Part("denoise", "denoise", "transformer", "transformer", 40 * MIB)
-DECODE_PART = Part("decode", "decoding", "vae", "autoencoder", 68 * MIB)
+TEXT_PART = Part("text", "text", "text_encoder", "text_encoder", "text_encoder", 32 * MIB)
+ENCODE_PART = Part("encode", "encoding", "vae", "autoencoder", "encoder", 68 * MIB)
+DENOISE_PART = Part("denoise", "denoise", "transformer", "transformer", "transformer", 40 * MIB)
+DECODE_PART = Part("decode", "decoding", "vae", "autoencoder", "decoder", 68 * MIB)
 
 TEXT = Stage("text", "reading the prompt", (TEXT_PART,), "prompts", per_picture=False)
 DENOISE = Stage("denoise", "denoising", (ENCODE_PART, DENOISE_PART), "steps", per_picture=True)

@@ -40,4 +40,13 @@ def plan_dict(spec: CheckpointSpec, plan: Plan, minimum_bytes: int | None) -> di
         "stages": stages,
         "growth": growth,
         "seconds": round(sum(plan.planned_seconds.values()), 1),
+        "planned_from": "known figures" if spec.from_figures else "files",
+        **_texts(plan),
+        "notices": list(plan.notices),
     }
+
+
+def _texts(plan: Plan) -> dict[str, Any]:
+    """How many tokens each prompt has and how many of them are read, where that is known."""
+    texts = {"prompt_tokens": plan.prompt_read, "negative_tokens": plan.negative_read}
+    return {name: text.as_dict() for name, text in texts.items() if text is not None}

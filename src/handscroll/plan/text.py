@@ -19,14 +19,16 @@ class TextStage:
     seconds: float
 
 
-def text_stage(spec: TextEncoderSpec, tokens: int, prompts: int, precision: str, inputs: PlanInputs) -> TextStage:
-    """Encoding `prompts` prompts of at most `tokens` tokens in `precision`."""
+def text_stage(
+    spec: TextEncoderSpec, tokens: int, prompts: int, precision: str, inputs: PlanInputs, kept: bool = False
+) -> TextStage:
+    """Encoding `prompts` prompts of at most `tokens` tokens in `precision`; kept: by layers that are in memory."""
     hardware = inputs.hardware
-    slots = SLOTS if hardware.is_cuda else 1
+    slots = spec.num_hidden_layers if kept else SLOTS if hardware.is_cuda else 1
     held = slots * spec.layer_parameter_count * BYTES[precision] + activation_bytes(spec, tokens, precision)
     if not hardware.is_cuda:
         held += inputs.tokenizer_bytes
-    read_bytes = prompts * spec.num_hidden_layers * spec.layer_parameter_count * BYTES[precision]
+    read_bytes = 0 if kept else prompts * spec.num_hidden_layers * spec.layer_parameter_count * BYTES[precision]
     seconds = prompts * flops(spec, tokens) / hardware.rates.flops(precision) + read_bytes / hardware.rates.weight_bytes
     return TextStage(tokens, held, seconds)
 

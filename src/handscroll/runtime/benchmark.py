@@ -321,11 +321,11 @@ class _Bench:
         if on_cuda:
             torch.cuda.empty_cache()
         trim()
-        held_bytes = torch.cuda.memory_reserved(self.device) if on_cuda else resident_bytes()
+        held_bytes = (torch.cuda.memory_reserved(self.device) if on_cuda else resident_bytes()) or 0
         meter = Meter(self.device)
         with meter.stage("run"):
             result = way(given)
-        return Way(meter.seconds["run"], max(0, meter.stage_peak_bytes["run"] - held_bytes)), result
+        return Way(meter.seconds["run"], max(0, meter.stage_peak_bytes.get("run", 0) - held_bytes)), result
 
 
 def _median(rounds: list[dict[str, Way]], name: str, key: str) -> float:

@@ -12,9 +12,10 @@ import torch
 from handscroll.errors import UsageError
 from handscroll.plan.inputs import Hardware
 from handscroll.runtime.rates import cpu_bf16_is_faster, rates_of
-from handscroll.system import available_bytes, free_disk_bytes, resident_bytes
+from handscroll.system import available_bytes, free_disk_bytes, own_resident_bytes, resident_bytes
 
-HOST_SHARE = 0.7  # of the host's free memory, for maps that a device has no room for
+HOST_SHARE = 0.7  # of the host's free memory, for what a device has no room for
+UNKNOWN_DISK_BYTES = 2**62
 # What the stages import when they first need it.
 LIBRARIES = (
     "diffusers.models.transformers.sana_transformer",
@@ -36,28 +37,33 @@ def find_hardware(device: str, precision: str, scratch: Path = Path()) -> Hardwa
         device = "cuda" if torch.cuda.is_available() else "cpu"
     scratch_bytes = _free_disk_bytes(scratch)
     if device.startswith("cuda"):
-        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-        index = int(device.partition(":")[2] or 0)
-        if index >= count:
-            raise UsageError(f"device {device} is not here: this machine has {count} CUDA devices; use --device cpu")
-        device = f"cuda:{index}"
-        return Hardware(
-            device,
-            free_bytes=torch.cuda.mem_get_info(device)[0],
-            host_bytes=int((available_bytes() or 0) * HOST_SHARE),
-            scratch_bytes=scratch_bytes,
-            rates=rates_of(device),
-        )
+        return _cuda_hardware(device, scratch_bytes)
     import_libraries()
-    base_bytes = resident_bytes()
-    available = available_bytes()
+    available, own_bytes = available_bytes(), own_resident_bytes()
     return Hardware(
         "cpu",
         bf16_is_faster=precision == "auto" and cpu_bf16_is_faster(),
-        base_bytes=base_bytes,
-        free_bytes=None if available is None else base_bytes + available,
+        base_bytes=resident_bytes(),
+        free_bytes=None if available is None else available + (own_bytes or 0),
         scratch_bytes=scratch_bytes,
         rates=rates_of("cpu"),
+    )
+
+
+def _cuda_hardware(device: str, scratch_bytes: int) -> Hardware:
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    index = int(device.partition(":")[2] or 0)
+    if index >= count:
+        raise UsageError(f"device {device} is not here: this machine has {count} CUDA devices; use --device cpu")
+    device = f"cuda:{index}"
+    rates = rates_of(device)  # first, for measuring takes memory
+    return Hardware(
+        device,
+        base_bytes=torch.cuda.memory_allocated(device),
+        free_bytes=torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device),
+        host_bytes=int((available_bytes() or 0) * HOST_SHARE),
+        scratch_bytes=scratch_bytes,
+        rates=rates,
     )
 
 
@@ -76,8 +82,9 @@ def _free_disk_bytes(folder: Path) -> int:
     """Room for a scratch file; none where there can be no file. Raises UsageError for a folder that the user named."""
     try:
         with tempfile.TemporaryFile(dir=folder):
-            return free_disk_bytes(folder)
+            free_bytes = free_disk_bytes(folder)
     except OSError as error:
         if os.environ.get("HANDSCROLL_SCRATCH"):
             raise UsageError(f"no file can be made in HANDSCROLL_SCRATCH {folder}: {error.strerror}") from error
         return 0
+    return UNKNOWN_DISK_BYTES if free_bytes is None else free_bytes

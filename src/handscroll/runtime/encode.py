@@ -10,6 +10,7 @@ from handscroll.banded.autoencoder import encode_row_blocks
 from handscroll.errors import NumericsError
 from handscroll.pictures.resizing import enlarged
 from handscroll.plan.plan import Plan
+from handscroll.plan.stages import ENCODE_PART
 from handscroll.runtime.decode import whole_picture
 from handscroll.runtime.maps import map_maker
 from handscroll.runtime.memory import trim
@@ -38,6 +39,7 @@ def encode_picture(session: Session, plan: Plan, picture: np.ndarray) -> Tensor:
         new_map=map_maker(encoding, session.scratch),
         materialize=opened.materialize,
         on_sweep=lambda done, of: trim(),
+        on_rows=lambda *_: session.pulse(ENCODE_PART.name),
     )
     if not torch.isfinite(latent).all():
         raise NumericsError("the autoencoder gave numbers that are not finite", "autoencoder")

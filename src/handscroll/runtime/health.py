@@ -14,9 +14,10 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from handscroll.files import can_lock
 from handscroll.models.registry import BY_NAME
 from handscroll.request import DEFAULT_MODEL
-from handscroll.system import Memory, free_disk_bytes, memory, processor_name, usable_cores
+from handscroll.system import Memory, free_disk_bytes, memory, processor_name, resident_bytes, usable_cores
 from handscroll.units import first_line, gibibytes
 from handscroll.version import __version__
 
@@ -83,7 +84,7 @@ def examine() -> Health:
         memory=vars(memory() if "psutil" not in broken else Memory()),
         disk=disk,
         hub={"cache": str(cache) if cache else None, "offline": offline},
-        problems=problems + list(_optional(broken, disk)),
+        problems=[*problems, *_optional(broken, disk), *_of_this_system()],
     )
 
 
@@ -122,9 +123,22 @@ def _optional(broken: set[str], disk: dict[str, dict[str, Any]]) -> Iterator[Pro
         message = "there is an NVIDIA driver here, but this torch cannot use it"
         yield Problem("torch with CUDA", False, message, f'pip install --force-reinstall "{requirement_of("torch")}"')
     for place in disk.values():
-        if place["free_bytes"] < LITTLE_DISK_BYTES:
+        if (place["free_bytes"] or LITTLE_DISK_BYTES) < LITTLE_DISK_BYTES:
             message = f"only {gibibytes(place['free_bytes'])} free at {place['path']}"
             yield Problem("disk", False, message, f"du -xh --max-depth=1 {place['path']} | sort -h")
+
+
+def _of_this_system() -> Iterator[Problem]:
+    """What this system does not offer, though everything is installed."""
+    if platform.system() != "Linux":
+        message = "handscroll is tested on Linux alone; on this system nobody has tried it"
+        yield Problem(platform.system() or "system", False, message, "pip install -e '.[dev]' && pytest")
+    if resident_bytes() is None:
+        message = "nothing tells how much memory a process holds, so --memory is refused on a CPU"
+        yield Problem("resident memory", False, message, f'pip install --force-reinstall "{requirement_of("psutil")}"')
+    if not can_lock():
+        message = "there are no file locks, so two processes may work on one picture and neither notices"
+        yield Problem("file locks", False, message, "start one handscroll after the other")
 
 
 def _cuda_is_built() -> bool:

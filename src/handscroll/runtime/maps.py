@@ -10,6 +10,7 @@ import errno
 import os
 import tempfile
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import BinaryIO
 
@@ -22,6 +23,7 @@ from handscroll.files import write_all
 from handscroll.limits import MAP_CHUNK_BYTES
 from handscroll.plan.decode import DecodeStage
 from handscroll.plan.store import Store
+from handscroll.system import free_disk_bytes
 from handscroll.units import gibibytes
 
 # A row block that is not contiguous is written in pieces of about this size, and never copied as a whole.
@@ -42,15 +44,10 @@ class HostMap(RowMap):
     def new_chunk(self, row_block: Tensor, rows: int) -> Tensor:
         self.device = row_block.device
         batch, _, width, channels = row_block.shape
-        return torch.empty(
-            batch,
-            rows,
-            width,
-            channels,
-            dtype=row_block.dtype,
-            device="cpu",
-            pin_memory=row_block.device.type == "cuda",
-        )
+        shape, on_cuda = (batch, rows, width, channels), row_block.device.type == "cuda"
+        # Pinning makes a context on the current device where there is none.
+        with torch.cuda.device(row_block.device) if on_cuda else nullcontext():
+            return torch.empty(shape, dtype=row_block.dtype, device="cpu", pin_memory=on_cuda)
 
     def row_blocks(self, strip_rows: int, keep: bool = False) -> Iterator[Tensor]:
         for row_block in super().row_blocks(strip_rows, keep):
@@ -132,10 +129,10 @@ class DiskMap(RowMap):
     def _check_room(self) -> None:
         """Fails before the first row where the map cannot fit."""
         try:
-            status = os.statvfs(self.folder)
-        except (OSError, AttributeError):
+            free_bytes = free_disk_bytes(self.folder)
+        except OSError:
             return  # then the first write that does not fit will tell
-        if status.f_bavail * status.f_frsize < self.map_bytes:
+        if free_bytes is not None and free_bytes < self.map_bytes:
             raise self._failed(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
 
     def _failed(self, error: OSError) -> OutputError:

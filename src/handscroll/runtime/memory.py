@@ -9,24 +9,30 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import ClassVar
 
 import torch
 
+from handscroll.runtime.heap import return_large_blocks
 from handscroll.system import peak_resident_bytes, resident_bytes
 
 SAMPLE_SECONDS = 0.01
 
-# glibc's names for what mallopt sets (malloc.h).
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -3, -4
-MMAP_FROM_BYTES = 2**20
-
 
 def release(device: str) -> None:
-    """Gives freed memory back to the system: collects cycles, empties the device's cache, trims the C heap."""
+    """Gives freed memory back to the system: collects cycles, empties the device's caches, trims the C heap."""
     gc.collect()
     if device.startswith("cuda"):
         torch.cuda.empty_cache()
+        empty_pinned_cache()
     trim()
+
+
+def empty_pinned_cache() -> None:
+    """Gives the host's pinned memory back that is not in use, which PyTorch would keep for ever."""
+    empty = getattr(torch.accelerator, "empty_host_cache", None) or getattr(torch._C, "_host_emptyCache", None)
+    if empty is not None and torch.cuda.is_initialized():
+        empty()
 
 
 def trim() -> None:
@@ -38,32 +44,63 @@ def trim() -> None:
             return  # a C library other than glibc
 
 
-def enforce(device: str, budget_bytes: int | None) -> None:
-    """Makes the allocator keep to a budget, as far as it can be made to; without one, lets it go.
+@contextmanager
+def enforced(device: str, budget_bytes: int | None) -> Iterator[None]:
+    """Makes the allocator keep to a budget inside, as far as it can be made to; without one, leaves it alone.
 
-    CUDA: the caching allocator reserves no more than the budget, and raises instead. CPU: every buffer of a row block's
-    size goes back to the system when it is freed, at the price of page faults (about a tenth of a decode's time), so
-    that what is resident is what is in use; that holds for the rest of the process.
+    CUDA: the caching allocator reserves no more than the budget, and raises instead. Where a smaller share was set
+    already, that stays; what was set before is put back at the end.
+
+    CPU: every buffer of a row block's size goes back to the system when it is freed, at the price of page faults (about
+    a tenth of a decode's time), so that what is resident is what is in use. That holds for the rest of the process: the
+    C library does not tell what was set before, so nothing can be put back.
     """
-    if device.startswith("cuda"):
-        total_bytes = torch.cuda.get_device_properties(device).total_memory
-        share = 1.0 if budget_bytes is None else min(1.0, budget_bytes / total_bytes)
-        torch.cuda.set_per_process_memory_fraction(share, device)
-    elif budget_bytes is not None and sys.platform == "linux":
+    if budget_bytes is None:
+        yield
+    elif device.startswith("cuda"):
+        fraction = budget_bytes / torch.cuda.get_device_properties(device).total_memory
+        _limit(device, add=fraction)
         try:
-            mallopt = ctypes.CDLL(None).mallopt
-        except AttributeError:
-            return  # a C library other than glibc
-        mallopt(M_MMAP_THRESHOLD, MMAP_FROM_BYTES)
-        mallopt(M_TRIM_THRESHOLD, MMAP_FROM_BYTES)
-        mallopt(M_MMAP_MAX, 2**20)
+            yield
+        finally:
+            _limit(device, remove=fraction)
+    else:
+        return_large_blocks()
+        yield
+
+
+class _Limits:
+    """The shares of each device's memory that jobs keep to now, and the share that was set before the first of them."""
+
+    lock = threading.Lock()
+    before: ClassVar[dict[str, float]] = {}
+    asked: ClassVar[dict[str, list[float]]] = {}
+
+
+def _limit(device: str, add: float | None = None, remove: float | None = None) -> None:
+    """The least of all shares holds; when the last job has ended, the one from before."""
+    with _Limits.lock:
+        asked = _Limits.asked.setdefault(device, [])
+        if not asked:
+            _Limits.before[device] = _memory_fraction(device)
+        if add is not None:
+            asked.append(add)
+        if remove is not None:
+            asked.remove(remove)
+        torch.cuda.set_per_process_memory_fraction(min([_Limits.before[device], *asked]), device)
+
+
+def _memory_fraction(device: str) -> float:
+    """The share of a device's memory that this process may take; all of it where PyTorch does not tell."""
+    told = getattr(torch.cuda, "get_per_process_memory_fraction", None)
+    return 1.0 if told is None else float(told(device))
 
 
 class Meter:
-    """Measures stages one after another: `seconds` and `peak_bytes` by stage, added and maximised over its visits.
+    """Seconds and peak memory of each stage of one job.
 
-    On a CUDA device the peak is what the allocator reserved. On a CPU it is the whole process's resident memory: exact
-    where a stage raises the process's peak, else sampled every 10 ms.
+    On a CUDA device peaks are what PyTorch's allocator reserved; on the CPU they are the process's resident memory,
+    exact where a stage raises the process's peak, else sampled every 10 ms. What the system does not tell is left out.
     """
 
     def __init__(self, device: str) -> None:
@@ -85,15 +122,18 @@ class Meter:
         try:
             yield
         finally:
+            peak: int | None
             if on_cuda:
                 torch.cuda.synchronize(self.device)
                 peak = torch.cuda.max_memory_reserved(self.device)
             else:
                 sampler.stop()
                 after = peak_resident_bytes()
-                peak = after if after > before else sampler.peak_bytes
+                rose = after is not None and before is not None and after > before
+                peak = after if rose else sampler.peak_bytes
             self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
-            self.stage_peak_bytes[name] = max(self.stage_peak_bytes.get(name, 0), peak)
+            if peak is not None:
+                self.stage_peak_bytes[name] = max(self.stage_peak_bytes.get(name, 0), peak)
 
     def fork(self) -> Meter:
         """A meter that goes on from here: for pictures that share a stage and then differ."""
@@ -102,10 +142,15 @@ class Meter:
         return meter
 
     @property
-    def peak_bytes(self) -> int:
-        """The most of any stage; on a CPU the process's peak, which includes what came before the first stage."""
+    def peak_bytes(self) -> int | None:
+        """The most of any stage; on a CPU the process's peak, which includes what came before the first stage.
+
+        None where the system tells neither.
+        """
         measured = max(self.stage_peak_bytes.values(), default=0)
-        return measured if self.device.startswith("cuda") else max(measured, peak_resident_bytes())
+        if self.device.startswith("cuda"):
+            return measured
+        return max(measured, peak_resident_bytes() or 0) or None
 
 
 class _Sampler(threading.Thread):
@@ -116,9 +161,14 @@ class _Sampler(threading.Thread):
 
     def run(self) -> None:
         while not self.ended.wait(SAMPLE_SECONDS):
-            self.peak_bytes = max(self.peak_bytes, resident_bytes())
+            self._look()
 
     def stop(self) -> None:
         self.ended.set()
         self.join()
-        self.peak_bytes = max(self.peak_bytes, resident_bytes())
+        self._look()
+
+    def _look(self) -> None:
+        held = resident_bytes()
+        if held is not None:
+            self.peak_bytes = max(self.peak_bytes or 0, held)

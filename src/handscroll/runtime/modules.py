@@ -8,21 +8,23 @@ downloaded here but through `open_checkpoint`, and no diffusers pipeline is impo
 from __future__ import annotations
 
 import importlib
+import inspect
 from collections.abc import Collection
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import nn
 
-from handscroll.errors import CheckpointError
+from handscroll.errors import CheckpointError, is_out_of_memory
+from handscroll.events import OnEvent, ignore
 from handscroll.models.checkpoint import CheckpointSpec
 from handscroll.models.config import read_config
-from handscroll.units import first_line
-from handscroll.weights.dtypes import DTYPES
+from handscroll.runtime.matching import check_amount, match_tensors, named
+from handscroll.runtime.tokenizer import read_tokenizer
+from handscroll.units import one_line
+from handscroll.weights.file_state import promises_of
 from handscroll.weights.files import read_rows
-from handscroll.weights.folder import WeightFiles
-from handscroll.weights.header import TensorEntry
+from handscroll.weights.json_text import MAX_MESSAGE
 from handscroll.weights.stream import WeightStream
 
 Component = Literal["transformer", "vae", "text_encoder"]
@@ -33,6 +35,9 @@ SCHEDULERS = {
     "SCMScheduler": "diffusers.schedulers.scheduling_scm",
 }
 
+# Of a text encoder's config, as earlier releases of transformers wrote them.
+OLDER_TEXT_SETTINGS = ("rope_theta", "rope_scaling")
+
 
 def load_module(
     spec: CheckpointSpec,
@@ -42,6 +47,7 @@ def load_module(
     device: torch.device | str,
     part: Half | None = None,
     leave: Collection[str] = (),
+    on_event: OnEvent = ignore,
 ) -> nn.Module:
     """Build `AutoencoderDC`, `SanaTransformer2DModel` or `Gemma2Model` and fill it from the checkpoint.
 
@@ -54,9 +60,10 @@ def load_module(
     already are not copied at all: they are the file's pages, mapped privately, which enter memory when first touched
     (and count as resident then); writing to one changes this process's copy and not the file.
 
-    Raises CheckpointError, naming file and tensor, for a tensor that is missing, unexpected or of another shape.
+    Tensors that the module has no place for are not read, and `on_event` is told of them once. Raises CheckpointError,
+    naming file and tensor, for a tensor that is missing or of another shape.
     """
-    module, stream = open_module(spec, component, dtype=dtype, device=device, part=part, leave=leave)
+    module, stream = open_module(spec, component, dtype=dtype, device=device, part=part, leave=leave, on_event=on_event)
     stream.make_resident(module)
     return module
 
@@ -69,6 +76,7 @@ def open_module(
     device: torch.device | str,
     part: Half | None = None,
     leave: Collection[str] = (),
+    on_event: OnEvent = ignore,
 ) -> tuple[nn.Module, WeightStream]:
     """What `load_module` builds, before its weights are read, and the stream that fills it part by part.
 
@@ -81,6 +89,7 @@ def open_module(
     Raises CheckpointError as `load_module` does.
     """
     device = torch.device(device)
+    check_amount(spec, component, part)
     with torch.device("meta"):
         module = _build(spec, component)
     if part is not None:
@@ -88,7 +97,7 @@ def open_module(
             raise ValueError(f"part {part!r} is for the autoencoder, not the {component}")
         setattr(module, "encoder" if part == "decoder" else "decoder", None)
 
-    entries = _match(spec, component, module, part)
+    entries = match_tensors(spec, component, module, part, on_event)
     for parameter in module.parameters():  # so that a module tells its dtype before its weights are there
         parameter.data = parameter.data.to(dtype)
     _recompute_buffers(module, dtype, device, leave)
@@ -97,7 +106,8 @@ def open_module(
             raise CheckpointError(f"{spec.folder / component}: the tensor {name} is neither stored nor computable")
     module.eval().requires_grad_(False)
     entries = {name: entry for name, entry in entries.items() if name not in leave}
-    return module, WeightStream(module, entries, dtype, device)
+    states = spec.weights_of(component).state_of
+    return module, WeightStream(module, entries, dtype, device, states=states)
 
 
 def load_rows(spec: CheckpointSpec, component: Component, name: str, rows: torch.Tensor) -> torch.Tensor:
@@ -106,25 +116,16 @@ def load_rows(spec: CheckpointSpec, component: Component, name: str, rows: torch
     `name` is the module's name for it, such as `embed_tokens.weight`; `rows` are integers. Raises CheckpointError if
     the matrix or a row is not there.
     """
-    for entry in spec.weights_of(component).tensors:
-        if _module_name(component, entry.name) == name:
-            return read_rows(entry, rows)
+    weights = spec.weights_of(component)
+    for module_name, entry in named(component, weights):
+        if module_name == name:
+            return read_rows(entry, rows, promises_of([entry], weights.state_of))
     raise CheckpointError(f"{spec.folder / component}: the tensor {name} is missing")
 
 
 def load_tokenizer(spec: CheckpointSpec) -> Any:
     """The checkpoint's tokenizer, padding on the right; never runs code from the folder. Raises CheckpointError."""
-    from transformers.models.auto.tokenization_auto import AutoTokenizer
-
-    folder = spec.folder / "tokenizer"
-    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
-        raise CheckpointError(f"{folder}: holds no tokenizer; expected tokenizer.json or tokenizer.model")
-    try:
-        return AutoTokenizer.from_pretrained(
-            folder, local_files_only=True, trust_remote_code=False, padding_side="right"
-        )
-    except Exception as error:  # the library raises whatever its parsers raise
-        raise CheckpointError(f"{folder}: cannot be read as a tokenizer: {first_line(error)}") from error
+    return read_tokenizer(spec)
 
 
 def load_scheduler(spec: CheckpointSpec) -> Any:
@@ -134,9 +135,12 @@ def load_scheduler(spec: CheckpointSpec) -> Any:
     if name not in SCHEDULERS:
         raise CheckpointError(f"{file}: scheduler is a {name}; handscroll runs {' or '.join(SCHEDULERS)}")
     try:
-        return getattr(importlib.import_module(SCHEDULERS[name]), name).from_config(spec.scheduler.config)
-    except (TypeError, ValueError, NotImplementedError) as error:
-        raise CheckpointError(f"{file}: {first_line(error)}") from error
+        cls = getattr(importlib.import_module(SCHEDULERS[name]), name)
+        return cls.from_config(_known(cls, spec.scheduler.config))
+    except Exception as error:  # settings of other types than the class takes fail anywhere in it
+        if is_out_of_memory(error):
+            raise
+        raise CheckpointError(f"{file}: no settings of a {name}: {one_line(error, MAX_MESSAGE)}") from error
 
 
 # Building: the classes' own submodules, so that no pipeline is imported.
@@ -148,66 +152,31 @@ def _build(spec: CheckpointSpec, component: Component) -> nn.Module:
             case "transformer":
                 from diffusers.models.transformers.sana_transformer import SanaTransformer2DModel
 
-                return SanaTransformer2DModel.from_config(config)
+                return SanaTransformer2DModel.from_config(_known(SanaTransformer2DModel, config))
             case "vae":
                 from diffusers.models.autoencoders.autoencoder_dc import AutoencoderDC
 
-                return AutoencoderDC.from_config(config)
+                return AutoencoderDC.from_config(_known(AutoencoderDC, config))
             case "text_encoder":
                 from transformers.models.gemma2.configuration_gemma2 import Gemma2Config
                 from transformers.models.gemma2.modeling_gemma2 import Gemma2Model
 
-                return Gemma2Model(Gemma2Config.from_dict(config))
-    except (TypeError, ValueError, KeyError, AssertionError) as error:
-        raise CheckpointError(f"{file}: describes no {component}: {first_line(error)}") from error
+                # What is for all models (labels, ...) is left out: it says nothing here, and could be of any size.
+                known = {*Gemma2Config.__annotations__, *OLDER_TEXT_SETTINGS}
+                settings = {name: value for name, value in config.items() if name in known}
+                return Gemma2Model(Gemma2Config.from_dict(settings))
+    except Exception as error:  # what a config says of other types than its class takes fails anywhere in it
+        if is_out_of_memory(error):
+            raise
+        said = one_line(error, MAX_MESSAGE)
+        raise CheckpointError(f"{file}: describes no {component} that can be made: {said}") from error
     raise ValueError(f"no component {component!r}")
 
 
-# Matching: every tensor of the module against the headers, before a weight is read.
-def _match(spec: CheckpointSpec, component: Component, module: nn.Module, part: str | None) -> dict[str, TensorEntry]:
-    """The entry for each tensor of the module's state dict, in file order."""
-    weights = spec.weights_of(component)
-    where = _where(spec, component, weights)
-    wanted = module.state_dict()
-    computed = {name for name, _ in module.named_buffers()} - wanted.keys()
-    other_half = {"decoder": "encoder.", "encoder": "decoder."}.get(part or "")
-
-    found: dict[str, TensorEntry] = {}
-    for entry in weights.tensors:
-        name = _module_name(component, entry.name)
-        if name is None or name in computed or (other_half and name.startswith(other_half)):
-            continue
-        if name not in wanted:
-            raise CheckpointError(f"{entry.file}: unexpected tensor {entry.name}; the config has no place for it")
-        if name in found:
-            raise CheckpointError(f"{entry.file}: the tensor {name} is there twice, once as {found[name].name}")
-        shape = tuple(wanted[name].shape)
-        if entry.shape != shape:
-            raise CheckpointError(
-                f"{entry.file}: the tensor {entry.name} has shape {_shape(entry.shape)}, "
-                f"the config asks for {_shape(shape)}"
-            )
-        if entry.dtype not in DTYPES or DTYPES[entry.dtype].is_floating_point != wanted[name].is_floating_point():
-            raise CheckpointError(
-                f"{entry.file}: the tensor {entry.name} is stored as {entry.dtype}; quantised files are not supported"
-            )
-        found[name] = entry
-    if missing := [name for name in wanted if name not in found]:
-        more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
-        raise CheckpointError(f"{where}: the tensor {missing[0]}{more} is missing")
-    return found
-
-
-def _module_name(component: Component, stored: str) -> str | None:
-    """A stored name as the module's; None for what a text encoder's language-model head adds to it."""
-    if component != "text_encoder":
-        return stored
-    # Saved as Gemma2ForCausalLM: its Gemma2Model lies under `model.`, and text features need no head.
-    return None if stored == "lm_head.weight" else stored.removeprefix("model.")
-
-
-def _where(spec: CheckpointSpec, component: Component, weights: WeightFiles) -> Path:
-    return weights.files[0] if len(weights.files) == 1 else spec.folder / component
+def _known(cls: Any, config: dict[str, Any]) -> dict[str, Any]:
+    """What a class of diffusers takes of a config; of the rest it would print every value."""
+    taken = inspect.signature(cls.__init__).parameters
+    return {name: value for name, value in config.items() if name in taken}
 
 
 # What no file stores.
@@ -243,7 +212,3 @@ def _computed(module: Any, dtype: torch.dtype) -> dict[str, torch.Tensor]:
         case "Gemma2TextScaledWordEmbedding":
             return {"embed_scale": torch.tensor(module.scalar_embed_scale, dtype=dtype)}
     return {}
-
-
-def _shape(shape: tuple[int, ...]) -> str:
-    return "x".join(map(str, shape)) or "scalar"

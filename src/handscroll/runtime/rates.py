@@ -13,6 +13,8 @@ import torch
 
 from handscroll.files import cache_folder, lock_folder, write_whole
 from handscroll.plan.inputs import Rates
+from handscroll.runtime.arithmetic import full_fp32
+from handscroll.runtime.memory import empty_pinned_cache
 from handscroll.system import processor_name
 
 BF16_MUST_BE_FASTER = 1.3
@@ -23,7 +25,8 @@ CONVOLUTION_FLOP = 2 * 128 * 128 * 9 * 32 * 64
 # How fast the device is: for the seconds of a plan and the choices between its ways, never for the picture.
 def rates_of(device: str) -> Rates:
     threads = torch.get_num_threads() if device == "cpu" else 0
-    name = f"rates of {torch.cuda.get_device_name(device) if threads == 0 else f'{threads} threads'}"
+    of = f"{threads} threads" if threads else f"{torch.cuda.get_device_name(device)}, fp32 in full"
+    name = f"rates of {of}"
     found = remembered(name, lambda: dataclasses.asdict(measure_rates(device)))
     try:
         return Rates(**found)
@@ -36,17 +39,25 @@ def measure_rates(device: str) -> Rates:
     for precision, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16), ("fp16", torch.float16)):
         if device == "cpu" and dtype == torch.float16:
             continue  # the transformer alone may be fp16, and nobody asks for it on a CPU
-        flops[f"{precision}_flops"] = CONVOLUTION_FLOP / min(
-            _convolution_seconds(dtype, device, time.perf_counter) for _ in range(TIMINGS)
-        )
+        with full_fp32(device):
+            seconds = min(_convolution_seconds(dtype, device, time.perf_counter) for _ in range(TIMINGS))
+        flops[f"{precision}_flops"] = CONVOLUTION_FLOP / seconds
     if device == "cpu":
         return Rates(**flops)
-    block = torch.ones(64 * 2**20, dtype=torch.uint8, pin_memory=True)
+    return Rates(**flops, host_bytes=_copied_bytes_a_second(device))
+
+
+def _copied_bytes_a_second(device: str) -> float:
+    """From pinned memory to a CUDA device."""
+    with torch.cuda.device(device):
+        block = torch.ones(64 * 2**20, dtype=torch.uint8, pin_memory=True)
     start = time.perf_counter()
     block.to(device)
     torch.cuda.synchronize(device)
-    host_bytes = block.nbytes / (time.perf_counter() - start)
-    return Rates(**flops, host_bytes=host_bytes)
+    rate = block.nbytes / (time.perf_counter() - start)
+    del block
+    empty_pinned_cache()
+    return rate
 
 
 def cpu_bf16_is_faster() -> bool:

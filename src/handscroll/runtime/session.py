@@ -6,7 +6,7 @@ resident.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,8 +19,11 @@ from torch import Tensor, nn
 from handscroll.banded.autoencoder import Materialize
 from handscroll.banded.transformer import Branch, predict
 from handscroll.errors import HandscrollError
+from handscroll.events import OnEvent, Progress, ignore, pulse
 from handscroll.models.checkpoint import CheckpointSpec
+from handscroll.plan.host import layers_room_bytes
 from handscroll.plan.plan import Plan
+from handscroll.plan.stages import DENOISE, DENOISE_PART, TEXT, TEXT_PART
 from handscroll.plan.store import Store
 from handscroll.runtime.maps import new_map
 from handscroll.runtime.memory import release
@@ -44,11 +47,24 @@ class Opened:
         return None if self.resident else lambda modules: self.stream.materialize(*modules)
 
 
-class Transformer:
-    """A checkpoint's transformer as a plan runs it: in row blocks, layer by layer. `scratch`: where its maps go."""
+@dataclass(frozen=True, slots=True)
+class OpenedAs:
+    """What a module is open as. `module`: text_encoder, transformer, encoder or decoder."""
 
-    def __init__(self, opened: Opened, plan: Plan, scratch: Path | None) -> None:
+    module: str
+    precision: str
+    device: str
+
+
+class Transformer:
+    """A checkpoint's transformer as a plan runs it: in row blocks, layer by layer.
+
+    `scratch`: where its maps go. `pulse` is called before each layer.
+    """
+
+    def __init__(self, opened: Opened, plan: Plan, scratch: Path | None, pulse: Callable[[str], None]) -> None:
         self.module, self.stream, self.plan, self.scratch = opened.module, opened.stream, plan, scratch
+        self._pulse = pulse
         self.config = opened.module.config
         self.dtype, self.device = DTYPES[plan.precision.transformer], torch.device(plan.device)
 
@@ -70,6 +86,7 @@ class Transformer:
     @contextmanager
     def _materialize(self, index: int) -> Iterator[nn.Module]:
         blocks = self.module.transformer_blocks
+        self._pulse(DENOISE.name)
         with self.stream.materialize(blocks[index]):
             self.stream.prefetch(blocks[(index + 1) % len(blocks)])  # after the last, for the next step
             yield blocks[index]
@@ -78,16 +95,18 @@ class Transformer:
 class Session:
     """Text encoder, transformer and autoencoder of one checkpoint, one of them in memory at a time.
 
-    A context manager; `resident=True` holds on to every module once it is opened, whole, for repeated use. `scratch` is
-    the folder for maps that a plan puts on disk. What a module is opened in, and how much of it stays in memory, is the
-    plan's that it is first opened with; `free` before another plan is to be followed. `opened` says what is open, by
-    component, half of the autoencoder, precision and device.
+    A context manager. Beside the one at work, those stay in memory that the plan keeps (`Plan.kept`), each of them
+    whole. `scratch` is the folder for maps that a plan puts on disk. What a module is opened in, and how much of it
+    stays in memory, is the plan's that it is first opened with; `free_but` before another plan is to be followed.
+    `opened` says what is open, by module, precision and device. `on_event` is given a pulse between two blocks, and
+    told once of each tensor that is not used.
     """
 
-    def __init__(self, spec: CheckpointSpec, *, resident: bool = False, scratch: Path | None = None) -> None:
-        self.spec, self.resident, self.scratch = spec, resident, scratch
-        self.opened: dict[str, Opened] = {}
-        self._device = "cpu"
+    def __init__(self, spec: CheckpointSpec, *, scratch: Path | None = None, on_event: OnEvent = ignore) -> None:
+        self.spec, self.scratch, self.on_event = spec, scratch, on_event
+        self._told: set[str] = set()
+        self._untold: list[Progress] | None = None  # while a file is read: what is told after
+        self.opened: dict[OpenedAs, Opened] = {}
 
     def __enter__(self) -> Self:
         return self
@@ -97,70 +116,112 @@ class Session:
     ) -> None:
         self.free()
 
+    def pulse(self, stage: str) -> None:
+        """Gives the listener a moment to end the job in."""
+        self.on_event(pulse(stage))
+
+    @property
+    def held_bytes(self) -> int:
+        """What the open modules hold on their device, or in the process on a CPU."""
+        return sum(opened.stream.held_bytes for opened in self.opened.values())
+
     def free(self) -> None:
         """Forgets every module and gives its memory back."""
-        if not self.opened:
-            return
-        for opened in self.opened.values():
-            opened.stream.close()
-        self.opened.clear()
-        release(self._device)
+        self.free_but(())
+
+    def free_but(self, kept: Collection[str]) -> None:
+        """Forgets every module but those that are open whole and are to be kept, and gives their memory back."""
+        self._forget([key for key, opened in self.opened.items() if key.module not in kept or not opened.resident])
+
+    def _forget(self, keys: Collection[OpenedAs]) -> None:
+        for key in keys:
+            self.opened.pop(key).stream.close()
+        for device in {key.device for key in keys}:
+            release(device)
 
     def open_text_encoder(self, plan: Plan) -> Any:
         """The text encoder; its embedding table stays in the file, which gives the few rows that a prompt needs."""
 
-        def opened() -> Opened:
+        def opened(kept: bool) -> Opened:
             dtype = DTYPES[plan.precision.text_encoder]
-            module, stream = open_text_encoder(self.spec, dtype=dtype, device=plan.device)
-            if self.resident:
+            module, stream = open_text_encoder(
+                self.spec,
+                dtype=dtype,
+                device=plan.device,
+                on_event=self._tell_once,
+                on_layer=lambda: self.pulse(TEXT.name),
+            )
+            if kept:
                 stream.make_resident(module)
-            return Opened(module, stream, resident=self.resident)
+            return Opened(module, stream, resident=kept)
 
-        return self._once("text_encoder", plan.precision.text_encoder, plan, opened).module
+        return self._once(TEXT_PART.module, "text_encoder", plan.precision.text_encoder, plan, opened).module
 
     def open_transformer(self, plan: Plan) -> Transformer:
         """The transformer, its first layers resident as the plan says; its position embedding is never stored."""
 
-        def opened() -> Opened:
+        def opened(kept: bool) -> Opened:
             module, stream = self._open_module("transformer", plan.precision.transformer, plan)
             blocks: Any = module.transformer_blocks
-            if self.resident or plan.denoise is None:
+            if kept or plan.denoise is None:
                 stream.make_resident(module)
                 return Opened(module, stream, resident=True)
             stream.make_resident(module, but=blocks[plan.denoise.resident_layers :])
-            stream.pin(int(1.01 * plan.denoise.host_bytes))  # alignment pads a little
+            layer_bytes = stream.bytes_of(blocks[0]) if len(blocks) else 0
+            stream.pin(layers_room_bytes(plan.denoise.host_layers, layer_bytes))
             return Opened(module, stream)
 
-        return Transformer(self._once("transformer", plan.precision.transformer, plan, opened), plan, self.scratch)
+        precision = plan.precision.transformer
+        opened_as = self._once(DENOISE_PART.module, "transformer", precision, plan, opened)
+        return Transformer(opened_as, plan, self.scratch, self.pulse)
 
     def open_autoencoder(self, plan: Plan, half: Half) -> Opened:
         """The autoencoder with one half alone."""
 
-        def opened() -> Opened:
+        def opened(kept: bool) -> Opened:
             module, stream = self._open_module("vae", plan.precision.autoencoder, plan, half)
-            resident = self.resident or plan.decode != "rows"
+            resident = kept or plan.decode != "rows"
             if resident:
                 stream.make_resident(module)
             return Opened(module, stream, resident=resident)
 
-        return self._once(f"vae's {half}", plan.precision.autoencoder, plan, opened)
+        return self._once(half, f"vae's {half}", plan.precision.autoencoder, plan, opened)
 
     def _open_module(
         self, component: Component, precision: str, plan: Plan, half: Half | None = None
     ) -> tuple[Any, WeightStream]:
         leave = {"patch_embed.pos_embed"} if component == "transformer" else set()
         dtype = DTYPES[precision]
-        return open_module(self.spec, component, dtype=dtype, device=plan.device, part=half, leave=leave)
+        return open_module(
+            self.spec, component, dtype=dtype, device=plan.device, part=half, leave=leave, on_event=self._tell_once
+        )
 
-    def _once(self, name: str, precision: str, plan: Plan, opened: Callable[[], Opened]) -> Opened:
-        """What is open under a name, in a precision and on the plan's device; else it takes the place of the others."""
-        key = f"{name} {precision} {plan.device}"
-        if key not in self.opened:
-            if not self.resident:
-                self.free()
-            self._device = plan.device
-            try:
-                self.opened[key] = opened()
-            except OSError as error:
-                raise HandscrollError(f"{self.spec.folder}: its {name} cannot be read: {error.strerror}") from error
+    def _tell_once(self, event: Progress) -> None:
+        if event.detail not in self._told:
+            self._told.add(event.detail)
+            if self._untold is None:
+                self.on_event(event)
+            else:
+                self._untold.append(event)
+
+    def _once(self, module: str, title: str, precision: str, plan: Plan, opened: Callable[[bool], Opened]) -> Opened:
+        """What is open of a module, in a precision and on the plan's device; else it takes the place of the others.
+
+        Raises CheckpointError where the file has changed under what is resident.
+        """
+        key = OpenedAs(module, precision, plan.device)
+        if key in self.opened:
+            self.opened[key].stream.check()
+            return self.opened[key]
+        others = [other for other in self.opened if other.module == module or other.module not in plan.kept]
+        self._forget(others)
+        untold = self._untold = []
+        try:
+            self.opened[key] = opened(module in plan.kept)
+        except OSError as error:
+            raise HandscrollError(f"{self.spec.folder}: its {title} cannot be read: {error.strerror}") from error
+        finally:
+            self._untold = None
+        for event in untold:  # what a listener raises is no fault of the file's
+            self.on_event(event)
         return self.opened[key]

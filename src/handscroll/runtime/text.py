@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from handscroll.errors import NumericsError
 from handscroll.events import OnEvent, Progress
 from handscroll.models.checkpoint import CheckpointSpec
+from handscroll.plan.inputs import TextRead
 from handscroll.plan.plan import Plan
 from handscroll.plan.stages import TEXT
 from handscroll.request import Request
@@ -21,7 +22,11 @@ from handscroll.runtime.modules import load_rows, load_tokenizer
 from handscroll.runtime.session import Session
 from handscroll.runtime.text_cache import Text, load_text, save_text, text_key
 from handscroll.runtime.text_encoder import EMBEDDING_TABLE
+from handscroll.runtime.tokenizer import errors_named
+from handscroll.units import one_line
 from handscroll.weights.dtypes import DTYPES
+
+LAST_TOKENS_SHOWN = 8  # of a prompt that is cut
 
 
 @dataclass(frozen=True)
@@ -105,13 +110,43 @@ def count_tokens(spec: CheckpointSpec, tokenizer: Any, prompt: str, instruction:
     return int(mask.sum()) or mask.numel()
 
 
+def read_of(spec: CheckpointSpec, tokenizer: Any, prompt: str, instruction: str = "") -> TextRead:
+    """How much of a prompt is read: `encode_prompt` cuts what is longer than the checkpoint's `max_prompt_tokens`.
+
+    Tokens are the prompt's own. The instruction's are always read, and so are the special ones that every text gets.
+    """
+    with errors_named(spec):
+        before = len(tokenizer.encode(instruction))
+        whole = len(tokenizer([instruction + normalised(prompt)]).input_ids[0])
+    length = _length(spec, tokenizer, instruction)
+    own = max(0, whole - before)
+    if whole <= length:
+        return TextRead(own, own)
+    ids, _ = _tokens(spec, tokenizer, prompt, instruction)
+    read = min(own, max(0, length - before))
+    with errors_named(spec):
+        ends = tokenizer.decode(ids[0, -min(read, LAST_TOKENS_SHOWN) :], skip_special_tokens=True) if read else ""
+    return TextRead(own, read, one_line(ends.replace("\ufffd", "")))
+
+
+def most_tokens(spec: CheckpointSpec, prompt: str, instruction: str = "") -> int:
+    """As many tokens as `encode_prompt` can give the encoder to read, for who has no tokenizer: one a byte, and two."""
+    before = len(instruction.encode()) + 2
+    return before + min(len(normalised(prompt).encode()), spec.max_prompt_tokens)
+
+
+def _length(spec: CheckpointSpec, tokenizer: Any, instruction: str) -> int:
+    """To how many tokens a text is cut."""
+    with errors_named(spec):
+        return spec.max_prompt_tokens + (len(tokenizer.encode(instruction)) - 2 if instruction else 0)
+
+
 def _tokens(spec: CheckpointSpec, tokenizer: Any, prompt: str, instruction: str) -> tuple[Tensor, Tensor]:
     """Token ids and the mask of those that are no padding, both [1, length]."""
-    length = spec.max_prompt_tokens
-    if instruction:
-        length += len(tokenizer.encode(instruction)) - 2
+    length = _length(spec, tokenizer, instruction)
     text = instruction + normalised(prompt)
-    tokens = tokenizer([text], padding="max_length", max_length=length, truncation=True, return_tensors="pt")
+    with errors_named(spec):
+        tokens = tokenizer([text], padding="max_length", max_length=length, truncation=True, return_tensors="pt")
     return tokens.input_ids, tokens.attention_mask.bool()
 
 

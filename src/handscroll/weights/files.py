@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +13,16 @@ import torch
 from torch import Tensor
 
 from handscroll.errors import CheckpointError
+from handscroll.files import open_to_read
 from handscroll.limits import STAGING_BYTES
 from handscroll.units import first_line
 from handscroll.weights.dtypes import DTYPES, is_mappable, wanted_dtype
+from handscroll.weights.file_state import FileState, Promise
 from handscroll.weights.header import TensorEntry, read_header
 from handscroll.weights.layout import Layout, tensor_at
 
 ADVICE_GAP_BYTES = 2**20  # ranges of a file that lie closer are read ahead as one
+_CHANGED = "the file has changed since the checkpoint was opened"
 
 
 class TensorReader:
@@ -25,12 +30,16 @@ class TensorReader:
 
     On the CPU, tensors that the file holds in `dtype` already are not copied: they are the file's pages, mapped
     privately, which enter memory when first touched (and count as resident then); writing to one changes this
-    process's copy and not the file.
+    process's copy and not the file. `promised` says what each file must be, as for `OpenFiles`. `mapped` gives the
+    files whose pages are in use, as they were when they were mapped.
     """
 
-    def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self, dtype: torch.dtype, device: torch.device, promised: Mapping[Path, Promise] | None = None
+    ) -> None:
         self.dtype, self.device = dtype, device
-        self._files = OpenFiles()
+        self.mapped: dict[Path, FileState] = {}
+        self._files = OpenFiles(promised)
         self._maps: dict[Path, Any] = {}
 
     def read(self, entry: TensorEntry) -> Tensor:
@@ -44,11 +53,11 @@ class TensorReader:
 
     def _map(self, entry: TensorEntry, dtype: torch.dtype) -> Tensor:
         try:
+            n_bytes = self._files.checked(entry).n_bytes
             if entry.file not in self._maps:
-                n_bytes = entry.file.stat().st_size
-                if n_bytes < entry.start + entry.n_bytes:
-                    raise EOFError("the file has become shorter")
                 self._maps[entry.file] = torch.UntypedStorage.from_file(str(entry.file), shared=False, nbytes=n_bytes)
+                # Again: it is mapped by its name, which may have been given to another file meanwhile.
+                self.mapped[entry.file] = self._files.checked(entry)
         except (OSError, EOFError, RuntimeError) as error:
             raise _unreadable(entry, error) from error
         strides = torch.empty(entry.shape, device="meta").stride()
@@ -56,7 +65,18 @@ class TensorReader:
         return empty.set_(self._maps[entry.file], entry.start // dtype.itemsize, entry.shape, strides)
 
 
-def read_rows(entry: TensorEntry, rows: Tensor) -> Tensor:
+def check_mapped(mapped: Mapping[Path, FileState]) -> None:
+    """Raises CheckpointError where a file whose pages are in use has been written to, or another has its name.
+
+    A file that was only removed is there for as long as its pages are used.
+    """
+    for file, state in mapped.items():
+        with contextlib.suppress(OSError):
+            if FileState.of(file) != state:
+                raise CheckpointError(f"{file}: {_CHANGED}; open the model again")
+
+
+def read_rows(entry: TensorEntry, rows: Tensor, promised: Mapping[Path, Promise] | None = None) -> Tensor:
     """Rows of a stored matrix [N, C]: [*rows.shape, C] in its published dtype. No more than these rows is read.
 
     rows: integers on the CPU. Raises CheckpointError for a row that is not there.
@@ -65,7 +85,7 @@ def read_rows(entry: TensorEntry, rows: Tensor) -> Tensor:
     dtype = DTYPES[entry.dtype]
     filled = torch.empty((rows.numel(), channels), dtype=dtype)
     row_bytes = channels * dtype.itemsize
-    files = OpenFiles()
+    files = OpenFiles(promised)
     for row, target in zip(rows.flatten().tolist(), filled, strict=True):
         if not 0 <= row < count:
             raise CheckpointError(f"{entry.file}: the tensor {entry.name} has {count} rows, and row {row} is asked for")
@@ -74,22 +94,35 @@ def read_rows(entry: TensorEntry, rows: Tensor) -> Tensor:
     return filled.view(*rows.shape, channels)
 
 
-def promised_entries(entries: Iterable[TensorEntry]) -> dict[Path, list[TensorEntry]]:
-    promised: dict[Path, list[TensorEntry]] = {}
+def first_not_finite(entries: Iterable[TensorEntry]) -> TensorEntry | None:
+    """The first tensor that holds NaN or infinity, in the numbers that are stored; None where all are finite.
+
+    Every tensor is read, in pieces of STAGING_BYTES. Raises CheckpointError.
+    """
+    files = OpenFiles()
     for entry in entries:
-        promised.setdefault(entry.file, []).append(entry)
-    return promised
+        stored = DTYPES.get(entry.dtype)
+        if stored is None or not stored.is_floating_point:
+            continue
+        for first in range(0, entry.n_bytes, STAGING_BYTES):
+            count = min(STAGING_BYTES, entry.n_bytes - first) // stored.itemsize
+            piece = torch.empty(count, dtype=stored)
+            part = TensorEntry(entry.name, entry.file, entry.dtype, (count,), entry.start + first, piece.nbytes)
+            files.read(part, piece)
+            if not torch.isfinite(piece).all():
+                return entry
+    return None
 
 
 class OpenFiles:
     """Weight files, opened when they are first read from and read at positions. For one thread at a time.
 
-    `promised` gives the entries that an opened file's header must still have.
+    `promised` says what each of them must be when it is opened. From then on it must stay what it was.
     """
 
-    def __init__(self, promised: Mapping[Path, Collection[TensorEntry]] | None = None) -> None:
+    def __init__(self, promised: Mapping[Path, Promise] | None = None) -> None:
         self._promised = promised or {}
-        self._opened: dict[Path, tuple[int, tuple[int, int]]] = {}
+        self._opened: dict[Path, tuple[int, FileState]] = {}
         self._staging: Tensor | None = None
 
     def __del__(self) -> None:
@@ -112,7 +145,8 @@ class OpenFiles:
             return
         stored = DTYPES[entry.dtype]
         try:
-            descriptor = self._open(entry)
+            self.checked(entry)
+            descriptor, _ = self._opened[entry.file]
             if target.device.type == "cpu" and target.dtype == stored:
                 _read_fully(descriptor, _bytes_of(target), entry.start)
                 return
@@ -137,37 +171,54 @@ class OpenFiles:
             except (OSError, EOFError):
                 return  # whoever reads it will say so
 
-    def _open(self, entry: TensorEntry) -> int:
-        """The descriptor of an entry's file, which is still the one that was opened first."""
-        descriptor, facts = self._opened.get(entry.file) or self._open_file(entry.file)
-        now = os.fstat(descriptor)
-        if now.st_size < entry.start + entry.n_bytes:
-            raise EOFError("the file has become shorter")
-        if (now.st_size, now.st_mtime_ns) != facts:
-            raise EOFError("the file has changed")
-        return descriptor
+    def checked(self, entry: TensorEntry) -> FileState:
+        """The state of an entry's file, which is still the one that was opened first. Raises OSError, EOFError.
 
-    def _open_file(self, file: Path) -> tuple[int, tuple[int, int]]:
-        descriptor = os.open(file, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
-        facts = os.fstat(descriptor)
-        self._opened[file] = descriptor, (facts.st_size, facts.st_mtime_ns)
-        if file in self._promised:
-            try:
-                same = set(self._promised[file]) <= set(read_header(file))
-            except CheckpointError:
-                same = False
-            if not same:
-                os.close(self._opened.pop(file)[0])
-                raise EOFError("the file has changed since the checkpoint was opened")
+        Of one that was removed, what is open can still be read.
+        """
+        descriptor, state = self._opened.get(entry.file) or self._open_file(entry.file)
+        now = FileState.of(descriptor)
+        if now.n_bytes < entry.start + entry.n_bytes:
+            raise EOFError("the file has become shorter")
+        if now != state:
+            raise EOFError("the file has changed")
+        with contextlib.suppress(OSError):
+            if FileState.of(entry.file) != state:
+                raise EOFError("the file has changed: another has taken its place")
+        return state
+
+    def _open_file(self, file: Path) -> tuple[int, FileState]:
+        descriptor = open_to_read(file)
+        self._opened[file] = descriptor, FileState.of(descriptor)
+        if file in self._promised and not self._keeps(file, self._promised[file]):
+            os.close(self._opened.pop(file)[0])
+            raise EOFError(_CHANGED)
         return self._opened[file]
+
+    def _keeps(self, file: Path, promise: Promise) -> bool:
+        if promise.state is not None and promise.state != self._opened[file][1]:
+            return False
+        try:
+            return promise.entries <= set(read_header(file))
+        except CheckpointError:
+            return False
 
 
 def _read_fully(descriptor: int, window: memoryview, position: int) -> None:
     while len(window):
-        count = os.preadv(descriptor, [window], position)
+        count = _read_at(descriptor, window, position)
         if not count:
             raise EOFError("the file has become shorter")
         window, position = window[count:], position + count
+
+
+def _read_at(descriptor: int, window: memoryview, position: int) -> int:
+    """Bytes read into `window` from a position on, at most as many as it holds; 0 at the file's end."""
+    if hasattr(os, "preadv"):
+        return os.preadv(descriptor, [window], position)
+    with io.FileIO(descriptor, closefd=False) as file:  # the same in two steps, as for Windows
+        file.seek(position)
+        return file.readinto(window)
 
 
 def _bytes_of(flat: Tensor) -> memoryview:

@@ -2,34 +2,52 @@
 
 A safetensors file is eight bytes (the header's length, little-endian), the header (JSON: name -> dtype, shape and
 offsets), then the tensors' bytes end to end. Format: https://github.com/huggingface/safetensors#format
+
+Only files are taken that the safetensors library takes too. Some that it takes are refused: a header that would fill
+the memory, and names that occur twice.
 """
 
 from __future__ import annotations
 
-import json
-import math
+import stat
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from handscroll.errors import CheckpointError
+from handscroll.units import gibibytes, one_line
+from handscroll.weights.foreign import what_it_is
+from handscroll.weights.json_text import MAX_FILE_BYTES, parse_json
 
-# Safetensors' own dtype names -> (the name used throughout handscroll, bytes an element).
+# Safetensors' own dtype names -> (the name used throughout handscroll, bits an element).
 DTYPES: dict[str, tuple[str, int]] = {
-    "F64": ("fp64", 8),
-    "F32": ("fp32", 4),
-    "F16": ("fp16", 2),
-    "BF16": ("bf16", 2),
-    "F8_E4M3": ("fp8", 1),
-    "F8_E5M2": ("fp8_e5m2", 1),
-    "I64": ("int64", 8),
-    "I32": ("int32", 4),
-    "I16": ("int16", 2),
-    "I8": ("int8", 1),
-    "U8": ("uint8", 1),
-    "BOOL": ("bool", 1),
+    "F64": ("fp64", 64),
+    "F32": ("fp32", 32),
+    "F16": ("fp16", 16),
+    "BF16": ("bf16", 16),
+    "F8_E4M3": ("fp8", 8),
+    "F8_E5M2": ("fp8_e5m2", 8),
+    "F8_E4M3FNUZ": ("fp8_e4m3fnuz", 8),
+    "F8_E5M2FNUZ": ("fp8_e5m2fnuz", 8),
+    "F8_E8M0": ("fp8_e8m0", 8),
+    "F6_E3M2": ("fp6_e3m2", 6),
+    "F6_E2M3": ("fp6_e2m3", 6),
+    "F4": ("fp4", 4),
+    "C64": ("complex64", 64),
+    "I64": ("int64", 64),
+    "I32": ("int32", 32),
+    "I16": ("int16", 16),
+    "I8": ("int8", 8),
+    "U64": ("uint64", 64),
+    "U32": ("uint32", 32),
+    "U16": ("uint16", 16),
+    "U8": ("uint8", 8),
+    "BOOL": ("bool", 8),
 }
-MAX_HEADER_BYTES = 100_000_000  # the format's own limit
+MOST = 2**64 - 1  # that a size or an offset can be
+MAX_DIMENSIONS = 64  # of one tensor: more are known to no library
+MAX_NAME = 100  # characters of a name that a message shows
+METADATA = "__metadata__"
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,63 +63,119 @@ class TensorEntry:
 
 
 def read_header(file: Path) -> tuple[TensorEntry, ...]:
-    """Every tensor that a safetensors file holds, in file order; only the header is read.
+    """Every tensor that a safetensors file holds, in file order. Raises CheckpointError as `read_all`."""
+    return read_all(file)[0]
 
-    Raises CheckpointError naming the file when it is shorter than its header promises or is no safetensors file.
+
+def read_metadata(file: Path) -> dict[str, str]:
+    """What a safetensors file says about itself, beside its tensors. Raises CheckpointError as `read_all`."""
+    return read_all(file)[1]
+
+
+def read_all(file: Path) -> tuple[tuple[TensorEntry, ...], dict[str, str]]:
+    """Every tensor that a safetensors file holds, in file order, and its metadata; only the header is read.
+
+    Raises CheckpointError naming the file when it is shorter or longer than its header promises, when tensors overlap
+    or leave a gap, or when it is no safetensors file.
     """
     header, first_byte, size = _read_json(file)
-    entries = [_entry(file, name, value, first_byte) for name, value in header.items() if name != "__metadata__"]
-    entries.sort(key=lambda entry: entry.start)
-    end = max((entry.start + entry.n_bytes for entry in entries), default=first_byte)
+    entries = [_entry(file, name, value, first_byte) for name, value in header.items() if name != METADATA]
+    entries.sort(key=lambda entry: (entry.start, entry.n_bytes))
+    end = first_byte
+    for entry in entries:
+        if entry.start != end:
+            what = "begins before the one before it ends" if entry.start < end else "leaves a gap before it"
+            raise _broken(file, f"the tensor {one_line(entry.name, MAX_NAME)} {what}")
+        end = entry.start + entry.n_bytes
     if end > size:
         raise CheckpointError(
             f"{file}: truncated: the header promises {end} bytes and the file has {size}; fetch it again"
         )
-    return tuple(entries)
-
-
-def read_metadata(file: Path) -> dict[str, str]:
-    """What a safetensors file says about itself, beside its tensors. Raises CheckpointError as `read_header`."""
-    found = _read_json(file)[0].get("__metadata__", {})
-    if not isinstance(found, dict):
-        raise CheckpointError(f"{file}: the header's metadata is not a table")
-    return {name: str(value) for name, value in found.items()}
+    if end < size:
+        raise _broken(file, f"{size - end} bytes follow the last tensor")
+    return tuple(entries), header.get(METADATA) or {}
 
 
 def _read_json(file: Path) -> tuple[dict[str, Any], int, int]:
     """The header, the position of the first tensor's first byte, and the size of the file in bytes."""
     try:
-        size = file.stat().st_size
+        status = file.stat()
+        size = status.st_size
+        if not stat.S_ISREG(status.st_mode):
+            raise CheckpointError(f"{file}: not a file")
         with file.open("rb") as stream:
             prefix = stream.read(8)
+            rest = stream.read(56)
+            if not rest.startswith(b"{") and (said := what_it_is(prefix + rest)):
+                raise CheckpointError(f"{file}: {said}")
             if len(prefix) < 8:
                 raise CheckpointError(f"{file}: truncated: {size} bytes are no safetensors file; fetch it again")
-            header_bytes = int.from_bytes(prefix, "little")
-            if header_bytes > MAX_HEADER_BYTES:
-                raise CheckpointError(f"{file}: not a safetensors file: its header would be {header_bytes} bytes")
-            if 8 + header_bytes > size:
-                raise CheckpointError(
-                    f"{file}: truncated: the header takes {header_bytes} bytes and the file has {size}; fetch it again"
-                )
-            header = json.loads(stream.read(header_bytes))
+            header_bytes = _header_bytes(file, int.from_bytes(prefix, "little"), size)
+            stream.seek(8)
+            data = stream.read(header_bytes)
     except OSError as error:
         raise CheckpointError(f"{file}: cannot be read: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{file}: not a safetensors file: its header is not JSON") from error
-
-    if not isinstance(header, dict):
-        raise CheckpointError(f"{file}: not a safetensors file: its header is not a table of tensors")
+    if len(data) < header_bytes:
+        raise CheckpointError(f"{file}: truncated: it became shorter while it was read; fetch it again")
+    if not data.startswith(b"{"):
+        raise CheckpointError(f"{file}: not a safetensors file: its header does not begin with {{")
+    try:
+        header = parse_json(data, strict=True)
+    except ValueError as error:
+        raise _broken(file, one_line(error, 2 * MAX_NAME)) from error
+    _check_metadata(file, header.get(METADATA))
     return header, 8 + header_bytes, size
+
+
+def _header_bytes(file: Path, header_bytes: int, size: int) -> int:
+    """The header's length as the file gives it. Raises CheckpointError where that cannot be, or is too much."""
+    if header_bytes > MOST // 2 or (header_bytes > 100_000_000 and 8 + header_bytes > size):
+        raise CheckpointError(f"{file}: not a safetensors file: its header would be {header_bytes} bytes")
+    if 8 + header_bytes > size:
+        raise CheckpointError(
+            f"{file}: truncated: the header takes {header_bytes} bytes and the file has {size}; fetch it again"
+        )
+    if header_bytes > MAX_FILE_BYTES:
+        raise CheckpointError(
+            f"{file}: its header takes {gibibytes(header_bytes)}; headers of at most {gibibytes(MAX_FILE_BYTES)} are "
+            "read; save the model in several files"
+        )
+    return header_bytes
+
+
+def _check_metadata(file: Path, metadata: object) -> None:
+    if metadata is not None and not (
+        isinstance(metadata, dict) and all(isinstance(value, str) for value in metadata.values())
+    ):
+        raise _broken(file, f"{METADATA} should give a text for each name")
 
 
 def _entry(file: Path, name: str, value: Any, first_byte: int) -> TensorEntry:
     try:
-        dtype, element_bytes = DTYPES[value["dtype"]]
+        dtype, element_bits = DTYPES[value["dtype"]]
         shape = tuple(value["shape"])
         start, end = value["data_offsets"]
-        plain = all(type(number) is int and number >= 0 for number in (*shape, start, end))
-        if not plain or end - start != math.prod(shape) * element_bytes:
+        plain = all(type(number) is int and 0 <= number <= MOST for number in (*shape, start, end))
+        if not plain or not isinstance(value["shape"], list) or 8 * (end - start) != _bits(shape, element_bits):
             raise ValueError
     except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{file}: the header's entry for the tensor {name} makes no sense: {value}") from error
+        said = f"{one_line(name, MAX_NAME)}: {one_line(repr(value), MAX_NAME)}"
+        raise _broken(file, f"this cannot be the tensor {said}") from error
+    if len(shape) > MAX_DIMENSIONS:
+        said = f"{one_line(name, MAX_NAME)} has {len(shape)} dimensions"
+        raise CheckpointError(f"{file}: the tensor {said}; at most {MAX_DIMENSIONS} are read")
     return TensorEntry(name, file, dtype, shape, first_byte + start, end - start)
+
+
+def _bits(shape: tuple[int, ...], element_bits: int) -> int:
+    """Of all elements together. Raises ValueError for more than 64 bits can count, as the library does."""
+    total = 1
+    for size in (*shape, element_bits):
+        total *= size
+        if total > MOST:
+            raise ValueError
+    return total
+
+
+def _broken(file: Path, said: str) -> CheckpointError:
+    return CheckpointError(f"{file}: its header is broken: {said}; fetch the file again, or save it again")

@@ -10,13 +10,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 from torch import nn
 
 from handscroll.weights.buffers import InPlaceBuffer, ReadAheadBuffers
 from handscroll.weights.dtypes import is_mappable
-from handscroll.weights.files import OpenFiles, TensorReader, promised_entries
+from handscroll.weights.file_state import FileState, promises_of
+from handscroll.weights.files import OpenFiles, TensorReader, check_mapped
 from handscroll.weights.header import TensorEntry
 from handscroll.weights.layout import (
     CPU_ALIGNMENT_BYTES,
@@ -41,7 +43,8 @@ class WeightStream:
     the host), 16 MiB where dtypes are converted, and what is resident. A tensor that is wanted beyond its `with` block
     must be copied: the buffer is used again. For one thread.
 
-    Files must stay as they are: a file that has changed since the checkpoint was opened raises CheckpointError.
+    Files must stay as they are: a file that has changed since the checkpoint was opened raises CheckpointError, whether
+    its tensors are read or resident already. `states` says how the checkpoint found them.
     """
 
     def __init__(
@@ -52,6 +55,7 @@ class WeightStream:
         device: torch.device | str,
         *,
         transfer: Transfer | None = None,
+        states: Mapping[Path, FileState] | None = None,
     ) -> None:
         self.entries, self.dtype, self.device = entries, dtype, torch.device(device)
         self._sites = {owner: list(sites_in(owner, path, entries, dtype)) for path, owner in module.named_modules()}
@@ -59,7 +63,10 @@ class WeightStream:
         self._alignment_bytes = CUDA_ALIGNMENT_BYTES if on_cuda else CPU_ALIGNMENT_BYTES
         if transfer is None and on_cuda:
             transfer = CudaTransfer(self.device)
-        files = OpenFiles(promised_entries(entries.values()))
+        self._transfer = transfer
+        self._promised = promises_of(entries.values(), states or {})
+        self._mapped: dict[Path, FileState] = {}
+        files = OpenFiles(self._promised)
         self._memory: InPlaceBuffer | ReadAheadBuffers = (
             InPlaceBuffer(files) if transfer is None else ReadAheadBuffers(files, transfer)
         )
@@ -69,8 +76,8 @@ class WeightStream:
     def materialize(self, *modules: nn.Module, but: Iterable[nn.Module] = ()) -> Iterator[None]:
         """`modules`, without those in `but`, are real inside and as they were before afterwards.
 
-        What is resident, or materialized already, is used as it is and at no cost. Raises CheckpointError naming file
-        and tensor; then nothing has been materialized.
+        What is resident, or materialized already, is used as it is, after a look whether its file has changed. Raises
+        CheckpointError naming file and tensor; then nothing has been materialized.
         """
         sites = self._sites_of(modules, but)
         self._take(sites)
@@ -84,12 +91,13 @@ class WeightStream:
 
         On the CPU, tensors that the file holds in `dtype` already are the file's pages, as `TensorReader` says.
         """
-        reader = TensorReader(self.dtype, self.device)
+        reader = TensorReader(self.dtype, self.device, self._promised)
         sites = [site for site in self._sites_of(modules, but) if not site.resident]
         tensors = [reader.read(site.entry) for site in sites]
         for site, tensor in zip(sites, tensors, strict=True):
             site.put(tensor)
             site.resident = True
+        self._mapped |= reader.mapped
 
     def prefetch(self, *modules: nn.Module, but: Iterable[nn.Module] = ()) -> None:
         """Begins to read what `materialize` with the same arguments will need next, and returns at once.
@@ -109,10 +117,18 @@ class WeightStream:
         """
         if isinstance(self._memory, ReadAheadBuffers):
             self._memory.room_bytes = n_bytes
+        if isinstance(self._transfer, CudaTransfer):
+            self._transfer.expect(n_bytes)
 
     def bytes_of(self, *modules: nn.Module, but: Iterable[nn.Module] = ()) -> int:
         """Bytes of `modules`, without those in `but`, in `dtype`: what they take, materialized or resident."""
         return sum(site.n_bytes for site in self._sites_of(modules, but))
+
+    @property
+    def held_bytes(self) -> int:
+        """Bytes of all that is resident, and of the buffers that are not in use."""
+        sites = (site for owned in self._sites.values() for site in owned)
+        return sum(site.n_bytes for site in sites if site.resident) + self.buffer_bytes
 
     @property
     def buffer_bytes(self) -> int:
@@ -122,6 +138,12 @@ class WeightStream:
     def close(self) -> None:
         """Frees the buffers that are not in use, and closes the files; the next `materialize` opens them again."""
         self._memory.close()
+        if isinstance(self._memory, ReadAheadBuffers):
+            self.pin(self._memory.room_bytes)
+
+    def check(self) -> None:
+        """Raises CheckpointError where a file has changed whose pages are resident."""
+        check_mapped(self._mapped)
 
     def _sites_of(self, modules: Iterable[nn.Module], but: Iterable[nn.Module]) -> list[Site]:
         left_out = {owner for module in but for owner in module.modules()}
@@ -152,6 +174,8 @@ class WeightStream:
         return Layout(tuple(places), end)
 
     def _take(self, sites: Sequence[Site]) -> None:
+        used = {site.entry.file for site in sites if site.resident}
+        check_mapped({file: state for file, state in self._mapped.items() if file in used})
         lacking = [site for site in sites if not site.is_real]
         if lacking:
             layout = self._layout(lacking)

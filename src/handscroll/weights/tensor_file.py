@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from handscroll.errors import CheckpointError
-from handscroll.units import first_line
-from handscroll.weights.header import DTYPES, TensorEntry, read_header
+from handscroll.units import first_line, one_line
+from handscroll.weights.header import DTYPES, MAX_NAME, TensorEntry, read_all
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -53,15 +53,11 @@ def read_tensors(path: Path, *names: str) -> tuple[dict[str, Tensor], dict[str, 
 
     Raises CheckpointError for a file that cannot be read, is not whole, or does not match its checksum.
     """
-    from safetensors import SafetensorError, safe_open
-
+    stored, metadata = read_all(path)
     try:
-        with safe_open(str(path), framework="pt") as file:
-            metadata = dict(file.metadata() or {})
-        stored = read_header(path)
         wanted = [entry for entry in stored if not names or entry.name in names]
         tensors = {entry.name: _read_tensor(entry) for entry in wanted}
-    except (SafetensorError, OSError) as error:
+    except OSError as error:
         raise CheckpointError(f"{path}: not a whole safetensors file: {first_line(error)}") from error
     expected, checksum = metadata.pop(CHECKSUM, None), 0
     for _, tensor in sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0])):
@@ -76,7 +72,8 @@ def _read_tensor(entry: TensorEntry) -> Tensor:
     import torch
 
     if entry.dtype not in _TORCH_DTYPES:
-        raise CheckpointError(f"{entry.file}: the tensor {entry.name} is {entry.dtype}, which no latent is")
+        name = one_line(entry.name, MAX_NAME)
+        raise CheckpointError(f"{entry.file}: the tensor {name} is {entry.dtype}, which no latent is")
     dtype = getattr(torch, _TORCH_DTYPES[entry.dtype])
     data = bytearray(entry.n_bytes)
     with entry.file.open("rb") as file:

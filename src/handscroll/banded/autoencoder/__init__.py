@@ -18,7 +18,7 @@ a map of at most `head_dim` pixels, where diffusers switches to quadratic attent
 
 from __future__ import annotations
 
-from handscroll.banded.autoencoder.run import Materialize, decode_rows, encode, encode_row_blocks
+from handscroll.banded.autoencoder.run import Materialize, OnRows, decode_rows, encode, encode_row_blocks
 from handscroll.banded.autoencoder.sweeps import Sweep, cut_at_barriers, strip_heights
 from handscroll.banded.autoencoder.units import Attention, Local, Unit, decoder_units, encoder_units
 
@@ -26,6 +26,7 @@ __all__ = [
     "Attention",
     "Local",
     "Materialize",
+    "OnRows",
     "Sweep",
     "Unit",
     "cut_at_barriers",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, closing, nullcontext
+from functools import partial
 from math import ceil
 from typing import Any, TypedDict, Unpack
 
@@ -20,6 +21,8 @@ from handscroll.banded.rows import RowMap, Stage, Tee, cut, sweep
 
 # Makes the parameters and buffers of these modules real while it is entered; outside they may be on the meta device.
 Materialize = Callable[[Sequence[nn.Module]], AbstractContextManager[Any]]
+# Told between two row blocks: the number of the sweep, of how many, and how much of its rows it has made, 0 to 1.
+OnRows = Callable[[int, int, float], None]
 
 
 class StreamOptions(TypedDict, total=False):
@@ -29,6 +32,7 @@ class StreamOptions(TypedDict, total=False):
     new_map: Callable[[int, int], RowMap] | None
     materialize: Materialize | None
     on_sweep: Callable[[int, int], None] | None
+    on_rows: OnRows | None
     plain: bool
 
 
@@ -42,6 +46,7 @@ def stream(
     new_map: Callable[[int, int], RowMap] | None = None,
     materialize: Materialize | None = None,
     on_sweep: Callable[[int, int], None] | None = None,
+    on_rows: OnRows | None = None,
     plain: bool = False,
 ) -> Generator[Tensor, None, None]:
     """Runs a network sweep by sweep and yields the rows of its output.
@@ -68,18 +73,18 @@ def stream(
             else:
                 source = maps[start].row_blocks(source_rows, keep=last_reader[start] != index)
             following = sweeps[index + 1].attention if index + 1 < count else None
+            told = None if on_rows is None else partial(on_rows, index, count)
             if following is None:
-                yield from sweep(source, stages)
+                yield from _told_of_rows(sweep(source, stages), height * sweeps[-1].out_scale, told)
             else:
                 with real(_modules_of(following)):
                     side = following.sum(this)
                 stages.append(Stage(Tee(side), sys.maxsize))
-                result = None
+                result, map_height = None, round(height * following.in_scale)
                 if index + 1 in last_reader:
-                    map_height = round(height * following.in_scale)
                     result = RowMap(map_height) if new_map is None else new_map(index + 1, map_height)
                     maps[index + 1] = result
-                _fill(result, sweep(source, stages))
+                _fill(result, _told_of_rows(sweep(source, stages), map_height, told))
                 sums[index + 1] = side.sums
                 del side
             # Before the listener, who may trim the heap: with its buffers and weights.
@@ -122,6 +127,19 @@ def _fill(result: RowMap | None, row_blocks: Iterable[Tensor]) -> None:
         del row_block
 
 
+def _told_of_rows(
+    row_blocks: Iterable[Tensor], height: float, on_share: Callable[[float], None] | None
+) -> Iterator[Tensor]:
+    """The same row blocks. When the next one is asked for, it is told how much of `height` rows there was so far."""
+    rows = 0
+    for row_block in row_blocks:
+        rows += row_block.shape[1]
+        yield row_block
+        del row_block
+        if on_share is not None:
+            on_share(min(1.0, rows / height))
+
+
 def _modules_of(unit: Unit) -> list[nn.Module]:
     return [unit.module]
 
@@ -145,8 +163,9 @@ def _check_input(first: nn.Conv2d | DCDownBlock2d, image: Tensor, streamed: bool
     conv = first.conv if is_down_block(first) else first
     check_dense(conv)
     weight = conv.weight
-    device = image.device if streamed and weight.is_meta else weight.device
-    expected = (weight.shape[1], weight.dtype, device)
+    # What is made real for a while may lie elsewhere, or in another type, until then.
+    dtype, device = (image.dtype, image.device) if streamed else (weight.dtype, weight.device)
+    expected = (weight.shape[1], dtype, device)
     given = (image.shape[1], image.dtype, image.device)
     if given != expected or not image.numel():
         raise ValueError(f"expected channels, type and device {expected}, not {given} of shape {tuple(image.shape)}")
@@ -175,8 +194,11 @@ def decode_rows(
     and freed with the last that does.
     new_map: makes the map that a sweep starts from, out of the sweep's number and the map's height in rows; its default
     is `RowMap`. It is closed at its end, and when the decoding is abandoned.
-    materialize: a context manager in which the parameters and buffers of the modules that it is given are real; outside
-    they may be on the meta device. It is entered while a module's weights are laid out, before the sweep runs.
+    materialize: a context manager in which the parameters and buffers of the modules that it is given are real, in the
+    latent's dtype and on its device; outside they may be elsewhere, or on the meta device. It is entered while a
+    module's weights are laid out, before the sweep runs.
+    on_sweep: told after each sweep its number, from 1, and how many there are. on_rows: told between two row blocks of
+    every sweep. What either raises ends the decoding.
 
     Raises ValueError for a latent that does not fit, and for heights or starts that cannot be.
     """

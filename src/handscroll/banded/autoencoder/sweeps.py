@@ -22,6 +22,12 @@ class Sweep:
     def in_scale(self) -> float:
         return self.attention.in_scale if self.attention is not None else self.local[0].in_scale
 
+    @property
+    def out_scale(self) -> float:
+        last = self.local[-1] if self.local else self.attention
+        assert last is not None
+        return last.in_scale * last.factor
+
     def row_bytes(self, width: int, element_bytes: int) -> int:
         """What the largest activation of the sweep holds for one row of its input; `width` is the network input's."""
         units = [*self.local, self.attention] if self.attention is not None else self.local

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from handscroll.banded import backend
 from handscroll.banded.autoencoder.attention import AttentionSums, Sums, apply_attention, whole_attention
@@ -33,6 +32,9 @@ from handscroll.banded.modules import (
     is_up_block,
 )
 from handscroll.banded.rows import Pointwise, RowOp
+
+# What diffusers and accelerate set on a module whose weights they move: its `forward`, and what that one calls.
+_HOOKS = frozenset({"forward", "_diffusers_hook", "_hf_hook", "_old_forward"})
 
 
 class Unit(ABC):
@@ -80,13 +82,31 @@ class Attention(Unit):
         return round(pixels * self.in_scale**2) > self.module.attention_head_dim
 
     def build(self, this: Pass) -> RowOp:
-        return whole_attention(copy.deepcopy(self.module) if this.copies else self.module)
+        return whole_attention(_bare_copy(self.module) if this.copies else self.module)
 
     def sum(self, this: Pass) -> AttentionSums:
         return AttentionSums(self.module, this)
 
     def apply(self, sums: Sums, this: Pass) -> RowOp:
         return apply_attention(self.module, sums, this)
+
+
+def _bare_copy(module: Any) -> Any:
+    """A module with weights of its own and its class's `forward`: hooks that move weights stay with the original."""
+    copied = object.__new__(type(module))
+    copied.__dict__.update({name: value for name, value in vars(module).items() if name not in _HOOKS})
+    for name in ("_parameters", "_buffers"):
+        values = vars(module)[name].items()
+        vars(copied)[name] = {key: None if value is None else _own(value) for key, value in values}
+    vars(copied)["_modules"] = {
+        name: None if child is None else _bare_copy(child) for name, child in module._modules.items()
+    }
+    return copied
+
+
+def _own(value: Tensor) -> Tensor:
+    copied = value.detach().clone()
+    return nn.Parameter(copied, requires_grad=False) if isinstance(value, nn.Parameter) else copied
 
 
 def _block_units(block: nn.Module, scale: float) -> Iterator[Unit]:
@@ -131,7 +151,7 @@ def decoder_units(decoder: Decoder) -> list[Unit]:
                 scale *= 2
             else:
                 units += _block_units(block, scale)
-    norm_out, activation_ = decoder.norm_out, backend.in_place(decoder.conv_act)
+    norm_out, activation_ = decoder.norm_out, backend.activated(decoder.conv_act)
 
     def norm_and_activation(this: Pass) -> RowOp:
         norm_ = this.norm_(norm_out)

@@ -17,6 +17,8 @@ from handscroll.units import first_line
 SAVE_AFTER_SECONDS = 10.0
 SAVE_SHARE = 0.02
 
+_BROKEN = "the saved state is broken; delete the run folder to start over"
+
 
 def set_timesteps(scheduler: Any, steps: int, **options: Any) -> Tensor:
     try:
@@ -87,13 +89,23 @@ class SamplerRun:
 
     def _return_to(self, state: SamplerState) -> None:
         scheduler = self.job.scheduler
-        same = torch.equal(state.timesteps, scheduler.timesteps.cpu()) and state.steps_before == self.job.steps_before
+        timesteps = scheduler.timesteps.cpu()
+        same = state.timesteps.dtype == timesteps.dtype and torch.equal(state.timesteps, timesteps)
+        same = same and state.steps_before == self.job.steps_before
         if not same or not self.job.first_step <= state.steps_done <= len(self.timesteps):
             raise RunFolderError("the saved state belongs to another schedule; delete the run folder to start over")
+        order = scheduler.config.solver_order if hasattr(scheduler, "model_outputs") else 0
+        if not 0 <= state.lower_order_nums <= order or len(state.model_outputs) != min(
+            state.lower_order_nums, max(0, order - 1)
+        ):
+            raise RunFolderError(_BROKEN)
         self.steps_done = state.steps_done
         scheduler._step_index = state.steps_done
         if hasattr(scheduler, "model_outputs"):
             outputs = [output.to(self.timesteps.device) for output in state.model_outputs]
             scheduler.model_outputs = [None] * (scheduler.config.solver_order - len(outputs)) + outputs
             scheduler.lower_order_nums = state.lower_order_nums
-        self.job.generator.set_state(state.generator)
+        try:
+            self.job.generator.set_state(state.generator)
+        except RuntimeError as error:
+            raise RunFolderError(_BROKEN) from error

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -14,17 +16,22 @@ SCM_MAX_TIMESTEP = 1.57080
 SCM_INTERMEDIATE_TIMESTEP = 1.3
 
 
+def set_scm_timesteps(scheduler: Any, steps: int, *, device: torch.device | str) -> Tensor:
+    """[steps] timesteps, the last 0 left out. Raises UsageError as `set_timesteps`."""
+    return set_timesteps(
+        scheduler,
+        steps,
+        device=device,
+        max_timesteps=SCM_MAX_TIMESTEP,
+        intermediate_timesteps=SCM_INTERMEDIATE_TIMESTEP if steps == 2 else None,
+    )[:-1]
+
+
 def denoise_scm(job: Sampling) -> Tensor:
     """As `SanaSprintPipeline.__call__`: the trigonometric flow, converted to and from the transformer's linear one."""
     transformer, scheduler, text, device = job.transformer, job.scheduler, job.text, job.transformer.device
     sigma_data = scheduler.config.sigma_data
-    timesteps = set_timesteps(
-        scheduler,
-        job.steps,
-        device=device,
-        max_timesteps=SCM_MAX_TIMESTEP,
-        intermediate_timesteps=SCM_INTERMEDIATE_TIMESTEP if job.steps == 2 else None,
-    )[:-1]
+    timesteps = set_scm_timesteps(scheduler, job.steps, device=device)
     run = SamplerRun(job, timesteps)
     latent = job.noise.to(device) * sigma_data if job.start is None else job.start.latent.to(device)
     scale = None

@@ -1,0 +1,41 @@
+"""Whether the files of a hub checkpoint are what was fetched: each against the checksum that the cache names it by.
+
+In huggingface_hub's cache a file of a snapshot is a link to a blob. Its name is the SHA-256 of its bytes, or of a small
+file the SHA-1 by which git knows it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from pathlib import Path
+
+from handscroll.errors import CheckpointError
+
+PIECE_BYTES = 4 << 20
+
+
+def damaged_files(folder: Path) -> list[Path]:
+    """The blobs of a snapshot whose bytes are not those that they are named by. Reads all of it.
+
+    Files that are no links, as on systems without them, have no checksum and are passed over. Raises CheckpointError
+    for a file that cannot be read.
+    """
+    blobs = {path.resolve() for path in folder.rglob("*") if path.is_symlink() and path.is_file()}
+    return sorted(blob for blob in blobs if _is_damaged(blob))
+
+
+def _is_damaged(blob: Path) -> bool:
+    if re.fullmatch(r"[0-9a-f]{64}", blob.name):
+        checksum = hashlib.sha256()
+    elif re.fullmatch(r"[0-9a-f]{40}", blob.name):
+        checksum = hashlib.sha1(b"blob %d\0" % blob.stat().st_size, usedforsecurity=False)
+    else:
+        return False
+    try:
+        with blob.open("rb") as file:
+            while piece := file.read(PIECE_BYTES):
+                checksum.update(piece)
+    except OSError as error:
+        raise CheckpointError(f"{blob}: cannot be read: {error.strerror}") from error
+    return checksum.hexdigest() != blob.name

@@ -1,0 +1,61 @@
+"""Links of the Hugging Face hub, as they are pasted from a browser or a terminal."""
+
+from __future__ import annotations
+
+import os
+import re
+from urllib.parse import unquote, urlsplit
+
+from handscroll.errors import UsageError
+
+_HOSTS = frozenset({"huggingface.co", "www.huggingface.co", "hf.co", "www.hf.co", "hf-mirror.com"})
+_OTHER_KINDS = {"datasets": "a data set", "spaces": "a space", "papers": "a paper", "collections": "a collection"}
+_OF_A_REVISION = frozenset({"tree", "blob", "resolve", "raw", "commit", "commits", "blame"})
+# Branches may have slashes in their names; these are the hub's own: refs/pr/3, refs/convert/parquet.
+_REF = re.compile(r"refs/(?:pr|convert)/[^/]+")
+
+
+def split_link(text: str) -> tuple[str, str | None] | None:
+    """`https://huggingface.co/owner/name/tree/REV` -> (`owner/name`, REV or None); None for what is no link of the hub.
+
+    The scheme may be left out, and HF_ENDPOINT names one more host. The branch `main` counts as none, as it is what is
+    taken anyway. Raises UsageError for a link to something else than a model.
+    """
+    parts = _path_of(text.strip())
+    if parts is None:
+        return None
+    path, revision = parts
+    names = [unquote(each) for each in path.split("/") if each]
+    if names and names[0] in _OTHER_KINDS:
+        raise UsageError(f"{text!r} leads to {_OTHER_KINDS[names[0]]}; give a model, as owner/name")
+    if names and names[0] == "models":
+        names = names[1:]
+    if len(names) < 2:
+        raise UsageError(f"{text!r} leads to no model of the hub; give it as owner/name")
+    if len(names) > 3 and names[2] in _OF_A_REVISION:
+        rest = "/".join(names[3:])
+        ref = _REF.match(rest)
+        revision = ref[0] if ref else names[3]
+    return f"{names[0]}/{names[1].removesuffix('.git')}", None if revision == "main" else revision
+
+
+def _path_of(text: str) -> tuple[str, str | None] | None:
+    """The path of a link of the hub, and a revision after an @; None for what is no such link."""
+    if found := re.fullmatch(r"(?:ssh://)?git@hf\.co[:/](.+)|hf://(?:models/)?(.+)", text):
+        path, _, revision = (found[1] or found[2]).partition("@")
+        return path, unquote(revision.split("/")[0]) or None
+    link = text if "://" in text else f"https://{text}"
+    try:
+        parts = urlsplit(link)
+        host = (parts.hostname or "").lower()
+    except ValueError:
+        return None
+    if parts.scheme not in ("http", "https") or host not in _hosts():
+        return None
+    path, _, revision = parts.path.partition("@")
+    return path, unquote(revision.split("/")[0]) or None
+
+
+def _hosts() -> frozenset[str]:
+    own = urlsplit(os.environ.get("HF_ENDPOINT", "")).hostname
+    return _HOSTS | {own.lower()} if own else _HOSTS

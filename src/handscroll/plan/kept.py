@@ -1,0 +1,46 @@
+"""Modules that stay in memory from one job to the next, and what they take of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from itertools import combinations
+
+from handscroll.models.checkpoint import CheckpointSpec
+from handscroll.plan.plan import Plan
+from handscroll.plan.precision import BYTES
+from handscroll.plan.stages import DECODE_PART, DENOISE_PART, ENCODE_PART, TEXT_PART, Part
+
+PARTS = (TEXT_PART, ENCODE_PART, DENOISE_PART, DECODE_PART)
+
+
+def module_bytes(part: Part, plan: Plan, spec: CheckpointSpec) -> int:
+    """The weights of a part's module, whole and in the plan's precision; of a text encoder without its embeddings."""
+    parameters = {
+        TEXT_PART: spec.text_encoder.parameter_count - spec.text_encoder.embedding_parameter_count,
+        ENCODE_PART: spec.autoencoder.encoder_parameter_count,
+        DENOISE_PART: spec.transformer.parameter_count,
+        DECODE_PART: spec.autoencoder.decoder_parameter_count,
+    }
+    return parameters[part] * BYTES[getattr(plan.precision, part.component)]
+
+
+def kept_bytes(part: Part, plan: Plan, spec: CheckpointSpec) -> int:
+    """What a part's own module takes because it is kept; 0 where it is not."""
+    return module_bytes(part, plan, spec) if part.module in plan.kept else 0
+
+
+def kept_beside_bytes(part: Part, plan: Plan, spec: CheckpointSpec) -> int:
+    """What the modules take that are kept while a part of another module is at work."""
+    return sum(kept_bytes(other, plan, spec) for other in PARTS if other is not part)
+
+
+def rereading_bytes(parts: Iterable[Part], plan: Plan, spec: CheckpointSpec) -> int:
+    """What has to be read anew at every job, of the modules that these parts run."""
+    return sum(module_bytes(part, plan, spec) for part in parts if part.module not in plan.kept)
+
+
+def choices(parts: Iterable[Part]) -> Iterator[tuple[str, ...]]:
+    """Every set of modules that may be kept, all of them first and none last."""
+    modules = [part.module for part in parts]
+    for count in reversed(range(len(modules) + 1)):
+        yield from combinations(modules, count)
