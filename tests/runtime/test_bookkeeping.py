@@ -101,6 +101,25 @@ def test_calls_that_a_listener_ended_are_not_taken_for_room(monkeypatch: pytest.
     assert max(seen) - min(seen) < 64 * MIB
 
 
+def test_what_an_error_left_is_counted_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [100 * MIB]
+    monkeypatch.setattr(holdings, "resident_bytes", lambda: now[0])
+    held = Holdings()
+
+    def fail() -> None:
+        with held.counted():
+            now[0] = 180 * MIB  # of which 40 go with the error
+            raise Cancelled
+
+    with pytest.raises(Cancelled):
+        fail()
+    now[0] = 140 * MIB
+    with held.counted():
+        now[0] = 150 * MIB
+    found = held.without(PlanInputs(Hardware("cpu", base_bytes=now[0])), 0)
+    assert found.hardware.base_bytes == 100 * MIB
+
+
 def test_what_others_take_meanwhile_counts_as_theirs(monkeypatch: pytest.MonkeyPatch) -> None:
     scroll = Handscroll.from_pretrained("tiny-landscape", device="cpu", precision="fp32")
     seen = base_bytes_of(scroll, monkeypatch)

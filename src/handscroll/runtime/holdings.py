@@ -31,7 +31,7 @@ class Holdings:
 
     def __init__(self) -> None:
         self._left_bytes = 0  # of a CPU's process: modules, code that was touched, kernels that were compiled
-        self._before_error_bytes: int | None = None  # what the process held before jobs that ended in an error
+        self._before_error_bytes: int | None = None  # what the process held before a job that ended in an error
         self._known: PlanInputs | None = None
 
     @contextmanager
@@ -41,12 +41,12 @@ class Holdings:
         before: what it held when it was looked at, where that was earlier.
         """
         before, given = resident_bytes() if before is None else before, Given()
+        self._settle(before)
         try:
             yield given
         except BaseException:
             # The error holds the tensors of every frame that it passes: what stays is seen at the next look.
-            if self._before_error_bytes is None:
-                self._before_error_bytes = before
+            self._before_error_bytes = before
             raise
         after = resident_bytes()
         if before is not None and after is not None:
@@ -59,9 +59,11 @@ class Holdings:
         """
         hardware = inputs.hardware
         if hardware.base_bytes is not None:
-            self._settle(hardware.base_bytes)
-            # Others of the process may have taken some of it meanwhile.
-            own_bytes = held_bytes if hardware.is_cuda else min(self._left_bytes, held_bytes + MOST_BESIDE_BYTES)
+            own_bytes = held_bytes
+            if not hardware.is_cuda:
+                self._settle(hardware.base_bytes)
+                # Others of the process may have taken some of it meanwhile.
+                own_bytes = min(self._left_bytes, held_bytes + MOST_BESIDE_BYTES)
             hardware = dataclasses.replace(hardware, base_bytes=max(0, hardware.base_bytes - own_bytes))
         if self._known is not None:
             hardware = settled(hardware, self._known.hardware)
@@ -70,9 +72,9 @@ class Holdings:
         self._known = dataclasses.replace(inputs, hardware=hardware)
         return self._known
 
-    def _settle(self, now_bytes: int) -> None:
+    def _settle(self, now_bytes: int | None) -> None:
         """What a job that ended in an error has left, now that the error is gone with what it held."""
-        if self._before_error_bytes is not None:
+        if self._before_error_bytes is not None and now_bytes is not None:
             self._left_bytes += min(now_bytes - self._before_error_bytes, MOST_BESIDE_BYTES)
             self._before_error_bytes = None
 
