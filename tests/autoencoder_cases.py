@@ -115,6 +115,12 @@ CASES = {
 }
 
 
+def alike(one: Tensor, other: Tensor, most: float = EXACT) -> bool:
+    """Of the same shape and type, and equal up to `most` of the other's largest, or of 1 where that is smaller."""
+    error = (one.float() - other.float()).abs().max().item() if one.shape == other.shape else math.inf
+    return one.dtype == other.dtype and error <= most * max(1, other.float().abs().max().item())
+
+
 @functools.cache
 def autoencoder(name: str, seed: int = 0) -> AutoencoderDC:
     torch.manual_seed(seed)

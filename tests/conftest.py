@@ -68,6 +68,18 @@ def pytest_sessionfinish() -> None:
     gc.unfreeze()  # else extension modules complain of what they find at the end
 
 
+@pytest.fixture
+def vae() -> Any:
+    """A miniature autoencoder with random weights, for who changes or attaches it."""
+    import torch
+
+    import miniatures
+    from autoencoder_cases import as_if_trained
+
+    torch.manual_seed(1)
+    return as_if_trained(miniatures.make_autoencoder())
+
+
 @pytest.fixture(scope="session")
 def miniature(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """`miniature("1.6b", dtype=torch.bfloat16)`: a tiny checkpoint, made once. Copy it before changing it."""

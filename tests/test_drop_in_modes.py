@@ -22,18 +22,11 @@ from torch.nn.utils import prune as prune_module
 
 import handscroll
 import miniatures
-from autoencoder_cases import CASES, F32, as_if_trained, latent_of, steady_autoencoder
+from autoencoder_cases import CASES, EXACT, F32, alike, as_if_trained, latent_of, steady_autoencoder
 from handscroll.errors import SizeError, UsageError
 
-EXACT = 2e-5
 LATENT, PICTURE = (2, 32, 3, 5), (2, 3, 96, 160)
 Change = Callable[[Any], object]
-
-
-@pytest.fixture
-def vae() -> Any:
-    torch.manual_seed(1)
-    return as_if_trained(miniatures.make_autoencoder())
 
 
 @pytest.fixture
@@ -53,8 +46,7 @@ def both(vae: Any, rounded_to: torch.dtype | None = None) -> list[Tensor]:
 
 def assert_alike(ours: list[Tensor], plain: list[Tensor], most: float = EXACT) -> None:
     for one, other in zip(ours, plain, strict=True):
-        assert (one.shape, one.dtype) == (other.shape, other.dtype)
-        assert (one.float() - other.float()).abs().max().item() <= most * max(1, other.float().abs().max().item())
+        assert alike(one, other, most)
 
 
 def as_plain(vae: Any, most: float = EXACT) -> None:

@@ -12,27 +12,14 @@ import pytest
 import torch
 from diffusers.hooks import group_offloading
 from diffusers.hooks.group_offloading import ModuleGroup, apply_group_offloading
-from torch import Tensor, nn
+from torch import nn
 
 import handscroll
-import miniatures
-from autoencoder_cases import as_if_trained
+from autoencoder_cases import alike
 from handscroll.errors import UsageError
 
-EXACT = 2e-5
 SIZES = ((1, 1), (3, 5))  # of latents: of one position, attentions are not linear
 Offload = Callable[[Any, Path], None]
-
-
-@pytest.fixture
-def vae() -> Any:
-    torch.manual_seed(1)
-    return as_if_trained(miniatures.make_autoencoder())
-
-
-def assert_alike(one: Tensor, other: Tensor) -> None:
-    assert (one.shape, one.dtype) == (other.shape, other.dtype)
-    assert (one - other).abs().max().item() <= EXACT * max(1, other.abs().max().item())
 
 
 def in_groups(kind: str, **options: Any) -> Offload:
@@ -107,8 +94,8 @@ def test_offloaded_weights_are_brought_for_each_layer(
     if when == "before":
         handscroll.attach(vae, memory="300MiB")
     for _ in range(2):
-        assert_alike(vae.decode(z).sample, plain[0])
-        assert_alike(vae.encode(x).latent, plain[1])
+        assert alike(vae.decode(z).sample, plain[0])
+        assert alike(vae.encode(x).latent, plain[1])
 
 
 @pytest.mark.parametrize("kind", ["leaf_level", "block_level"])
@@ -157,7 +144,7 @@ def test_casting_and_groups_together(vae: Any, tmp_path: Path) -> None:
     plain = vae.decode(z).sample
     OFFLOADS["leaf by leaf"](vae, tmp_path)
     handscroll.attach(vae)
-    assert_alike(vae.decode(z).sample, plain)
+    assert alike(vae.decode(z).sample, plain)
 
 
 def test_hooks_that_do_more_than_move_weights_run_the_whole_module(vae: Any) -> None:
@@ -191,7 +178,7 @@ def test_hooks_that_were_taken_off_leave_rows_to_run(vae: Any) -> None:
         if hasattr(module, "_diffusers_hook"):
             module._diffusers_hook.remove_hook("group_offloading", recurse=False)
     handscroll.attach(vae, memory="300MiB")  # which refuses what rows cannot run through
-    assert_alike(vae.decode(z).sample, plain)
+    assert alike(vae.decode(z).sample, plain)
 
 
 def test_weights_that_nothing_brings_are_said_before_any_work(vae: Any) -> None:

@@ -19,24 +19,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import handscroll
 import miniatures
-from autoencoder_cases import as_if_trained
+from autoencoder_cases import alike, as_if_trained
 from handscroll.errors import UsageError
 from handscroll.integrations.diffusers import attachment
 
-EXACT = 2e-5
 LATENT = (1, 32, 3, 5)
 Patch = pytest.MonkeyPatch
 Change = Callable[[Any, Patch], object]
-
-
-@pytest.fixture
-def vae() -> Any:
-    torch.manual_seed(1)
-    return as_if_trained(miniatures.make_autoencoder())
-
-
-def alike(one: Tensor, other: Tensor) -> bool:
-    return (one - other).abs().max().item() <= EXACT * max(1, other.abs().max().item())
 
 
 def doubled(plain: Callable[..., Any]) -> Callable[..., Any]:

@@ -16,19 +16,11 @@ import torch
 from diffusers import AutoencoderKL, SanaPipeline
 
 import handscroll
-import miniatures
-from autoencoder_cases import as_if_trained
 from handscroll.errors import BudgetError, UsageError
 from handscroll.events import Progress
 from handscroll.units import parse_bytes
 
 Miniature = Callable[..., Path]
-
-
-@pytest.fixture
-def vae() -> Any:
-    torch.manual_seed(1)
-    return as_if_trained(miniatures.make_autoencoder())
 
 
 @pytest.fixture

@@ -82,7 +82,7 @@ class Handscroll:
         own: dict[str, Any] = {"precision": self.precision, "device": self.device, "memory_bytes": self.memory_bytes}
         request = Request(prompt, **own, **fields_of(Request, options, "scroll"))
         on_event = listener(on_event, warn_of_notices)
-        found = dataclasses.replace(probe(self.spec, request), keeps_modules=self.memory_bytes is None)
+        found = self._probed(request)
         hardware = found.hardware
         with self.holdings.counted(None if hardware.is_cuda else hardware.base_bytes) as given:
             inputs = self.holdings.without(found, self.session.held_bytes)
@@ -92,6 +92,9 @@ class Handscroll:
             latent, plan = self._denoised(request, plan, Recovery(self.session, inputs, plan.precision, on_event))
             given.n_bytes = latent.nbytes
         return Picture(self, plan, inputs, latent, request, on_event)
+
+    def _probed(self, request: Request) -> PlanInputs:
+        return dataclasses.replace(probe(self.spec, request), keeps_modules=self.memory_bytes is None)
 
     def _denoised(self, request: Request, plan: Plan, recovery: Recovery) -> tuple[Tensor, Plan]:
         with self._keeping(plan), self._set_for(plan):
@@ -172,13 +175,13 @@ class Picture:
         """
         inputs, session = self._inputs, self._scroll.session
         if self.plan.budget_bytes is not None:
-            found = dataclasses.replace(probe(session.spec, self._request), keeps_modules=inputs.keeps_modules)
+            found = self._scroll._probed(self._request)
             hardware = self._scroll.holdings.without(found, session.held_bytes).hardware
             inputs = dataclasses.replace(inputs, hardware=hardware)
-        elif suffix is None:
-            return self.plan, inputs
-        inputs = dataclasses.replace(inputs, suffix=inputs.suffix if suffix is None else suffix)
-        return replan(self.plan, session.spec, inputs, DECODE), inputs
+        if suffix is not None:
+            inputs = dataclasses.replace(inputs, suffix=suffix)
+        plan = self.plan if inputs is self._inputs else replan(self.plan, session.spec, inputs, DECODE)
+        return plan, inputs
 
     def _saved(self, path: Path, quality: int | None, on_event: OnEvent) -> Path:
         target = check_target(path, self.width, self.height)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 import shlex
-import subprocess
 from collections.abc import Iterable
 from decimal import Decimal
 
@@ -136,7 +135,11 @@ def listed(names: Iterable[str], most: int = 5) -> str:
 
 def quoted(word: str) -> str:
     """A word as this system's shell takes it."""
-    return subprocess.list2cmdline([word]) if os.name == "nt" else shlex.quote(word)
+    if os.name != "nt":
+        return shlex.quote(word)
+    import subprocess  # which nothing else needs at the start
+
+    return subprocess.list2cmdline([word])
 
 
 def shown(value: object, most: int = QUOTED_CHARACTERS) -> str:

@@ -67,7 +67,7 @@ class Conv:
         self.is_pointwise = stride == 1 and tuple(weight.shape[2:]) == (1, 1)
         self.onednn = not plain and has_onednn(weight)
         self.is_linear = self.onednn and self.is_pointwise and groups == 1
-        self.is_even = weight.shape[-1] % 2 == 0 and min(weight.shape[:2]) < FEWEST_CHANNELS
+        self.needs_single_rows = weight.shape[-1] % 2 == 0 and min(weight.shape[:2]) < FEWEST_CHANNELS
         # Laid out here, before the first row block, so that what lives for the whole pass lies together in the heap. No
         # shape is promised: convolutions keep their speed without it, a 1x1 one only as a linear layer.
         if self.is_linear:
@@ -93,7 +93,10 @@ class Conv:
         def run(rows: Tensor) -> Tensor:
             return self._onednn(rows, fused or "none")
 
-        out = row_by_row(run, row_block, self.weight.shape[2], self.stride) if self.is_even else run(row_block)
+        if self.needs_single_rows:
+            out = row_by_row(run, row_block, self.weight.shape[2], self.stride)
+        else:
+            out = run(row_block)
         return out if fused or self.activation is None else activated(self.activation)(out)
 
     def _plain(self, row_block: Tensor) -> Tensor:

@@ -42,10 +42,10 @@ def is_known() -> bool:
     if sys.platform != "linux":
         return False
     try:
-        glibc, library = ctypes.CDLL("libc.so.6"), _library()
+        glibc, library = _library("libc.so.6"), _library()
         if not hasattr(glibc, "mallopt"):
             return False
-        return _address(glibc.malloc) == _address(library.malloc) or _is_counted(library)
+        return _address(glibc.malloc) == _address(library.malloc) or _counts(glibc, library)
     except (OSError, AttributeError):
         return False
 
@@ -161,18 +161,16 @@ def _set_aside(aside: list[int]) -> None:
         size_bytes //= 2
 
 
-def _is_counted(library: Any) -> bool:
+def _counts(glibc: Any, library: Any) -> bool:
     """Whether glibc counts a block as its own that this process is given.
 
     Under its name alone it is not known: the address of `malloc` may be a place in the program that leads to glibc's,
     as in the Python of Debian and Ubuntu.
     """
-    name = "mallinfo2" if hasattr(library, "mallinfo2") else "mallinfo"
-    described = getattr(ctypes.CDLL("libc.so.6"), name)
-    described.restype, described.argtypes = (_Heap if name == "mallinfo2" else _OlderHeap), []
+    describe = glibc.mallinfo2 if hasattr(glibc, "mallinfo2") else glibc.mallinfo
 
     def in_use_bytes() -> int:
-        now = described()
+        now = describe()
         return int(now.uordblks + now.hblkhd)
 
     for _ in range(3):  # other threads take and free blocks meanwhile
@@ -192,12 +190,15 @@ def _give_back(aside: list[int]) -> None:
             library.free(aside.pop())
 
 
-def _library() -> Any:
-    library = ctypes.CDLL(None)
+def _library(name: str | None = None) -> Any:
+    """A library by its name; left out, whichever this process finds first."""
+    library = ctypes.CDLL(name)
     library.malloc.restype, library.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
     library.free.restype, library.free.argtypes = None, [ctypes.c_void_p]
     if hasattr(library, "mallinfo2"):
         library.mallinfo2.restype, library.mallinfo2.argtypes = _Heap, []
+    if hasattr(library, "mallinfo"):
+        library.mallinfo.restype, library.mallinfo.argtypes = _OlderHeap, []
     return library
 
 

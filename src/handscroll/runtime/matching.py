@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,7 +14,7 @@ from handscroll.models.checkpoint import CheckpointSpec
 from handscroll.units import one_line
 from handscroll.weights.dtypes import DTYPES
 from handscroll.weights.folder import WeightFiles
-from handscroll.weights.foreign import FUSE_FIRST, USE_THE_ORIGINAL, is_adapter, quantised_by_tensors
+from handscroll.weights.foreign import FUSE_FIRST, USE_THE_ORIGINAL, has_both_factors, is_adapter, quantised_by_tensors
 from handscroll.weights.header import MAX_NAME, TensorEntry
 
 SMALL = 2**20  # parameters, which take no time to be looked for one by one
@@ -45,9 +44,6 @@ def check_amount(spec: CheckpointSpec, component: str, part: str | None) -> None
             f"{spec.folder / component / 'config.json'}: describes {described:,} parameters, and the files beside it "
             f"hold {stored:,}; they do not belong together"
         )
-
-
-_LORA_FACTORS = re.compile(r"lora_A|lora[._]down"), re.compile(r"lora_B|lora[._]up")
 
 
 def match_tensors(
@@ -83,9 +79,7 @@ def match_tensors(
         modules = [name for name, _ in module.named_modules() if name]
         names = [entry.name for entry in extra]
         beside = [name for name in names if any(f".{each}." in f".{name}" for each in modules)]
-        if all(any(map(factor.search, names)) for factor in _LORA_FACTORS):
-            beside = names
-        if said := _strange(beside):
+        if said := _strange(names if has_both_factors(names) else beside):
             raise CheckpointError(f"{spec.folder / component}: {said}")
         on_event(notice(_left_out(extra)))
     return found

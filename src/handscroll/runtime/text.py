@@ -118,13 +118,12 @@ def read_of(spec: CheckpointSpec, tokenizer: Any, prompt: str, instruction: str 
     with errors_named(spec):
         before = len(tokenizer.encode(instruction))
         whole = len(tokenizer([instruction + normalised(prompt)]).input_ids[0])
-    length = _length(spec, tokenizer, instruction)
-    own = max(0, whole - before)
-    if whole <= length:
-        return TextRead(own, own)
-    ids, _ = _tokens(spec, tokenizer, prompt, instruction)
-    read = min(own, max(0, length - before))
-    with errors_named(spec):
+        length = _length(spec, tokenizer, instruction)
+        own = max(0, whole - before)
+        if whole <= length:
+            return TextRead(own, own)
+        ids, _ = _tokens(spec, tokenizer, prompt, instruction)
+        read = min(own, max(0, length - before))
         ends = tokenizer.decode(ids[0, -min(read, LAST_TOKENS_SHOWN) :], skip_special_tokens=True) if read else ""
     return TextRead(own, read, one_line(ends.replace("\ufffd", "")))
 
@@ -137,15 +136,14 @@ def most_tokens(spec: CheckpointSpec, prompt: str, instruction: str = "") -> int
 
 def _length(spec: CheckpointSpec, tokenizer: Any, instruction: str) -> int:
     """To how many tokens a text is cut."""
-    with errors_named(spec):
-        return spec.max_prompt_tokens + (len(tokenizer.encode(instruction)) - 2 if instruction else 0)
+    return spec.max_prompt_tokens + (len(tokenizer.encode(instruction)) - 2 if instruction else 0)
 
 
 def _tokens(spec: CheckpointSpec, tokenizer: Any, prompt: str, instruction: str) -> tuple[Tensor, Tensor]:
     """Token ids and the mask of those that are no padding, both [1, length]."""
-    length = _length(spec, tokenizer, instruction)
     text = instruction + normalised(prompt)
     with errors_named(spec):
+        length = _length(spec, tokenizer, instruction)
         tokens = tokenizer([text], padding="max_length", max_length=length, truncation=True, return_tensors="pt")
     return tokens.input_ids, tokens.attention_mask.bool()
 

@@ -75,6 +75,7 @@ _QUANTISED_TENSORS: tuple[tuple[str, str], ...] = (
     (r"\.(scale_weight|scale_input|weight_scale(_inv|_2)?|input_scale)$|^scaled_fp8$", "fp8 with scales"),
 )
 _LORA_TENSOR = re.compile(r"\.(lora_[AB]|lora_(down|up)|lora\.(down|up)|lora_magnitude_vector|base_layer)(\.|$)|^lora_")
+_LORA_FACTORS = re.compile(r"lora_A|lora[._]down"), re.compile(r"lora_B|lora[._]up")
 _METHODS = {
     "bitsandbytes": "bitsandbytes",
     "bitsandbytes_4bit": "bitsandbytes, 4 bits",
@@ -112,6 +113,11 @@ def quantised_by_tensors(names: Collection[str]) -> str | None:
 def is_adapter(names: Iterable[str]) -> bool:
     """Whether tensors of these names change a model instead of being one."""
     return any(map(_LORA_TENSOR.search, names))
+
+
+def has_both_factors(names: Collection[str]) -> bool:
+    """Whether among tensors of these names are both factors of an adapter, of which one alone changes nothing."""
+    return all(any(map(factor.search, names)) for factor in _LORA_FACTORS)
 
 
 def strange_folder(names: Collection[str]) -> str | None:

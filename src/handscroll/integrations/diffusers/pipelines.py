@@ -77,29 +77,24 @@ class _Checked:
         return _Checked(memo.get(id(self._of()), self._of()))
 
     def __call__(self, *given: Any, **named: Any) -> None:
-        caller = sys._getframe(1)
-        pipeline = _caller_of(caller, self._of())
+        known = self._arguments_of(sys._getframe(1))
+        pipeline = known.get("self", self._of())
         if pipeline is None:
             return  # of a copy whose original is gone, and whose own way of calling is not known
         own = getattr(type(pipeline), _CHECK)
         own(pipeline, *given, **named)
         bound = inspect.signature(own).bind(pipeline, *given, **named).arguments
-        _check(pipeline, {**_arguments_of(caller, pipeline), **bound})
+        _check(pipeline, {**known, **bound})
 
+    def _arguments_of(self, caller: FrameType) -> dict[str, Any]:
+        """What the pipeline was called with, itself as `self`: a shallow copy of the attached one has this check too.
 
-def _caller_of(caller: FrameType, attached: Any) -> Any:
-    """The pipeline that is called: a shallow copy of the one that was attached has its `check_inputs` too."""
-    found = caller.f_locals.get("self") if caller.f_code.co_name == "__call__" else None
-    return found if isinstance(vars(found).get(_CHECK) if found is not None else None, _Checked) else attached
-
-
-def _arguments_of(caller: FrameType, pipeline: Any) -> dict[str, Any]:
-    """What the pipeline was called with: `check_inputs` is told neither how many pictures nor whether they are decoded.
-
-    Read from the frame of the pipeline's `__call__`, and nothing where another function calls.
-    """
-    is_call = caller.f_code.co_name == "__call__" and caller.f_locals.get("self") is pipeline
-    return dict(caller.f_locals) if is_call else {}
+        `check_inputs` is told neither how many pictures nor whether they are decoded. Read from the frame of the
+        pipeline's `__call__`, and nothing where another function calls.
+        """
+        pipeline = caller.f_locals.get("self")
+        is_call = caller.f_code.co_name == "__call__" and getattr(pipeline, "__dict__", {}).get(_CHECK) is self
+        return dict(caller.f_locals) if is_call else {}
 
 
 def _check(pipeline: Any, known: dict[str, Any]) -> None:
