@@ -101,20 +101,37 @@ def plans(name: str, inputs: PlanInputs, **options: Any) -> Plan:
 
 
 @pytest.mark.parametrize("name", OFFICIAL)
-def test_a_plan_without_weights_is_the_plan_with_them(miniature: Callable[..., Path], name: str) -> None:
+@pytest.mark.parametrize("stored", ["as its pipeline runs", "as the hub has it"])
+def test_a_plan_without_weights_is_the_plan_with_them(
+    miniature: Callable[..., Path], tmp_path: Path, name: str, stored: str
+) -> None:
+    """The hub has every autoencoder in fp32, and beside transformers that are meant for fp16 also shards in fp32."""
     entry = BY_NAME[name]
+    assert entry.hub_id is not None
     folder = miniature(row_of(name), dtype=DTYPES[entry.precision])
+    if stored == "as the hub has it":
+        mixed = tmp_path / "mixed"
+        shutil.copytree(folder, mixed)
+        replaced = {"vae": torch.float32, "text_encoder": torch.bfloat16}
+        if entry.precision == "fp16":
+            replaced["transformer"] = torch.float32
+        for part, dtype in replaced.items():
+            shutil.copytree(miniature(row_of(name), dtype=dtype) / part, mixed / part, dirs_exist_ok=True)
+        folder = mixed
     for hardware in (Hardware("cpu"), Hardware("cpu", bf16_is_faster=True), Hardware("cuda:0", free_bytes=2**34)):
         inputs = PlanInputs(hardware, tokens=20)
         for options in ({}, {"precision": "bf16"}, {"memory": "40GiB", "size": 512}):
-            assert entry.hub_id is not None
             put(folder, entry.hub_id, weights=False)
             without = plans(name, inputs, **options)
             put(folder, entry.hub_id, weights=True)
             whole = open_checkpoint(name, weights_too=False)
             assert whole.n_bytes > 0
             assert plans(name, inputs, **options) == without
-            assert {whole.dtype_of(part) for part in ("vae", "transformer", "text_encoder")} == {entry.precision}
+            found = {part: whole.dtype_of(part) for part in ("text_encoder", "transformer", "vae")}
+            if stored == "as its pipeline runs":
+                assert set(found.values()) == {entry.precision}
+            else:
+                assert (found["text_encoder"], found["vae"]) == ("bf16", "fp32")
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -165,10 +182,14 @@ def test_an_official_model_is_planned_without_a_network(name: str) -> None:
     assert spec.from_figures
 
 
-def test_the_hub_id_of_an_official_model_is_the_model() -> None:
+@pytest.mark.parametrize("model", ["{}", "{}@main", "https://huggingface.co/{}", "sana-1.6b-4k@main"])
+def test_an_official_model_by_any_of_its_names_is_the_model(model: str) -> None:
     hub_id = BY_NAME["sana-1.6b-4k"].hub_id
     assert hub_id is not None
-    assert open_checkpoint(hub_id, weights_too=False) == known_specs()["sana-1.6b-4k"]
+    known = known_specs()["sana-1.6b-4k"]
+    assert open_checkpoint(model.format(hub_id), weights_too=False) == known
+    assert open_checkpoint(model.format(hub_id.lower()), weights_too=False) == known
+    assert open_checkpoint("sana-1.6b-4k", "main", weights_too=False) == known
 
 
 def test_the_command_says_what_it_planned_from(capsys: pytest.CaptureFixture[str]) -> None:

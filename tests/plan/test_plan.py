@@ -72,6 +72,35 @@ def test_precision(
     assert bool(found.note) is (dtype == "fp16" and requested == "bf16")
 
 
+@pytest.mark.parametrize(
+    ("text_encoder", "transformer", "autoencoder", "recommended", "cuda", "fast_cpu"),
+    [
+        ("bf16", "bf16", "fp32", None, "bf16 bf16 bf16", "bf16 bf16 bf16"),
+        ("bf16", "fp16", "fp32", None, "bf16 fp16 bf16", "bf16 fp32 fp32"),
+        ("bf16", "fp32", "fp32", None, "bf16 fp32 fp32", "bf16 fp32 fp32"),
+        ("fp32", "fp32", "bf16", None, "fp32 fp32 bf16", "fp32 fp32 bf16"),
+        ("bf16", "fp32", "fp32", "fp16", "bf16 fp16 bf16", "bf16 fp32 fp32"),
+        ("bf16", "fp32", "fp32", "bf16", "bf16 bf16 bf16", "bf16 bf16 bf16"),
+    ],
+)
+def test_precision_of_what_is_stored_in_several(
+    spec: CheckpointSpec,
+    text_encoder: str,
+    transformer: str,
+    autoencoder: str,
+    recommended: str | None,
+    cuda: str,
+    fast_cpu: str,
+) -> None:
+    stored = {"text_encoder": text_encoder, "transformer": transformer, "autoencoder": autoencoder}
+    fields = {f"{name}_weights": dtype for name, dtype in stored.items()}
+    of = {field: getattr(published(spec, dtype), field) for field, dtype in fields.items()}
+    mixed = dataclasses.replace(published(spec, "fp32"), recommended=recommended, **of)
+    for device, fast, expected in (("cuda:0", False, cuda), ("cpu", True, fast_cpu), ("cpu", False, "fp32 fp32 fp32")):
+        found = resolve_precision(mixed, "auto", device, fast)
+        assert f"{found.text_encoder} {found.transformer} {found.autoencoder}" == expected
+
+
 def test_a_decoder_follows_what_the_latent_was_made_in() -> None:
     plain, mixed = Precision("bf16", "bf16", "bf16", "a note"), Precision("bf16", "fp32", "bf16")
     assert plain.after("fp32") == Precision("fp32", "fp32", "bf16", "a note")

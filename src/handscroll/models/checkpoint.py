@@ -44,6 +44,7 @@ class CheckpointSpec:
     `max_prompt_tokens` is cut. Much larger pictures are composed at about `compose_px` squared and grow from
     there, None for never. The weight files are empty in a spec that describes a checkpoint which is not on this
     machine; `stored_in` is then what is known of a component's dtype, and `published` that of the others.
+    `recommended` is the precision that the model's publisher runs its transformer in, None where nobody says.
     `from_figures`: no file of it is here, and all of this is from the table of known models. `commit` is the hub's, of
     a model that came from there. `remarks`: what the user should know of it, a line each.
     """
@@ -61,6 +62,7 @@ class CheckpointSpec:
     instruction_lines: tuple[str, ...] | None = None
     licence: str | None = None
     published: str = "fp32"
+    recommended: str | None = None
     max_prompt_tokens: int = 300
     compose_px: int | None = None
     commit: str | None = None

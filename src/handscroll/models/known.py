@@ -31,6 +31,9 @@ SANA_15_48B = replace(SANA_15_16B, num_layers=60)
 SPRINT_06B = replace(SANA_06B, qk_norm=NORMED, guidance_embeds=True)
 SPRINT_16B = replace(SANA_16B, qk_norm=NORMED, guidance_embeds=True)
 
+# As diffusers' scripts/convert_sana_to_diffusers.py saves them; what transformers are stored in differs.
+STORED_IN = (("text_encoder", "bf16"), ("vae", "fp32"))
+
 # By the names of the registry. `sample_size` follows from the entry's pixels.
 TRANSFORMERS = {
     "sana-0.6b-512": SANA_06B,
@@ -70,8 +73,22 @@ def known_spec(entry: Entry) -> CheckpointSpec:
         default_guidance=4.5,
         licence=entry.licence,
         published=entry.precision,
+        recommended=entry.precision,
+        stored_in=STORED_IN,
         from_figures=True,
         remarks=(f"{entry.name} is not on this machine: planned from known figures, and nothing was fetched",),
+    )
+
+
+def as_official(spec: CheckpointSpec, entry: Entry) -> CheckpointSpec:
+    """What was read of an official checkpoint's files, and what its publisher says of it beside them."""
+    return replace(
+        spec,
+        name=entry.name,
+        licence=entry.licence,
+        published=entry.precision,
+        recommended=entry.precision,
+        stored_in=spec.stored_in or STORED_IN,
     )
 
 

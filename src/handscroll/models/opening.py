@@ -10,8 +10,8 @@ from handscroll.errors import CheckpointError, FetchError, UnconfirmedFetchError
 from handscroll.events import OnEvent, Progress, notice
 from handscroll.models.checkpoint import CheckpointSpec
 from handscroll.models.download import FetchProgress
-from handscroll.models.hub import COMMIT, fetch, find_local, find_small_files
-from handscroll.models.known import known_spec
+from handscroll.models.hub import COMMIT, DEFAULT_REVISION, fetch, find_local, find_small_files
+from handscroll.models.known import as_official, known_spec
 from handscroll.models.listing import stored_in
 from handscroll.models.registry import Entry, resolve, split_revision
 from handscroll.units import gibibytes
@@ -51,11 +51,11 @@ def open_checkpoint(
             here = None if weights_too else find_small_files(hub_id, revision)
             if here is not None:
                 spec = _of_folder(here)
-            elif weights_too or revision is not None:
+            elif weights_too or revision not in (None, DEFAULT_REVISION):
                 spec = _fetched(hub_id, revision, on_progress, weights_too, half=entry.precision)
             else:
                 return known_spec(entry)
-            return dataclasses.replace(spec, name=entry.name, licence=entry.licence, published=entry.precision)
+            return as_official(spec, entry)
         case Path() as folder:
             return CheckpointSpec.from_folder(folder)
         case hub_id:

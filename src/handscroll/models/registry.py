@@ -72,6 +72,7 @@ ENTRIES: tuple[Entry, ...] = (
 )
 BY_NAME: dict[str, Entry] = {entry.name: entry for entry in ENTRIES}
 BY_HUB_ID: dict[str, Entry] = {entry.hub_id: entry for entry in ENTRIES if entry.hub_id}
+_OFFICIAL = {hub_id.lower(): entry for hub_id, entry in BY_HUB_ID.items()}  # the hub takes its ids in any case
 # The hub's own rule: letters, digits, `-`, `_` and `.`, not at either end, and none of the pairs `--` and `..`.
 _HUB_PART = r"(?!.*(?:--|\.\.))[A-Za-z0-9_](?:[\w.-]{0,94}[A-Za-z0-9_])?"
 _HUB_ID = re.compile(f"{_HUB_PART}/{_HUB_PART}", re.ASCII)
@@ -116,7 +117,7 @@ def resolve(model: str | Path) -> Entry | Path | str:
             return _as_folder(folder)
         raise UnknownModelError(f"no such model folder: {model}")
     model = str(split_revision(model)[0])
-    entry = BY_NAME.get(model.lower()) or BY_HUB_ID.get(model)
+    entry = BY_NAME.get(model.lower()) or _OFFICIAL.get(model.lower())
     if entry is not None:
         return entry
     if model and (folder := _local(model)):

@@ -89,13 +89,16 @@ def part_budget(
 
 
 def _cpu_extra_bytes(part: Part, plan: Plan, spec: CheckpointSpec) -> int:
-    """What a part takes beside tensors: kernels, and a buffer to read weights of another dtype through."""
+    """What a part takes beside tensors: kernels, and a buffer to read weights of another dtype through.
+
+    An official model, which may be planned before its weights are here, has that buffer always.
+    """
     precision = getattr(plan.precision, part.component)
     stored = {entry.dtype for entry in spec.weights_of(part.folder).tensors} or {spec.dtype_of(part.folder)}
     growths = 0 if part is TEXT_PART else len(plan.sizes) - 1
     extra_bytes = part.cpu_extra_bytes + growths * CPU_GROWTH_BYTES
     extra_bytes += (1 + growths) * CPU_HALF_EXTRA_BYTES if precision != "fp32" else 0
-    return extra_bytes + (STAGING_BYTES if stored - {precision} else 0)
+    return extra_bytes + (STAGING_BYTES if spec.recommended or stored - {precision} else 0)
 
 
 def limit_of(budget_bytes: int | None, hardware: Hardware) -> int | None:

@@ -51,21 +51,25 @@ def precisions_before(made: str) -> tuple[str, str] | None:
 def resolve_precision(spec: CheckpointSpec, requested: str, device: str, bf16_is_faster: bool) -> Precision:
     """`requested` is auto or a precision; `device` a device name; `bf16_is_faster` what was measured on a CPU.
 
-    auto follows the checkpoint on an accelerator, and on a CPU computes in fp32 unless bf16 is faster there. Text
-    encoder and autoencoder are never fp16: their activations pass its 65,504 and the picture turns black.
+    auto follows the checkpoint on an accelerator, and on a CPU computes in fp32 unless bf16 is faster there. What its
+    publisher says comes before what its files are stored in, and a transformer in half precision takes with it what is
+    stored in fp32: an official autoencoder always is, and its model card runs it in bf16. Text encoder and autoencoder
+    are never fp16: their activations pass its 65,504 and the picture turns black.
     """
-    published = {name: spec.dtype_of(name) for name in ("text_encoder", "transformer", "vae")}
+    stored = {name: spec.dtype_of(name) for name in ("text_encoder", "transformer", "vae")}
+    published = spec.recommended or stored["transformer"]
     bf16_is_faster = bf16_is_faster and spec.transformer.width >= BF16_MIN_WIDTH
     if requested != "auto":
-        wanted = dict.fromkeys(published, requested)
+        wanted = dict.fromkeys(stored, requested)
     elif device == "cpu" and not bf16_is_faster:
-        wanted = dict.fromkeys(published, "fp32")
-    elif device == "cpu":
-        wanted = {name: "bf16" if dtype == "bf16" else "fp32" for name, dtype in published.items()}
+        wanted = dict.fromkeys(stored, "fp32")
     else:
-        wanted = published
+        wanted = {name: published if dtype == "fp32" else dtype for name, dtype in stored.items()}
+        wanted["transformer"] = published
+        if device == "cpu":
+            wanted = {name: "bf16" if dtype == "bf16" else "fp32" for name, dtype in wanted.items()}
     note = ""
-    if wanted["transformer"] == "bf16" and published["transformer"] == "fp16":
+    if wanted["transformer"] == "bf16" and published == "fp16":
         note = "this checkpoint was published in fp16 and gives poor pictures in bf16; prefer its BF16 version"
     return Precision(
         text_encoder=_never_fp16(wanted["text_encoder"]),
