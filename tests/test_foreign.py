@@ -54,6 +54,9 @@ def said(read: Callable[[], object]) -> str:
         "tokenizer/tokenizer.json",
         "tokenizer/tokenizer_config.json",
         "tokenizer/tokenizer.model",
+        "tokenizer/special_tokens_map.json",
+        "tokenizer/added_tokens.json",
+        "tokenizer/chat_template.jinja",
     ],
 )
 @pytest.mark.parametrize(
@@ -64,6 +67,37 @@ def test_a_pointer_in_place_of_a_file(folder: Path, name: str, content: str, say
     line = said(lambda: load_tokenizer(CheckpointSpec.from_folder(folder)))
     assert str(folder / name) in line
     assert says in line
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (b"Entry not found", "a text and no weights, which begins 'Entry not found'"),
+        (b'{"error":"Repository not found"}', "a text and no weights"),
+        ("Доступ запрещён: эта модель закрыта".encode(), "a text and no weights, which begins 'Доступ"),
+        (b"\x80\x03}q\x00." + bytes(100), "a pickle"),
+        (b"\x80\x05\x95" + bytes(100), "a pickle"),
+        (b"\x93NUMPY\x01\x00v\x00{'descr': '<f4'" + bytes(100), "a NumPy array"),
+        (b"PK\x03\x04" + bytes(100), "a zip archive"),
+        (b"\xfd7zXZ\x00" + bytes(100), "an xz archive"),
+        (b"BZh9" + bytes(100), "a bzip2 archive"),
+        (b"7z\xbc\xaf\x27\x1c" + bytes(100), "a 7z archive"),
+        (b"name" + bytes(253) + b"ustar" + bytes(300), "a tar archive"),
+        (b"\x89PNG\r\n\x1a\n" + bytes(100), "a picture"),
+        (b"\xff\xd8\xff\xe0" + bytes(100), "a picture"),
+        (bytes(1000), "zeros where the file should begin"),
+        (bytes(range(7, 200)), "not a safetensors file: its header does not begin with {; fetch it again"),
+        (b"\x07\x01\x00", "truncated: 3 bytes are no safetensors file; fetch it again"),
+        (b"", "truncated: 0 bytes are no safetensors file; fetch it again"),
+    ],
+)
+@pytest.mark.parametrize("name", [TRANSFORMER, "text_encoder/model.safetensors"])
+def test_something_else_in_place_of_weights(folder: Path, content: bytes, says: str, name: str) -> None:
+    (folder / name).write_bytes(content)
+    line = said(lambda: CheckpointSpec.from_folder(folder))
+    assert line.startswith(f"{folder / name}: {says}")
+    with pytest.raises(UnknownModelError, match=r"\S"):
+        resolve(folder / name)
 
 
 def test_a_pointer_in_place_of_an_index_or_a_shard(miniature: Miniature, tmp_path: Path) -> None:
@@ -271,6 +305,17 @@ OFFICIAL = "Efficient-Large-Model/Sana_1600M_1024px_BF16_diffusers"
         (f"https://huggingface.co/{OFFICIAL}.git", None),
         (f"https://huggingface.co/{OFFICIAL}@v2", "v2"),
         (f" https://huggingface.co/{OFFICIAL}\n", None),
+        (f"https://huggingface.co/{OFFICIAL}@refs/pr/3", "refs/pr/3"),
+        (f"hf://{OFFICIAL}@refs/pr/3/vae/config.json", "refs/pr/3"),
+        (f"https://huggingface.co/{OFFICIAL}?revision=v4", "v4"),
+        (f"https://huggingface.co/{OFFICIAL}/resolve/v4/model_index.json?download=true", "v4"),
+        (f"https://huggingface.co/api/models/{OFFICIAL}", None),
+        (f"https://huggingface.co/api/models/{OFFICIAL}/tree/v4", "v4"),
+        (f"(https://huggingface.co/{OFFICIAL}/tree/main)", None),
+        (f"https://huggingface.co/{OFFICIAL}/tree/v4).", "v4"),
+        (f"<https://huggingface.co/{OFFICIAL}>", None),
+        (f"git clone https://huggingface.co/{OFFICIAL}", None),
+        (f"git clone git@hf.co:{OFFICIAL}.git", None),
         (f"HTTPS://HuggingFace.co/{OFFICIAL}", None),
         (f"git@hf.co:{OFFICIAL}.git", None),
         (f"hf://{OFFICIAL}@v3", "v3"),
@@ -299,6 +344,9 @@ def test_a_link_and_a_revision_beside_it() -> None:
         ("https://huggingface.co/datasets/owner/name", "a data set"),
         ("https://huggingface.co/spaces/owner/name", "a space"),
         ("https://huggingface.co/owner", "owner/name"),
+        ("https://huggingface.co/docs/diffusers", "leads to no model"),
+        ("https://huggingface.co/api/datasets/owner/name", "leads to no model"),
+        ("https://huggingface.co/settings/tokens", "leads to no model"),
         ("https://huggingface.co/", "owner/name"),
         ("https://example.com/owner/name", "huggingface.co"),
         ("https://github.com/owner/name/tree/main", "huggingface.co"),
@@ -324,6 +372,41 @@ def test_a_name_that_no_file_can_have(model: str) -> None:
     line = str(caught.value)
     assert line.isprintable()
     assert len(line) < 400 or model.startswith("~")
+
+
+@pytest.mark.parametrize("name", ["models/x.pth", "models/x.safetensors", "owner/Model.GGUF", "x/y.ckpt", "a/b.bin"])
+def test_a_file_that_is_not_there_is_no_hub_id(name: str) -> None:
+    with pytest.raises(UnknownModelError, match=f"no such file: {name}"):
+        resolve(name)
+
+
+@pytest.mark.parametrize("name", ["owner/link", "link", "./link", "link.safetensors"])
+def test_a_link_that_leads_nowhere_is_said(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "owner").mkdir()
+    (tmp_path / name).symlink_to("gone")
+    for model in (name, Path(name)):
+        with pytest.raises(UnknownModelError, match="a link to 'gone', which is not there"):
+            resolve(model)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        TRANSFORMER,
+        "transformer/config.json",
+        "model_index.json",
+        "handscroll.json",
+        "tokenizer/tokenizer.json",
+        "tokenizer/tokenizer_config.json",
+    ],
+)
+def test_a_file_that_is_a_link_to_nowhere(folder: Path, name: str) -> None:
+    (folder / name).unlink(missing_ok=True)
+    (folder / name).symlink_to("../../blobs/gone")
+    line = said(lambda: load_tokenizer(CheckpointSpec.from_folder(folder)))
+    assert name in line
+    assert name == "model_index.json" or "a link to '../../blobs/gone', which is not there" in line
 
 
 def test_a_file_in_the_current_folder_is_no_hub_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -533,7 +533,17 @@ def blob_of(folder: Path, name: str) -> Path:
     return (folder / name).resolve()
 
 
-@pytest.mark.parametrize("name", ["vae/diffusion_pytorch_model.safetensors", "transformer/config.json"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "vae/diffusion_pytorch_model.safetensors",
+        "transformer/config.json",
+        "model_index.json",
+        "tokenizer/tokenizer.json",
+        "tokenizer/tokenizer_config.json",
+        "scheduler/scheduler_config.json",
+    ],
+)
 @pytest.mark.parametrize("left", [0, 1, 100])
 def test_a_file_that_was_cut_short_is_fetched_anew(hub: Hub, name: str, left: int) -> None:
     folder = fetch(HUB_ID)
@@ -545,8 +555,36 @@ def test_a_file_that_was_cut_short_is_fetched_anew(hub: Hub, name: str, left: in
     assert files_of(folder) == hub.files
 
 
-def test_a_file_that_is_gone_is_fetched_anew(hub: Hub) -> None:
-    name = "vae/diffusion_pytorch_model.safetensors"
+@pytest.mark.parametrize("long", [False, True])
+def test_a_small_file_of_the_right_size_that_is_damaged_is_fetched_anew(
+    hub: Hub, monkeypatch: pytest.MonkeyPatch, long: bool
+) -> None:
+    """As after a power cut. A long one is known by its end alone."""
+    monkeypatch.setattr("handscroll.models.hub.MOST_CHECKED_BYTES", 100 if long else 2**20)
+    name = "tokenizer/tokenizer.json"
+    folder = fetch(HUB_ID)
+    blob = blob_of(folder, name)
+    data = blob.read_bytes()
+    blob.write_bytes(data[: len(data) // 2] + bytes(len(data) - len(data) // 2))
+    hub.requests.clear()
+    with pytest.raises(FetchError, match=r"tokenizer\.json: damaged or cut short\).*run once with a network"):
+        fetch(HUB_ID, offline=True)
+    assert open_checkpoint(HUB_ID).folder == folder
+    assert hub.downloads() == [name]
+    assert files_of(folder) == hub.files
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "vae/diffusion_pytorch_model.safetensors",
+        "tokenizer/tokenizer_config.json",
+        "tokenizer/tokenizer.json",
+        "handscroll.json",
+    ],
+)
+def test_a_file_that_is_gone_is_fetched_anew(hub: Hub, name: str) -> None:
+    hub.files.setdefault("handscroll.json", b'{"max_prompt_tokens": 10}')
     folder = fetch(HUB_ID)
     blob_of(folder, name).unlink()
     hub.requests.clear()
@@ -576,6 +614,23 @@ def test_a_file_of_the_right_size_that_is_damaged_is_found_on_demand(hub: Hub) -
     blob.unlink()
     assert open_checkpoint(HUB_ID).folder == folder
     assert damaged_files(folder) == []
+
+
+def test_a_licence_that_is_gone_stops_nothing(hub: Hub) -> None:
+    hub.files["LICENSE.txt"] = b"a licence"
+    folder = fetch(HUB_ID)
+    blob_of(folder, "LICENSE.txt").unlink()
+    assert fetch(HUB_ID, offline=True) == folder
+
+
+def test_small_files_are_known_by_either_sha1(tmp_path: Path) -> None:
+    (tmp_path / "snapshot").mkdir()
+    for number, beginning in enumerate((b"blob 5\0", b"", b"x")):
+        name = hashlib.sha1(beginning + b"whole", usedforsecurity=False).hexdigest()
+        (tmp_path / name).write_bytes(b"whole")
+        (tmp_path / "snapshot" / str(number)).symlink_to(tmp_path / name)
+    (damaged,) = damaged_files(tmp_path / "snapshot")
+    assert damaged == (tmp_path / "snapshot" / "2").resolve()
 
 
 def test_large_files_are_known_by_their_sha256(tmp_path: Path) -> None:

@@ -22,20 +22,24 @@ def damaged_files(folder: Path) -> list[Path]:
     for a file that cannot be read.
     """
     blobs = {path.resolve() for path in folder.rglob("*") if path.is_symlink() and path.is_file()}
-    return sorted(blob for blob in blobs if _is_damaged(blob))
+    return sorted(blob for blob in blobs if is_damaged(blob))
 
 
-def _is_damaged(blob: Path) -> bool:
+def is_damaged(blob: Path) -> bool:
+    """Whether a blob's bytes are not those that it is named by. Raises CheckpointError if it cannot be read."""
+    checksums: list[hashlib._Hash]
     if re.fullmatch(r"[0-9a-f]{64}", blob.name):
-        checksum = hashlib.sha256()
+        checksums = [hashlib.sha256()]
     elif re.fullmatch(r"[0-9a-f]{40}", blob.name):
-        checksum = hashlib.sha1(b"blob %d\0" % blob.stat().st_size, usedforsecurity=False)
+        git = hashlib.sha1(b"blob %d\0" % blob.stat().st_size, usedforsecurity=False)
+        checksums = [git, hashlib.sha1(usedforsecurity=False)]  # some mirrors name files by the plain one
     else:
         return False
     try:
         with blob.open("rb") as file:
             while piece := file.read(PIECE_BYTES):
-                checksum.update(piece)
+                for checksum in checksums:
+                    checksum.update(piece)
     except OSError as error:
         raise CheckpointError(f"{blob}: cannot be read: {error.strerror}") from error
-    return checksum.hexdigest() != blob.name
+    return blob.name not in {checksum.hexdigest() for checksum in checksums}

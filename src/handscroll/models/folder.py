@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -55,7 +56,7 @@ class OwnSettings:
 
 def read_own_settings(folder: Path) -> OwnSettings:
     file = folder / "handscroll.json"
-    if not file.exists():
+    if not os.path.lexists(file):
         return OwnSettings()
     config = read_config(file)
     known = {field.name for field in dataclasses.fields(OwnSettings)} - {"instruction"}

@@ -30,8 +30,9 @@ from huggingface_hub.file_download import repo_folder_name
 from handscroll.errors import CheckpointError, FetchError, HandscrollError, UnknownModelError, UsageError
 from handscroll.files import write_whole
 from handscroll.models.checkpoint import CheckpointSpec
+from handscroll.models.checksums import is_damaged
 from handscroll.models.download import TIMEOUT_SECONDS, Download, FetchProgress
-from handscroll.models.hub_files import TOKENIZERS, check_small, choose_files
+from handscroll.models.hub_files import TOKENIZERS, check_small, choose_files, is_small_file
 from handscroll.system import free_disk_bytes
 from handscroll.threads import run_watched
 from handscroll.units import first_line, gibibytes, one_line, shown
@@ -42,6 +43,7 @@ COMMIT = re.compile(r"[0-9a-f]{40}")
 # What git takes for no name. It becomes one of a file, which must not lie elsewhere.
 _NO_REVISION = re.compile(r"^$|^[/.-]|\.\.|//|/\.|[/.]$|\.lock$|@\{|[\x00-\x20\x7f~^:?*\[\\]")
 
+MOST_CHECKED_BYTES = 8 << 20  # of a file that is read whole whenever its model is looked for, in some 10 ms
 STOP_SECONDS = 5.0  # for a download that is ended to end: it does at the next piece that arrives
 TELL_AGAIN_SECONDS = 1.0  # where nothing arrives, so that a listener may end it
 
@@ -110,6 +112,11 @@ def _is_described(folder: Path) -> bool:
 
 def _what_is_missing(folder: Path) -> str:
     """Why a snapshot is not whole, in one line; empty where it is."""
+    for file in _small_files(folder):
+        if not file.is_file():
+            return f"{file}: what it links to is gone"
+        if _is_cut(file):
+            return f"{file}: damaged or cut short"
     if not any((folder / "tokenizer" / name).is_file() for name in TOKENIZERS):
         return f"{folder / 'tokenizer'}: holds none of {', '.join(TOKENIZERS)}"
     try:
@@ -117,6 +124,25 @@ def _what_is_missing(folder: Path) -> str:
     except CheckpointError as error:
         return one_line(error)
     return ""
+
+
+def _small_files(folder: Path) -> list[Path]:
+    """What a snapshot names of the small files of a checkpoint, whether they are there or not."""
+    names = [path.relative_to(folder).as_posix() for path in (*folder.glob("*"), *folder.glob("*/*"))]
+    return [folder / name for name in sorted(names) if is_small_file(name)]
+
+
+def _is_cut(file: Path) -> bool:
+    """Whether a small file is not what was fetched, by its checksum, or a long one by its last character."""
+    blob = file.resolve()
+    size_bytes = blob.stat().st_size
+    if size_bytes <= MOST_CHECKED_BYTES:
+        return is_damaged(blob)
+    if file.suffix != ".json":
+        return False
+    with blob.open("rb") as stream:
+        stream.seek(size_bytes - 64)
+        return not stream.read().rstrip().endswith((b"}", b"]"))
 
 
 # Downloading.
@@ -177,7 +203,7 @@ class _Watched:
         wanted = {name: sizes.get(name, 0) for name in (*small, *(weights if self.weights_too else ()))}
         folder = _snapshots(hub_id) / commit
         for name, size in wanted.items():
-            _discard_if_cut(folder / name, size)
+            _discard_if_cut(folder / name, size, small=name in small)
         _check_room(hub_id, sum(wanted.values()))
 
         download = Download(hub_id, commit, wanted, [name for name in wanted if (folder / name).exists()])
@@ -195,9 +221,12 @@ class _Watched:
 # The cache.
 
 
-def _discard_if_cut(file: Path, size_bytes: int) -> None:
-    """Removes a file of another size than the hub says, and what it points to: as long as it is there, it is kept."""
-    if not size_bytes or not file.is_file() or file.stat().st_size == size_bytes:
+def _discard_if_cut(file: Path, size_bytes: int, *, small: bool) -> None:
+    """Removes a file of another size than the hub says, and what it points to: as long as it is there, it is kept.
+
+    small: one whose bytes are looked at too.
+    """
+    if not size_bytes or not file.is_file() or (file.stat().st_size == size_bytes and not (small and _is_cut(file))):
         return
     blob = file.parent / os.readlink(file) if file.is_symlink() else None
     file.unlink()

@@ -22,6 +22,22 @@ _LICENCE = re.compile(r"(LICEN[CS]E|NOTICE)(\.(txt|md))?")
 _PLAIN = re.compile(r"(\w[\w.-]*/)?\w[\w.-]*", re.ASCII)
 
 
+def is_small_file(name: str) -> bool:
+    """Whether a file of this name in a repository is a small one of a checkpoint, needed wherever it is there.
+
+    Of the indexes of weights only those of the chosen files are, which the weights' reader looks for itself.
+    """
+    folder, _, base = name.rpartition("/")
+    match folder:
+        case "":
+            return base in ("model_index.json", "handscroll.json")
+        case "scheduler":
+            return base.endswith(".json")
+        case "tokenizer":
+            return base.endswith((".json", ".model", ".jinja"))
+    return folder in COMPONENTS and base == "config.json"
+
+
 def choose_files(names: Iterable[str], hub_id: str) -> tuple[list[str], list[str]]:
     """Of all file names in a repository, those to fetch: the small ones, and the weights.
 
@@ -33,9 +49,7 @@ def choose_files(names: Iterable[str], hub_id: str) -> tuple[list[str], list[str
     if "model_index.json" not in names:
         other = "" if hub_id.endswith("_diffusers") else f"; is there a {hub_id}_diffusers?"
         raise CheckpointError(f"{hub_id}: not in diffusers' layout, which holds {LAYOUT}{other}")
-    small = [name for name in names if name in ("model_index.json", "handscroll.json") or _LICENCE.fullmatch(name)]
-    small += [name for name in names if name.startswith("scheduler/") and name.endswith(".json")]
-    small += [name for name in names if name.startswith("tokenizer/") and name.endswith((".json", ".model", ".jinja"))]
+    small = [name for name in names if is_small_file(name) or _LICENCE.fullmatch(name)]
     weights: list[str] = []
     for component in COMPONENTS:
         inside = [name.removeprefix(f"{component}/") for name in names if name.startswith(f"{component}/")]
@@ -45,7 +59,7 @@ def choose_files(names: Iterable[str], hub_id: str) -> tuple[list[str], list[str
             why = "only pickles, which can run code and are never fetched" if pickled else "no weights"
             raise CheckpointError(f"{hub_id}: {component}/ holds {why}; handscroll reads safetensors")
         chosen = next((candidate for candidate in found if candidate.variant == "bf16"), found[0])
-        small += [f"{component}/config.json", *([f"{component}/{chosen.index}"] if chosen.index else [])]
+        small += [f"{component}/{chosen.index}"] if chosen.index else []
         weights += [f"{component}/{name}" for name in chosen.names]
     return small, weights
 

@@ -15,7 +15,10 @@ from handscroll.errors import UnknownModelError, UsageError
 from handscroll.models.links import split_link
 from handscroll.models.single_file import describe_file
 from handscroll.units import shown
+from handscroll.weights.foreign import PICKLE_SUFFIXES
 
+# How files of weights are called; no hub id ends so.
+MODEL_FILES = (".safetensors", ".gguf", ".onnx", ".msgpack", *PICKLE_SUFFIXES)
 BUILTIN_FOLDER = Path(__file__).parents[1] / "builtin"
 # As the model cards state it: https://huggingface.co/Efficient-Large-Model/Sana_1600M_1024px_BF16_diffusers
 SANA_LICENCE = (
@@ -124,6 +127,8 @@ def resolve(model: str | Path) -> Entry | Path | str:
         return _as_folder(folder)
     if model.startswith((".", "/", "~")) or "\\" in model:
         raise UnknownModelError(f"no such model folder: {model}")
+    if model.lower().endswith(MODEL_FILES):
+        raise UnknownModelError(f"no such file: {model}; and a model is a folder, a short name or a hub id owner/name")
     if _HUB_ID.fullmatch(model):
         return model
     if "://" in model:
@@ -146,7 +151,7 @@ def _local(model: str | Path) -> Path | None:
     """What a text names on this machine, if there is something."""
     try:
         path = Path(model).expanduser()
-        return path if path.exists() else None
+        return path if os.path.lexists(path) else None
     except (OSError, RuntimeError, ValueError):  # a name that is too long, no such user, a zero byte
         return None
 
@@ -155,6 +160,8 @@ def _as_folder(path: Path) -> Path:
     """Raises UnknownModelError for what is no folder, saying what it is."""
     if path.is_dir():
         return path
+    if path.is_symlink() and not path.exists():
+        raise UnknownModelError(f"{path}: a link to {shown(os.readlink(path))}, which is not there")
     said = describe_file(path) if path.is_file() else "neither a folder nor a file"
     raise UnknownModelError(f"{path}: {said}")
 

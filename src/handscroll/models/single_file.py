@@ -12,6 +12,7 @@ from handscroll.weights.foreign import (
     PICKLE_SUFFIXES,
     SAVE_AS_FOLDER,
     USE_THE_ORIGINAL,
+    by_suffix,
     first_bytes,
     is_adapter,
     quantised_by_tensors,
@@ -38,6 +39,8 @@ def describe_file(file: Path) -> str:
         return said
     if suffix in PICKLE_SUFFIXES:
         return f"a pickle, which can run code when it is opened, so it is not read; {CONVERT}"
+    if said := by_suffix(file.name):
+        return said
     if suffix == ".safetensors" or first[8:9] == b"{":
         return _describe_safetensors(file)
     if said := what_it_is(first):

@@ -13,10 +13,11 @@ from handscroll.errors import CheckpointError, HandscrollError, is_out_of_memory
 from handscroll.models.checkpoint import CheckpointSpec
 from handscroll.models.config import read_config
 from handscroll.units import one_line, shown
-from handscroll.weights.foreign import first_bytes, what_it_is
+from handscroll.weights.foreign import FIRST_BYTES, unreadable, what_it_is
 from handscroll.weights.json_text import MAX_MESSAGE
 
 TABLE, SENTENCEPIECE, SETTINGS = "tokenizer.json", "tokenizer.model", "tokenizer_config.json"
+FILES = (".json", ".model", ".jinja")  # of a tokenizer
 NEEDED_FOR_SENTENCEPIECE = {"sentencepiece": "sentencepiece", "google.protobuf": "protobuf"}
 # What transformers itself falls back to, and the one of Gemma-2, which a file without settings is for.
 GENERAL, GEMMA = "PreTrainedTokenizerFast", "GemmaTokenizer"
@@ -56,12 +57,18 @@ def errors_named(spec: CheckpointSpec) -> Iterator[None]:
 
 
 def _check_files(folder: Path) -> None:
-    names = (TABLE, SENTENCEPIECE)
-    if not any((folder / name).is_file() for name in names):
-        raise CheckpointError(f"{folder}: holds no tokenizer; expected {' or '.join(names)}")
-    for name in (*names, SETTINGS):
-        if (folder / name).is_file() and (said := what_it_is(first_bytes(folder / name))):
-            raise CheckpointError(f"{folder / name}: {said}")
+    for file in sorted(folder.glob("*")):  # a library that finds one of them broken goes on without it
+        if not file.name.endswith(FILES):
+            continue
+        try:
+            with file.open("rb") as stream:
+                first = stream.read(FIRST_BYTES)
+        except OSError as error:
+            raise CheckpointError(unreadable(file, error)) from error
+        if said := what_it_is(first):
+            raise CheckpointError(f"{file}: {said}")
+    if not any((folder / name).is_file() for name in (TABLE, SENTENCEPIECE)):
+        raise CheckpointError(f"{folder}: holds no tokenizer; expected {TABLE} or {SENTENCEPIECE}")
     lacking = [package for module, package in NEEDED_FOR_SENTENCEPIECE.items() if not _is_here(module)]
     if not (folder / TABLE).is_file() and lacking:
         raise CheckpointError(
@@ -79,7 +86,7 @@ def _is_here(module: str) -> bool:
 
 def _made(spec: CheckpointSpec, folder: Path) -> Any:
     options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False, "padding_side": "right"}
-    settings = read_config(folder / SETTINGS) if (folder / SETTINGS).is_file() else {}
+    settings = read_config(folder / SETTINGS) if (folder / SETTINGS).exists() else {}
     if not (folder / TABLE).is_file():
         options["add_bos_token"] = bool(settings.get("add_bos_token", True))  # as Gemma-2 was trained
     return _class_of(spec, folder).from_pretrained(folder, **options)

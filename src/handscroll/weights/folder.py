@@ -12,7 +12,7 @@ from pathlib import Path
 from handscroll.errors import CheckpointError
 from handscroll.units import one_line
 from handscroll.weights.file_state import FileState
-from handscroll.weights.foreign import strange_folder
+from handscroll.weights.foreign import strange_folder, unreadable
 from handscroll.weights.header import MAX_NAME, TensorEntry, read_all
 from handscroll.weights.json_text import read_json
 
@@ -106,7 +106,7 @@ def _states(files: Iterable[Path]) -> tuple[FileState, ...]:
     try:
         return tuple(map(FileState.of, files))
     except OSError as error:
-        raise CheckpointError(f"{error.filename}: cannot be read: {error.strerror}") from error
+        raise CheckpointError(unreadable(Path(error.filename), error)) from error
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import codecs
+import os
 import re
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
+
+from handscroll.units import one_line, shown
 
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 LORA_FILES = ("adapter_config.json", "adapter_model.safetensors", "pytorch_lora_weights.safetensors")
@@ -21,14 +25,37 @@ FUSE_FIRST = (
 
 # How a file begins that is no safetensors, JSON or tokenizer, whatever it is called.
 _LFS = b"version https://git-lfs.github.com/spec/"
+_PICKLE = f"a pickle, which can run code when it is opened, so it is not read; {SAVE_AS_FOLDER}"
 _BEGINNINGS: tuple[tuple[bytes, str], ...] = (
     (b"GGUF", f"a GGUF file, quantised for llama.cpp and its like, which handscroll does not read; {USE_THE_ORIGINAL}"),
     (b"PK\x03\x04", f"a zip archive, as torch.save writes; it can run code when it is opened; {SAVE_AS_FOLDER}"),
-    (b"\x80\x02", f"a pickle, which can run code when it is opened, so it is not read; {SAVE_AS_FOLDER}"),
-    (b"\x80\x04", f"a pickle, which can run code when it is opened, so it is not read; {SAVE_AS_FOLDER}"),
+    *((bytes((0x80, protocol)), _PICKLE) for protocol in range(2, 6)),
+    (b"\x93NUMPY", f"a NumPy array, which handscroll does not read; {SAVE_AS_FOLDER}"),
     (b"\x1f\x8b", "a gzip archive; unpack it first"),
+    (b"\xfd7zXZ\x00", "an xz archive; unpack it first"),
+    (b"BZh", "a bzip2 archive; unpack it first"),
+    (b"\x28\xb5\x2f\xfd", "a zstd archive; unpack it first"),
+    (b"7z\xbc\xaf\x27\x1c", "a 7z archive; unpack it first"),
+    (b"Rar!\x1a\x07", "a rar archive; unpack it first"),
     (b"\x89HDF", "an HDF5 file, which handscroll does not read"),
+    (b"\x89PNG", "a picture; give the file of the weights"),
+    (b"\xff\xd8\xff", "a picture; give the file of the weights"),
+    (b"RIFF", "a picture or a sound; give the file of the weights"),
+    (b"%PDF", "a PDF document; give the file of the weights"),
+    (b"\x00" * 64, "zeros where the file should begin: it was never written to its end; fetch it again"),
 )
+_TAR_MARK, _TAR_AT = b"ustar", 257
+MOST_SHOWN = 60  # characters of a text that stands in place of a file
+# Of a file's name, what says that it is not read or not whole.
+_BY_SUFFIX = {
+    ".onnx": f"an ONNX file, which handscroll does not read; {USE_THE_ORIGINAL}",
+    ".msgpack": f"weights for Flax, which handscroll does not read; {USE_THE_ORIGINAL}",
+    ".h5": f"weights for Keras, which handscroll does not read; {USE_THE_ORIGINAL}",
+    **dict.fromkeys(
+        (".part", ".partial", ".incomplete", ".crdownload", ".download", ".aria2", ".tmp"),
+        "what a download left that did not come to its end; fetch the file again",
+    ),
+}
 _PAGE = re.compile(rb"\s*<(?:!doctype|html|\?xml)", re.IGNORECASE)
 
 
@@ -45,7 +72,32 @@ def what_it_is(first: bytes) -> str | None:
     """What a file is by its first bytes, and what to do about it; None for nothing of what is known here."""
     if said := stands_in(first):
         return said
+    if first[_TAR_AT:].startswith(_TAR_MARK):
+        return "a tar archive; unpack it first"
     return next((said for beginning, said in _BEGINNINGS if first.startswith(beginning)), None)
+
+
+def text_in_place(first: bytes) -> str | None:
+    """What is said where weights should be and a file begins as a text, such as a server's `Entry not found`."""
+    try:
+        text = codecs.getincrementaldecoder("utf-8")().decode(first).strip()  # the last character may be cut
+    except UnicodeDecodeError:
+        return None
+    if not text or not all(character.isprintable() or character.isspace() for character in text):
+        return None
+    return f"a text and no weights, which begins {one_line(text, MOST_SHOWN)!r}; fetch the file again"
+
+
+def by_suffix(name: str) -> str | None:
+    """What the end of a file's name says that it is, and what to do; None where that is nothing known."""
+    return next((said for suffix, said in _BY_SUFFIX.items() if name.lower().endswith(suffix)), None)
+
+
+def unreadable(file: Path, error: OSError) -> str:
+    """Why a file cannot be read, in one line that names it."""
+    if isinstance(error, FileNotFoundError) and file.is_symlink():
+        return f"{file}: a link to {shown(os.readlink(file), MOST_SHOWN * 4)}, which is not there; fetch the file again"
+    return f"{file}: cannot be read: {error.strerror or one_line(error)}"
 
 
 def first_bytes(file: Path) -> bytes:

@@ -16,7 +16,7 @@ from typing import Any
 
 from handscroll.errors import CheckpointError
 from handscroll.units import gibibytes, one_line
-from handscroll.weights.foreign import what_it_is
+from handscroll.weights.foreign import FIRST_BYTES, text_in_place, unreadable, what_it_is
 from handscroll.weights.json_text import MAX_FILE_BYTES, parse_json
 
 # Safetensors' own dtype names -> (the name used throughout handscroll, bits an element).
@@ -104,21 +104,18 @@ def _read_json(file: Path) -> tuple[dict[str, Any], int, int]:
         if not stat.S_ISREG(status.st_mode):
             raise CheckpointError(f"{file}: not a file")
         with file.open("rb") as stream:
-            prefix = stream.read(8)
-            rest = stream.read(56)
-            if not rest.startswith(b"{") and (said := what_it_is(prefix + rest)):
+            first = stream.read(FIRST_BYTES)
+            if said := _something_else(first):
                 raise CheckpointError(f"{file}: {said}")
-            if len(prefix) < 8:
+            if size < 8:
                 raise CheckpointError(f"{file}: truncated: {size} bytes are no safetensors file; fetch it again")
-            header_bytes = _header_bytes(file, int.from_bytes(prefix, "little"), size)
+            header_bytes = _header_bytes(file, int.from_bytes(first[:8], "little"), size)
             stream.seek(8)
             data = stream.read(header_bytes)
     except OSError as error:
-        raise CheckpointError(f"{file}: cannot be read: {error.strerror}") from error
+        raise CheckpointError(unreadable(file, error)) from error
     if len(data) < header_bytes:
         raise CheckpointError(f"{file}: truncated: it became shorter while it was read; fetch it again")
-    if not data.startswith(b"{"):
-        raise CheckpointError(f"{file}: not a safetensors file: its header does not begin with {{")
     try:
         header = parse_json(data, strict=True)
     except ValueError as error:
@@ -127,10 +124,22 @@ def _read_json(file: Path) -> tuple[dict[str, Any], int, int]:
     return header, 8 + header_bytes, size
 
 
+def _something_else(first: bytes) -> str | None:
+    """What a file is that begins so, if it is no safetensors file; None where it may be one."""
+    if first[8:9] == b"{":
+        return None
+    if (said := what_it_is(first)) or len(first) <= 8:
+        return said
+    return text_in_place(first) or "not a safetensors file: its header does not begin with {; fetch it again"
+
+
 def _header_bytes(file: Path, header_bytes: int, size: int) -> int:
     """The header's length as the file gives it. Raises CheckpointError where that cannot be, or is too much."""
     if header_bytes > MOST // 2 or (header_bytes > 100_000_000 and 8 + header_bytes > size):
-        raise CheckpointError(f"{file}: not a safetensors file: its header would be {header_bytes} bytes")
+        raise CheckpointError(
+            f"{file}: not a safetensors file, or a damaged one: its header would be {header_bytes} bytes; fetch it "
+            "again"
+        )
     if 8 + header_bytes > size:
         raise CheckpointError(
             f"{file}: truncated: the header takes {header_bytes} bytes and the file has {size}; fetch it again"

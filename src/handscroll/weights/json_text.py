@@ -14,7 +14,7 @@ from typing import Any
 
 from handscroll.errors import CheckpointError
 from handscroll.units import gibibytes, one_line
-from handscroll.weights.foreign import FIRST_BYTES, what_it_is
+from handscroll.weights.foreign import FIRST_BYTES, unreadable, what_it_is
 
 MAX_FILE_BYTES = 8 * 2**20
 MAX_MADE_BYTES = 40 * 2**20  # of what is made of a file, as `_made_bytes` counts it
@@ -33,7 +33,7 @@ def read_json(file: Path, most_bytes: int = MAX_FILE_BYTES) -> Any:
         with file.open("rb") as stream:
             data = stream.read(most_bytes + 1)
     except OSError as error:
-        raise CheckpointError(f"{file}: cannot be read: {error.strerror}") from error
+        raise CheckpointError(unreadable(file, error)) from error
     if said := what_it_is(data[:FIRST_BYTES]):
         raise CheckpointError(f"{file}: {said}")
     try:
