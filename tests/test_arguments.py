@@ -193,15 +193,77 @@ def test_none_is_left_out() -> None:
 
 @pytest.mark.parametrize("prompts", [["a lake"], ["a lake", "a sea"], ("a lake",), []], ids=str)
 def test_a_list_of_prompts_is_told_what_to_do(prompts: Any) -> None:
-    with pytest.raises(PromptError, match=rf"list of {len(prompts)}; .* ask for each by itself"):
+    with pytest.raises(PromptError, match=rf"list of {len(prompts)}; .* call Handscroll, which takes a list"):
         Request.of(prompts)
 
 
-def test_a_generator_is_told_what_to_give() -> None:
+def test_a_list_of_prompts_gives_what_each_gives(model: str) -> None:
+    scroll = Handscroll.from_pretrained(model)
+    pictures = scroll(["a lake", "a sea"], size=64, steps=1, seed=3, negative=["fog", ""], guidance=2)
+    alone = [
+        scroll("a lake", size=64, steps=1, seed=3, negative="fog", guidance=2),
+        scroll("a sea", size=64, steps=1, seed=3, guidance=2),
+    ]
+    assert [picture.seed for picture in pictures] == [3, 3]
+    assert all(torch.equal(one.latent, other.latent) for one, other in zip(pictures, alone, strict=True))
+    (single,) = scroll(("a lake",), size=64, steps=1, seed=[np.int64(4)])
+    assert single.seed == 4
+
+
+@pytest.mark.usefixtures("no_work")
+@pytest.mark.parametrize(
+    ("prompts", "options", "says"),
+    [
+        ([], {}, "the list of prompts is empty"),
+        (["a lake", ""], {}, "the prompt is empty"),
+        (["a lake", 5], {}, "is not text"),
+        (["a lake", ["a sea"]], {}, "is a list"),
+        (["a lake", "a sea"], {"seed": [1]}, "2 prompts and 1 of seed; give one of it, or one for each prompt"),
+        (["a lake"], {"negative": ("fog", "rain")}, "1 prompts and 2 of negative"),
+        (["a lake"], {"steps": [1]}, "steps [1] is not a whole number"),
+    ],
+    ids=str,
+)
+def test_a_list_that_cannot_be_meant_is_refused_before_any_work(
+    model: str, prompts: Any, options: dict[str, Any], says: str
+) -> None:
+    with pytest.raises(UsageError) as caught:
+        Handscroll.from_pretrained(model)(prompts, size=64, **options)
+    assert says in str(caught.value)
+
+
+def test_a_fresh_generator_is_its_seed() -> None:
+    for seed in (0, 7, 2**32 + 5, 2**63, 2**64 - 1):
+        generator = torch.Generator().manual_seed(seed if seed < 2**63 else seed - 2**64)
+        before = generator.get_state()
+        assert Request.of("a lake", seed=generator).seed == Request("a lake", seed=generator).seed == seed  # type: ignore[arg-type]
+        assert torch.equal(generator.get_state(), before)
+
+
+def test_a_generator_that_has_drawn_is_told_what_to_give() -> None:
     generator = torch.Generator().manual_seed(7)
+    torch.randn(1, generator=generator)
     with pytest.raises(UsageError, match=r"generator\.initial_seed\(\)"):
         Request.of("a lake", seed=generator)
     assert Request.of("a lake", seed=generator.initial_seed()).seed == 7
+
+
+@pytest.mark.parametrize("option", ["memory_bytes", "device", "model", "save_latent"])
+def test_going_on_is_given_anything(model: str, tmp_path: Path, option: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    picture = tmp_path / "a.png"
+
+    def stop(event: handscroll.Progress) -> None:
+        if event.stage == "denoise":
+            raise handscroll.Cancelled
+
+    with pytest.raises(handscroll.Cancelled):
+        generate(Request.of("a lake", model=model, size=64, steps=1, seed=1), picture, on_event=stop)
+    monkeypatch.setattr("handscroll.pipeline.Job.of", lambda *given: 1 / 0)
+    for value in VALUES:
+        try:
+            only_ours(resume, picture, **{option: value})
+        except ZeroDivisionError:
+            continue
 
 
 # Seeds

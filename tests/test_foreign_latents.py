@@ -205,6 +205,43 @@ def test_what_a_latent_says_is_kept(tmp_path: Path, model: str) -> None:
     assert text.startswith(f"a red sun\nSeed: {2**64 - 1}, Size: 100x96, VAE: 1.6b, ")
 
 
+@pytest.mark.parametrize(
+    ("facts", "width", "told"),
+    [
+        ({"seed": "-5", "steps": "1_0", "guidance": "-1"}, 128, {}),
+        ({"seed": "٣", "steps": " 8", "guidance": "inf"}, 128, {}),
+        ({"seed": "0", "steps": "8", "guidance": "2.50"}, 128, {"seed": 0, "steps": 8, "guidance": 2.5}),
+        ({"width": "", "height": " "}, 128, {}),
+        ({"width": "100.0", "height": "96.00"}, 100, {}),
+        ({"revision": "v1", "seed": str(2**64)}, 128, {"revision": "v1"}),
+    ],
+    ids=str,
+)
+def test_only_what_can_be_so_is_taken_from_a_latent(
+    tmp_path: Path, model: str, facts: dict[str, str], width: int, told: dict[str, Any]
+) -> None:
+    save_file({"latents": LATENT}, tmp_path / "a.safetensors", metadata=facts)
+    result = decode_latent(tmp_path / "a.safetensors", tmp_path / "a.png", model=model)
+    assert result.width == width
+    found = result.as_dict()
+    assert {
+        name: found[name] for name in ("seed", "steps", "guidance", "revision") if found.get(name) is not None
+    } == told
+
+
+@pytest.mark.parametrize("width", ["wide", "64.5", "-64", "1e3", "0x40", "6_4"])
+def test_a_side_that_is_none_is_told_with_a_way_out(tmp_path: Path, model: str, width: str) -> None:
+    save_file({"latents": LATENT}, tmp_path / "a.safetensors", metadata={"width": width})
+    with pytest.raises(CheckpointError, match=f"width is '{width}'; take it out there, and the whole of the latent is"):
+        decode_latent(tmp_path / "a.safetensors", tmp_path / "a.png", model=model)
+
+
+def test_numbers_beyond_fp32_are_the_files(tmp_path: Path, model: str) -> None:
+    save_file({"latents": LATENT.double() * 1e300}, tmp_path / "a.safetensors")
+    with pytest.raises(CheckpointError, match="'latents' holds numbers too large for fp32, which no model makes"):
+        decode_latent(tmp_path / "a.safetensors", tmp_path / "a.png", model=model)
+
+
 def test_another_models_autoencoder_is_not_the_model(tmp_path: Path, miniature: Miniature, model: str) -> None:
     request = Request("a lake", model=model, width=64, height=64, steps=1, seed=1)
     generate(request, tmp_path / "a.png", save_latent=tmp_path / "a.safetensors")

@@ -58,8 +58,10 @@ def test_a_prompt_may_begin_with_a_dash_and_a_blank(asked: Asked, arguments: lis
     assert asked[0][0].seed == 7 or "7" not in " ".join(arguments)
 
 
-@pytest.mark.parametrize("prompt", ["-- two dashes", "-5 degrees, a frozen lake", "--\ta list", "- a = b", "-\n- x"])
-def test_what_has_a_blank_is_no_option(asked: Asked, prompt: str) -> None:
+@pytest.mark.parametrize(
+    "prompt", ["-- two dashes", "-5 degrees, a frozen lake", "--\ta list", "- a = b", "-\n- x", "-5", "---", "-3.5x"]
+)
+def test_what_has_a_blank_or_is_a_number_is_no_option(asked: Asked, prompt: str) -> None:
     assert cli.run(["generate", prompt, "-o", "a.png"]) == 0
     assert asked[0][0].prompt == prompt
 
@@ -74,6 +76,9 @@ def test_after_two_dashes_all_is_prompt(asked: Asked, prompt: str, monkeypatch: 
 def test_an_options_value_is_no_prompt(asked: Asked) -> None:
     assert cli.run(["generate", "a lake", "--negative", "- fog", "-o", "my picture.png"]) == 0
     assert (asked[0][0].prompt, asked[0][0].negative, str(asked[0][1])) == ("a lake", "- fog", "my picture.png")
+    assert cli.run(["generate", "- a lake", "--negative", "--", "-o", "my picture.png"]) == 0
+    made = asked.pop()[0]
+    assert (made.prompt, made.negative) == ("- a lake", "--")
     assert cli.run(["generate", "a lake", "-omy picture.png"]) == 0
     assert str(asked[1][1]) == "my picture.png"
 
@@ -128,6 +133,9 @@ def test_a_mark_at_the_beginning_of_a_file_is_no_prompt(asked: Asked, monkeypatc
         ("1\ufe0f\u20e3 lake", "1\ufe0f\u20e3-lake"),
         ("a red sun 👩\u200d🎨 and 🏔\ufe0f", "a-red-sun-and"),
         ("🇫🇷🇯🇵", ""),
+        ("snow\u00admountains at\u2060dusk", "snowmountains-atdusk"),
+        ("\ufeffa lake \u200f\u202bבערב\u202c", "a-lake-בערב"),
+        ("ﾌｼﾞｻﾝ と ﾊﾟｰｸ", "ﾌｼﾞｻﾝ-と-ﾊﾟｰｸ"),
         ("\u0301 lake", "lake"),
         ("雪山 と 湖", "雪山-と-湖"),
         ("한글 산", "한글-산"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import warnings
 from collections.abc import Callable, Iterator
@@ -102,6 +103,7 @@ def test_a_checkpoint_that_reads_less_says_so(miniature: Miniature, tmp_path: Pa
     [
         ({"negative": "fog", "guidance": 1}, "negative prompt is not used: at guidance 1"),
         ({"negative": "fog", "guidance": 0}, "negative prompt is not used: at guidance 0"),
+        ({"guidance": 0.5}, "guidance 0.5 acts as 1: only above 1 is there a second forward"),
         ({"patches": 8}, "patches 8 is not used"),
         ({"patches": 32}, "patches 32 is not used"),
         ({"patches": 8, "decode": "whole"}, "not --decode whole"),
@@ -114,9 +116,9 @@ def test_a_checkpoint_that_reads_less_says_so(miniature: Miniature, tmp_path: Pa
 def test_an_option_without_a_part_is_told_once(model: str, tmp_path: Path, options: dict[str, Any], says: str) -> None:
     result, (line,) = made(asked(model, **options), tmp_path / "a.png")
     assert says in line
-    plain, nothing = made(
-        asked(model, **{k: v for k, v in options.items() if k in ("guidance", "decode")}), tmp_path / "b.png"
-    )
+    left = {k: v for k, v in options.items() if k in ("guidance", "decode")}
+    left |= {"guidance": 1} if options.get("guidance") == 0.5 else {}
+    plain, nothing = made(asked(model, **left), tmp_path / "b.png")
     assert nothing == []
     assert read_parameters(result.path) == read_parameters(plain.path)
     assert result.path.read_bytes() == plain.path.read_bytes()
@@ -132,6 +134,7 @@ def test_an_option_without_a_part_is_told_once(model: str, tmp_path: Path, optio
         {"compose": "off"},
         {"compose": 64, "size": 128},
         {"negative": " ", "guidance": 1},
+        {"guidance": 0},
     ],
     ids=str,
 )
@@ -148,7 +151,7 @@ def test_a_few_step_model_refuses_a_negative_prompt_and_uses_its_guidance(miniat
     assert "CFG scale: 2" in read_parameters(result.path)
 
 
-def test_a_model_that_takes_no_guidance(miniature: Miniature, tmp_path: Path) -> None:
+def test_a_model_that_takes_no_guidance(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = tmp_path / "model"
     import miniatures
 
@@ -157,6 +160,32 @@ def test_a_model_that_takes_no_guidance(miniature: Miniature, tmp_path: Path) ->
     assert "guidance 2 is not used" in line
     assert "CFG scale" not in read_parameters(result.path)
     assert "guidance" not in result.as_dict()
+    assert cli.run(["plan", "--model", str(folder), "--size", "64"]) == 0
+    assert "no guidance" in capsys.readouterr().out
+    assert cli.run(["plan", "--model", str(folder), "--size", "64", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["guidance"] is None
+    assert cli.run(["info", str(folder)]) == 0
+    assert re.search(r"guidance +none", capsys.readouterr().out)
+
+
+@pytest.mark.parametrize(("suffix", "cut"), [("jpg", True), ("webp", True), ("png", False), ("tif", False)])
+def test_a_prompt_that_a_file_cannot_hold_is_told_and_its_settings_are_kept(
+    model: str, tmp_path: Path, suffix: str, cut: bool
+) -> None:
+    request = asked(model, "🏔" * 19_000)  # two units of UTF-16 each
+    result, lines = made(request, tmp_path / f"a.{suffix}", save_latent=tmp_path / "a.safetensors")
+    told = [line for line in lines if "longer than a" in line and "file holds" in line]
+    assert len(told) == cut
+    text = read_parameters(result.path)
+    assert text.startswith("🏔" * 15_000)
+    assert re.search(r"\nSteps: 2, .*Seed: 1, .*Exact: true$", text)
+    assert ("[...]" in text) == cut
+    again = decode_latent(tmp_path / "a.safetensors", tmp_path / f"b.{suffix}")
+    assert [line for line in again.notices if "file holds" in line] == told
+    seen: list[Progress] = []
+    picture = Handscroll.from_pretrained(model)(request.prompt, size=64, steps=2, seed=1, on_event=seen.append)
+    picture.save(tmp_path / f"c.{suffix}")
+    assert [event.detail for event in seen if "file holds" in event.detail] == told
 
 
 @pytest.mark.parametrize(

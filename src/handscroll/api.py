@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 import torch
@@ -21,6 +21,7 @@ from handscroll.models.checkpoint import CheckpointSpec
 from handscroll.models.opening import on_fetch, open_checkpoint
 from handscroll.options import fields_of
 from handscroll.pictures.formats import check_quality, quality_not_used
+from handscroll.pictures.metadata import not_kept_whole, parameters_text
 from handscroll.pictures.targets import check_target
 from handscroll.pipeline import encode_stage, write_picture
 from handscroll.plan.inputs import PlanInputs
@@ -71,17 +72,35 @@ class Handscroll:
         spec = open_checkpoint(model, fields.pop("revision", None), on_progress=on_fetch(listener(on_event)))
         return cls(spec, **fields)
 
-    def __call__(self, prompt: str, *, on_event: OnEvent | None = None, **options: Any) -> Picture:
-        """Denoises a prompt; the rows are decoded when the picture is saved or read.
+    @overload
+    def __call__(self, prompt: str, *, on_event: OnEvent | None = None, **options: Any) -> Picture: ...
 
+    @overload
+    def __call__(
+        self, prompt: list[str] | tuple[str, ...], *, on_event: OnEvent | None = None, **options: Any
+    ) -> list[Picture]: ...
+
+    def __call__(self, prompt: Any, *, on_event: OnEvent | None = None, **options: Any) -> Picture | list[Picture]:
+        """Denoises a prompt; the rows are decoded when the picture is saved or read. Of a list of prompts, a list.
+
+        A list gives what its prompts give one by one with the same options, so with the same seed where one is given;
+        `negative` and `seed` may be lists of the same length. All is checked before the first is denoised.
         options: those of `handscroll generate` that describe one picture, as size='1024x512' or width=1024, height=512,
         steps, guidance, negative, seed, compose, decode. Without a listener, what is asked for and not used becomes a
         warning; it is in the picture's `notices` too. Raises HandscrollError, of which BudgetError before anything
         is read.
         """
-        own: dict[str, Any] = {"precision": self.precision, "device": self.device, "memory_bytes": self.memory_bytes}
-        request = Request(prompt, **own, **fields_of(Request, options, "scroll"))
         on_event = listener(on_event, warn_of_notices)
+        if isinstance(prompt, list | tuple):
+            requests = [self._request(one, each) for one, each in zip(prompt, _each(prompt, options), strict=True)]
+            return [self._picture(request, on_event) for request in requests]
+        return self._picture(self._request(prompt, options), on_event)
+
+    def _request(self, prompt: Any, options: Mapping[str, Any]) -> Request:
+        own: dict[str, Any] = {"precision": self.precision, "device": self.device, "memory_bytes": self.memory_bytes}
+        return Request(prompt, **own, **fields_of(Request, options, "scroll"))
+
+    def _picture(self, request: Request, on_event: OnEvent) -> Picture:
         found = self._probed(request)
         hardware = found.hardware
         with self.holdings.counted(None if hardware.is_cuda else hardware.base_bytes) as given:
@@ -123,6 +142,19 @@ class Handscroll:
         """PyTorch is set for the plan's job; what the process holds more at the end counts as this session's own."""
         with self.holdings.counted() as given, self._set_for(plan):
             yield given
+
+
+def _each(prompts: Sequence[Any], options: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The options of each prompt of a list. Raises UsageError for an empty list, or lists of another length beside."""
+    if not prompts:
+        raise UsageError("the list of prompts is empty; give at least one")
+    lists = {name: options[name] for name in ("negative", "seed") if isinstance(options.get(name), list | tuple)}
+    for name, values in lists.items():
+        if len(values) != len(prompts):
+            raise UsageError(
+                f"{len(prompts)} prompts and {len(values)} of {name}; give one of it, or one for each prompt"
+            )
+    return [{**options, **{name: values[index] for name, values in lists.items()}} for index in range(len(prompts))]
 
 
 class Picture:
@@ -185,7 +217,8 @@ class Picture:
 
     def _saved(self, path: Path, quality: int | None, on_event: OnEvent) -> Path:
         target = check_target(path, self.width, self.height)
-        for line in quality_not_used(path.suffix, quality):
+        text = parameters_text(**picture_facts(self._request, self._scroll.spec, self.plan, 0))
+        for line in (*quality_not_used(path.suffix, quality), *not_kept_whole(path.suffix, text)):
             on_event(notice(line))
         session = self._scroll.session
         plan, inputs = self._planned_now(target.path.suffix)

@@ -183,6 +183,7 @@ _OUT_OF_MEMORY = (
     "unable to allocate",
     "failed to allocate",
     "error creating thread",  # a thread's stack finds no room
+    "can't start new thread",
 )
 
 

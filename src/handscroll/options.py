@@ -41,7 +41,8 @@ class Option:
     `fields` are those of the table that it sets: more than one for `--size`. `kind` is what a value is, `choices` the
     words that it may be. `parse` makes the value of a text, a tuple where there are several fields. `default` is shown
     by the command line. `commands` take it as it is; those of `left_to` find a value elsewhere where it is left out,
-    which their own help says. `hint` of a value of another kind adds to what is said of it.
+    which its own help says. `understood` makes a number of what another library has for one; `hint` of a value of
+    another kind adds to what is said of it.
     """
 
     name: str
@@ -56,6 +57,7 @@ class Option:
     kind: type = str
     optional: bool = True
     choices: tuple[str, ...] = ()
+    understood: Callable[[Any], Any] | None = None
     hint: Callable[[Any], str] | None = None
 
     @property
@@ -89,6 +91,7 @@ def option(
     shown: Any = None,
     commands: Iterable[str] = MAKING,
     left_to: Mapping[str, str] | None = None,
+    understood: Callable[[Any], Any] | None = None,
     hint: Callable[[Any], str] | None = None,
 ) -> Any:
     """A field of a table of options. Fields of the same `name` are set by one option, which the first of them declares.
@@ -106,6 +109,7 @@ def option(
         parse,
         tuple(commands),
         left_to or {},
+        understood=understood,
         hint=hint,
     )
     return dataclasses.field(default=default, metadata={_KEY: declared})
@@ -209,6 +213,8 @@ def _label(table: type, field: str) -> str:
 def _converted(label: str, declared: Option, value: Any) -> Any:
     """A number in place of its text, and Python's own in place of another library's."""
     wanted, what = _KINDS[declared.kind]
+    if declared.understood is not None:
+        value = declared.understood(value)
     if declared.kind is bool or declared.kind is str or isinstance(value, bool):
         return value
     if isinstance(value, (str, wanted)):

@@ -50,9 +50,23 @@ def check_seed(name: str, seed: int) -> None:
         )
 
 
+def seed_of(given: Any) -> Any:
+    """The seed of a torch.Generator for the CPU from which nothing was drawn yet; else what was given.
+
+    One that has drawn, or draws on another device, would draw what belongs to no seed here. It is left as it is.
+    """
+    if not hasattr(given, "initial_seed") or getattr(given.device, "type", None) != "cpu":
+        return given
+    seed = given.initial_seed()
+    fresh = type(given)().manual_seed(seed)
+    return seed if bool((fresh.get_state() == given.get_state()).all()) else given
+
+
 def seed_hint(given: Any) -> str:
-    """A generator has moved on from its seed, or may be of another device: what it would draw is no seed's."""
-    return "; of a torch.Generator give the seed, as generator.initial_seed()" if hasattr(given, "initial_seed") else ""
+    """What to do with a generator whose seed is not what it stands for."""
+    if not hasattr(given, "initial_seed"):
+        return ""
+    return "; this torch.Generator has drawn already or is not the CPU's: give a seed, as generator.initial_seed()"
 
 
 def check_compose(name: str, side_px: int) -> None:
@@ -114,6 +128,7 @@ class Request:
         "Same seed, same picture. Left out, or -1, random.",
         metavar="N",
         check=check_seed,
+        understood=seed_of,
         hint=seed_hint,
         commands=("generate", "scroll"),
     )
@@ -200,7 +215,10 @@ class Request:
 def check_prompt(prompt: object) -> None:
     """Raises PromptError for a prompt that says nothing, or more than any text encoder reads."""
     if isinstance(prompt, list | tuple):
-        raise PromptError(f"the prompt is a list of {len(prompt)}; one picture has one prompt: ask for each by itself")
+        raise PromptError(
+            f"the prompt is a list of {len(prompt)}; a request has one prompt: make one for each, or call Handscroll, "
+            "which takes a list"
+        )
     if not isinstance(prompt, str):
         raise PromptError(f"the prompt {shown(prompt)} is not text")
     if not prompt.removeprefix(BYTE_ORDER_MARK).strip():

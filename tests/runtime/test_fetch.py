@@ -14,6 +14,7 @@ from urllib.parse import unquote, urlsplit
 
 import pytest
 from huggingface_hub import constants
+from safetensors.torch import load_file, save_file
 
 from handscroll.errors import Cancelled, CheckpointError, FetchError, UnknownModelError, UsageError
 from handscroll.events import Progress
@@ -418,6 +419,10 @@ def test_a_picture_says_of_which_revision_it_is(hub: Hub, tmp_path: Path) -> Non
     assert f"Model revision: {OLDER}" in read_parameters(tmp_path / "p.png")
     again = decode_latent(latent, tmp_path / "again.png")
     assert again.revision == OLDER
+    by_another = decode_latent(latent, tmp_path / "other.png", model=HUB_ID, fetch=True)
+    assert by_another.revision == OLDER  # of the model that made it
+    save_file({"latents": load_file(latent)["latent"]}, latent)
+    assert decode_latent(latent, tmp_path / "other.png", model=HUB_ID).as_dict()["revision"] is None
     assert (tmp_path / "again.png").read_bytes() == (tmp_path / "p.png").read_bytes()
 
 

@@ -77,6 +77,27 @@ def test_a_computation_that_overflows_in_fp32_says_that_the_weights_are_finite(
     assert "handscroll resume" not in line
 
 
+def test_what_decoding_does_not_read_is_not_blamed(folder: Path, tmp_path: Path) -> None:
+    """The autoencoder's encoder lies in the same file."""
+    fill(folder, "decode", 3e38, all_of_it=True)
+    name = "vae/diffusion_pytorch_model.safetensors"
+    tensors = load_file(folder / name)
+    encoder = next(each for each in tensors if each.startswith("encoder."))
+    tensors[encoder].fill_(float("nan"))
+    save_file(tensors, folder / name, metadata={"format": "pt"})
+    with pytest.raises(NumericsError, match=r"its weights are finite.*change the prompt"):
+        generate(request_for(folder, precision="fp32"), tmp_path / "p.png")
+
+
+def test_who_decodes_a_latent_has_no_prompt_to_change(folder: Path, tmp_path: Path) -> None:
+    latent = tmp_path / "latent.safetensors"
+    generate(request_for(folder), tmp_path / "p.png", save_latent=latent)
+    fill(folder, "decode", 3e38, all_of_it=True)
+    with pytest.raises(NumericsError, match="decode another latent, or use another checkpoint") as caught:
+        decode_latent(latent, tmp_path / "q.png", precision="fp32")
+    assert "prompt" not in str(caught.value)
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_latent_is_named(folder: Path, tmp_path: Path, value: float) -> None:
     latent = tmp_path / "latent.safetensors"

@@ -415,6 +415,7 @@ def test_fp32_is_for_one_picture_alone(miniature: Miniature) -> None:
     [
         (RuntimeError("CUDA error: out of memory"), True),
         (RuntimeError("std::bad_alloc"), True),
+        (RuntimeError("can't start new thread"), True),
         (OSError(12, "Cannot allocate memory"), True),
         (OSError(28, "No space left on device"), False),
         (OutOfMemoryError("out of memory"), False),

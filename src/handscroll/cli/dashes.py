@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,16 +10,18 @@ from typing import Any
 def prompts_apart(program: Any, arguments: Sequence[str]) -> list[str]:
     """The arguments with a text that begins with a dash put last, after `--`, where it is no option.
 
-    What has a blank before any `=` cannot name an option, unless it is one of a letter with its value: those stay.
-    `program` is the command line's group of commands.
+    What has a blank before any `=` cannot name an option, nor can a number or dashes alone, unless it is one of a
+    letter with its value: those stay. `program` is the command line's group of commands.
     """
     given = list(arguments)
     command = program.commands.get(given[0]) if given else None
-    if command is None or "--" in given:
+    if command is None:
         return given
     with_value, letters = _options_of(command)
     kept, apart, is_value = given[:1], [], False
     for argument in given[1:]:
+        if argument == "--" and not is_value:
+            return given  # somebody put them apart
         if not is_value and _is_text(argument) and not argument.startswith(letters):
             apart.append(argument)
             continue
@@ -49,4 +52,6 @@ def _options_of(command: Any) -> tuple[set[str], tuple[str, ...]]:
 
 
 def _is_text(argument: str) -> bool:
+    if re.fullmatch(r"-[0-9]\S*|---+", argument):
+        return True  # no option is called so
     return argument.startswith("-") and any(map(str.isspace, argument.partition("=")[0]))

@@ -117,6 +117,7 @@ def _safetensors(path: Path) -> Found:
 def _checkpoint(path: Path) -> Found:
     from handscroll.models.checkpoint import CheckpointSpec
     from handscroll.models.folder import COMPONENTS
+    from handscroll.plan.unused import uses_guidance
 
     spec = CheckpointSpec.from_folder(path)
     configs: dict[str, Any] = {
@@ -141,7 +142,7 @@ def _checkpoint(path: Path) -> Found:
         "native_px": spec.native_px,
         "compose_px": spec.compose_px,
         "steps": spec.default_steps,
-        "guidance": spec.default_guidance,
+        "guidance": spec.default_guidance if uses_guidance(spec) else None,
         "scheduler": spec.scheduler.class_name,
         "licence": spec.licence,
         "parameters": sum(each["parameters"] for each in components.values()),
@@ -214,7 +215,7 @@ def _checkpoint_lines(found: Found) -> Iterator[str]:
         {
             "pictures": f"{found['native_px']}x{found['native_px']}{composed}",
             "steps": f"{found['steps']} of {found['scheduler']}",
-            "guidance": f"{found['guidance']:g}",
+            "guidance": "none" if found["guidance"] is None else f"{found['guidance']:g}",
             "licence": found["licence"] or "the folder does not say",
         }
     )

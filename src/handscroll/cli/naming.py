@@ -14,7 +14,10 @@ from handscroll.request import Request, indexed
 NAME_WORDS, NAME_CHARACTERS, NAME_BYTES = 6, 48, 100
 
 ZERO_WIDTH_JOINER, ZERO_WIDTH_NON_JOINER = "\u200d", "\u200c"
+# Hyphens that show at the end of a line alone, joiners of words and marks of the direction: no part of any name.
+INVISIBLE = dict.fromkeys(map(ord, "\u00ad\u2060\ufeff\u200e\u200f\u061c\u202a\u202b\u202c\u2066\u2067\u2068\u2069"))
 THAI_AND_LAO_AM = "\u0e33\u0eb3"  # vowels that are written around their consonant
+HALF_WIDTH_VOICE_MARKS = "\uff9e\uff9f"  # of Katakana
 VIRAMA = 9  # a combining class: the sign that ties the next consonant to the one before
 
 
@@ -33,7 +36,7 @@ def words_of(prompt: str) -> str:
     """`a red sun, setting` -> `a-red-sun-setting`: as many words as a name holds, the last cut between characters."""
     name, words = "", 0
     within_word = False
-    for cluster in clusters(prompt.lower()):
+    for cluster in clusters(prompt.lower().translate(INVISIBLE)):
         if not _belongs_to_a_word(cluster):
             within_word = False
             continue
@@ -83,6 +86,7 @@ def _extends(character: str) -> bool:
         unicodedata.category(character).startswith("M")
         or character in (ZERO_WIDTH_JOINER, ZERO_WIDTH_NON_JOINER)
         or character in THAI_AND_LAO_AM
+        or character in HALF_WIDTH_VOICE_MARKS
         or "\U0001f3fb" <= character <= "\U0001f3ff"  # skin tones
         or "\U000e0020" <= character <= "\U000e007f"  # tags, of which some flags are made
         or "\u1160" <= character <= "\u11ff"  # vowels and finals of Hangul syllables

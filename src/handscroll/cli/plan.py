@@ -58,9 +58,13 @@ def plan(
 def plan_table(spec: CheckpointSpec, plan: Plan, minimum_bytes: int | None) -> str:
     """A heading, a line a stage, and what it comes to."""
     budget = "no budget" if plan.budget_bytes is None else f"budget {gibibytes(plan.budget_bytes, decimals=2)}"
+    from handscroll.plan.unused import guidance_used
+
+    used = guidance_used(spec, plan)
+    guidance = "no guidance" if used is None else f"guidance {used:g}"
     heading = (
-        f"{spec.name}, {plan.width}x{plan.height}, {_steps(plan)}, guidance {plan.guidance:g}, {plan.precision} "
-        f"on {plan.device}, {budget}"
+        f"{spec.name}, {plan.width}x{plan.height}, {_steps(plan)}, {guidance}, {plan.precision} on {plan.device}, "
+        f"{budget}"
     )
     rows = [("STAGE", "PEAK", "ABOUT", "HOW")]
     for name, stage in plan.own_parts.items():

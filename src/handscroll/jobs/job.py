@@ -114,11 +114,11 @@ class Job:
         kind = self.latents.get("device", "auto")
         return dataclasses.replace(
             self.request,
-            model=model or self.request.model,
+            model=self.request.model if model is None else model,
             seed=self.first_seed,
-            device=device or (kind if self.request.device == "auto" else self.request.device),
+            device=(kind if self.request.device == "auto" else self.request.device) if device is None else device,
             precision=precisions.pop() if len(precisions) == 1 else self.request.precision,
-            memory_bytes=memory_bytes or self.request.memory_bytes,
+            memory_bytes=self.request.memory_bytes if memory_bytes is None else memory_bytes,
         )
 
 

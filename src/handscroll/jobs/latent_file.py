@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +17,7 @@ from handscroll.errors import CheckpointError, FormatError, OutputError, SizeErr
 from handscroll.models.autoencoder import AutoencoderSpec
 from handscroll.models.checkpoint import CheckpointSpec
 from handscroll.request import Request
-from handscroll.units import MAX_SIDE_PX, listed, one_line
+from handscroll.units import MAX_SIDE_PX, listed, one_line, shown
 from handscroll.weights.header import TensorEntry, read_header, read_metadata
 from handscroll.weights.tensor_file import CHECKSUM, read_tensors, write_tensors
 
@@ -102,7 +103,10 @@ def load_latent(path: Path, autoencoder: AutoencoderSpec | None = None) -> tuple
     if len(entry.shape) == 4 and entry.shape[0] > 1:
         raise CheckpointError(f"{path}: {entry.name!r} holds {entry.shape[0]} latents; save each in a file of its own")
     _check_size(path, entry, autoencoder)
-    latent = read_tensors(path, entry.name)[0][entry.name].float()
+    stored = read_tensors(path, entry.name)[0][entry.name]
+    latent = stored.float()
+    if entry.dtype == "fp64" and stored.isfinite().all() and not latent.isfinite().all():
+        raise CheckpointError(f"{path}: {entry.name!r} holds numbers too large for fp32, which no model makes")
     latent = latent if latent.ndim == 4 else latent[None]
     if entry.name == COMFY_NAME and autoencoder is not None:
         latent *= autoencoder.scaling_factor
@@ -163,13 +167,21 @@ def request_of_latent(file: Path, facts: Mapping[str, str], wanted: Mapping[str,
         raise CheckpointError(f"{file}: does not say which model made it; name it with --model")
     made: dict[str, Any] = {"model": named}
     try:
-        made |= {side: int(facts[side]) for side in ("width", "height") if side in facts}
+        made |= {side: _side(side, facts[side]) for side in ("width", "height") if facts.get(side, "").strip()}
         if "model" not in wanted:
             made["revision"] = facts.get("revision") or None
         Request(_NO_PROMPT, **made)
     except (ValueError, OverflowError, UsageError) as error:
         raise CheckpointError(f"{file}: its metadata is broken: {one_line(error, MAX_REASON)}") from error
     return Request(_NO_PROMPT, **{**made, **wanted})
+
+
+def _side(name: str, told: str) -> int:
+    """A side as a file tells it, also as 64.0. Raises ValueError."""
+    found = re.fullmatch(r"([0-9]{1,12})(\.0*)?", told.strip())
+    if found is None:
+        raise ValueError(f"{name} is {shown(told)}; take it out there, and the whole of the latent is decoded")
+    return int(found[1])
 
 
 def with_size_of(file: Path, latent: Tensor, request: Request, spec: CheckpointSpec) -> Request:

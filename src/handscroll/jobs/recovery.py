@@ -23,7 +23,7 @@ from handscroll.plan.inputs import MIB, PlanInputs
 from handscroll.plan.plan import Plan
 from handscroll.plan.precision import Precision
 from handscroll.plan.search import replan_in_precision, shrink
-from handscroll.plan.stages import Stage
+from handscroll.plan.stages import DECODE, Stage
 from handscroll.runtime.session import Session
 from handscroll.units import one_line
 from handscroll.weights.files import first_not_finite
@@ -148,16 +148,19 @@ class Recovery:
         component = fault.component
         assert component is not None
         weights = self.session.spec.weights_of(WEIGHTS_OF[component])
-        if entry := first_not_finite(weights.tensors):
+        unread = ("encoder.",) if stage is DECODE else ()  # decoding reads nothing of the autoencoder's other half
+        if entry := first_not_finite(entry for entry in weights.tensors if not entry.name.startswith(unread)):
             raise NumericsError(
                 f"{entry.file}: the tensor {one_line(entry.name, MAX_NAME)} holds numbers that are not finite, so no "
                 "picture can be made with it; fetch the file again, or use another checkpoint",
                 component,
             )
         if getattr(plan.precision, component) == "fp32":
+            is_made_here = plan.prompt_read is not None  # and not a latent that somebody gave
+            instead = "change the prompt, --seed, --steps or --guidance" if is_made_here else "decode another latent"
             raise NumericsError(
                 f"{fault.line}: its weights are finite and it computed in fp32, so the same again gives the same; "
-                "change the prompt, --seed, --steps or --guidance, or use another checkpoint",
+                f"{instead}, or use another checkpoint",
                 component,
             )
         try:

@@ -6,7 +6,7 @@ What is not known is left out everywhere, as of a latent that another tool saved
 from __future__ import annotations
 
 import dataclasses
-import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,14 +20,19 @@ from handscroll.plan.inputs import TextRead
 from handscroll.plan.plan import Plan
 from handscroll.plan.precision import precisions_before
 from handscroll.plan.stages import STAGES
-from handscroll.plan.unused import uses_guidance, uses_negative
-from handscroll.request import Request
+from handscroll.plan.unused import guidance_used, uses_negative
+from handscroll.request import MAX_SEED, Request
 from handscroll.runtime.memory import Meter
 from handscroll.version import __version__
 
 Facts = Mapping[str, Any]
 
 # Of a latent's file: what denoising decided, with what its value is.
+# Numbers as files of latents write them; Python's own reader also takes 1_0, -5 and nan.
+_NUMBER: dict[type, re.Pattern[str]] = {
+    int: re.compile(r"[0-9]{1,20}"),
+    float: re.compile(r"[0-9]{1,20}(\.[0-9]{0,20})?(e[+-]?[0-9]{1,2})?"),
+}
 _KINDS: dict[str, type] = {
     "prompt": str,
     "prompt_read": str,
@@ -98,7 +103,7 @@ class Result:
             guidance=facts.get("guidance"),
             model=facts.get("model"),
             autoencoder=facts.get("autoencoder"),
-            revision=spec.commit,
+            revision=facts.get("revision"),
             precision=facts["precision"],
             decode=plan.decode,
             exact=plan.exact,
@@ -132,7 +137,7 @@ def picture_facts(request: Request, spec: CheckpointSpec, plan: Plan, index: int
         "negative_read": _read(plan.negative_read),
         "steps": plan.steps,
         "sampler": spec.scheduler.class_name.removesuffix("Scheduler"),
-        "guidance": plan.guidance if uses_guidance(spec) else None,
+        "guidance": guidance_used(spec, plan),
         "seed": plan.seeds[index],
         "model": spec.name,
         "revision": spec.commit,
@@ -194,11 +199,12 @@ def _value(told: str | None, kind: type) -> Any:
     """A fact as what it is; None where the file does not tell it, or not so that it can be read."""
     if not told:
         return None
-    try:
-        value = kind(told)
-    except ValueError:
+    if kind is str:
+        return told
+    if not _NUMBER[kind].fullmatch(told):
         return None
-    return value if kind is not float or math.isfinite(value) else None
+    value = kind(told)
+    return value if 0 <= value <= MAX_SEED else None
 
 
 def _meant(model: str) -> object:

@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from handscroll.errors import FormatError, OutOfMemoryError, is_out_of_memory
-from handscroll.pictures.formats import DZI, FORMATS, PNG, TIFF, Format
+from handscroll.pictures.formats import DZI, FORMATS, JPEG, PNG, TIFF, WEBP, Format
 from handscroll.pictures.vips import load_vips
 
 EXIF_TEXT_UNITS = 32_000  # UTF-16 code units of a JPEG or WebP comment: one JPEG segment is at most 65533 bytes
+CUT = " [...]"
 KEYWORD = "parameters"  # the PNG text chunk that image tools look for
 
 
@@ -171,6 +172,28 @@ def read_user_comment(exif: bytes) -> str:
     return text.decode("utf-8", "replace").rstrip("\0")
 
 
+def not_kept_whole(suffix: str, text: str) -> tuple[str, ...]:
+    """A line for the user where a format's file holds less than this text; `suffix` is one of `FORMATS`."""
+    known = FORMATS[suffix.lower()]
+    if known not in (JPEG, WEBP) or _units(text) <= EXIF_TEXT_UNITS:
+        return ()
+    return (f"the prompt is longer than a {known.title} file holds: there it is cut, and its settings are whole",)
+
+
+def _shortened(text: str) -> str:
+    """As much of `parameters_text` as an EXIF block holds: of the prompts the beginning, and the last line whole."""
+    if _units(text) <= EXIF_TEXT_UNITS:
+        return text
+    _, _, told = text.rpartition("\n")
+    end = f"{CUT}\n{told}" if _units(told) < EXIF_TEXT_UNITS // 2 else ""
+    units = text.encode("utf-16-be")[: 2 * (EXIF_TEXT_UNITS - _units(end))]
+    return units.decode("utf-16-be", "ignore") + end
+
+
+def _units(text: str) -> int:
+    return len(text.encode("utf-16-be", "surrogatepass")) // 2
+
+
 def png_text_chunk(text: str) -> bytes:
     try:
         kind, body = b"tEXt", KEYWORD.encode() + b"\0" + text.encode("latin-1")
@@ -185,8 +208,7 @@ def png_chunk(kind: bytes, body: bytes) -> bytes:
 
 def exif_block(text: str) -> bytes:
     """An EXIF block with nothing but the user comment: IFD0 at 8 points to the Exif IFD at 26, the comment is at 44."""
-    units = text.encode("utf-16-be")[: 2 * EXIF_TEXT_UNITS]
-    comment = b"UNICODE\0" + units.decode("utf-16-be", "ignore").encode("utf-16-be")
+    comment = b"UNICODE\0" + _shortened(text).encode("utf-16-be")
     ifd0 = struct.pack(">HHHIII", 1, 0x8769, 4, 1, 26, 0)
     exif_ifd = struct.pack(">HHHIII", 1, 0x9286, 7, len(comment), 44, 0)
     return b"Exif\0\0" + b"MM\0*" + struct.pack(">I", 8) + ifd0 + exif_ifd + comment

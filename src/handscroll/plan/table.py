@@ -7,6 +7,7 @@ from typing import Any
 
 from handscroll.models.checkpoint import CheckpointSpec
 from handscroll.plan.plan import Plan
+from handscroll.plan.unused import guidance_used
 
 
 def plan_dict(spec: CheckpointSpec, plan: Plan, minimum_bytes: int | None) -> dict[str, Any]:
@@ -28,7 +29,7 @@ def plan_dict(spec: CheckpointSpec, plan: Plan, minimum_bytes: int | None) -> di
         "steps": plan.steps,
         "total_steps": plan.total_steps,
         "composed": plan.composed,
-        "guidance": plan.guidance,
+        "guidance": guidance_used(spec, plan),
         "precision": str(plan.precision),
         "device": plan.device,
         "exact": plan.exact,

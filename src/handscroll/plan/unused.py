@@ -28,8 +28,11 @@ def _of_sampling(request: Request, spec: CheckpointSpec, plan: Plan) -> Iterator
             f"the negative prompt is not used: at guidance {plan.guidance:g} there is no second forward, which is what "
             "reads it; a guidance above 1 makes one"
         )
-    if request.guidance is not None and not uses_guidance(spec):
+    used = guidance_used(spec, plan)
+    if request.guidance is not None and used is None:
         yield f"guidance {request.guidance:g} is not used: {spec.name} takes none"
+    elif request.guidance is not None and used != request.guidance:
+        yield f"guidance {request.guidance:g} acts as {used:g}: only above 1 is there a second forward to weigh against"
     if request.compose_px and plan.smaller is None:
         steps = f"{plan.steps} step{'s' * (plan.steps != 1)}"
         size = f"{plan.width}x{plan.height}"
@@ -55,6 +58,16 @@ def uses_negative(spec: CheckpointSpec, plan: Plan) -> bool:
 def uses_guidance(spec: CheckpointSpec) -> bool:
     """Whether guidance changes the picture: by a second forward, or as an input of a few-step model."""
     return not spec.is_sprint or spec.transformer.guidance_embeds
+
+
+def guidance_used(spec: CheckpointSpec, plan: Plan) -> float | None:
+    """The guidance that the picture is made with; None where it has no effect.
+
+    Between 0, which says off, and 1 there is no second forward, and it is 1.
+    """
+    if not uses_guidance(spec):
+        return None
+    return 1.0 if 0 < plan.guidance < 1 and not spec.is_sprint else plan.guidance
 
 
 def _cut(what: str, text: TextRead) -> str:
