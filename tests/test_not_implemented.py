@@ -108,6 +108,33 @@ def test_code_that_comes_with_a_checkpoint_is_refused(folder: Path, component: s
     refused(folder, component, "my_module")
 
 
+@pytest.mark.parametrize(
+    ("entry", "says"),
+    [
+        (["my_module", "GemmaTokenizerFast"], "handscroll runs those of transformers"),
+        (["diffusers", "GemmaTokenizerFast"], "handscroll runs those of transformers"),
+        (["transformers", "GemmaTokenizerFast", "more"], "names no tokenizer"),
+        (["transformers", None], "names no tokenizer"),
+        ("GemmaTokenizerFast", "names no tokenizer"),
+        ({"transformers": "GemmaTokenizerFast"}, "names no tokenizer"),
+        (None, "names no tokenizer"),
+    ],
+    ids=str,
+)
+def test_a_tokenizer_of_another_library_is_refused(folder: Path, entry: Any, says: str) -> None:
+    edit(folder / "model_index.json", tokenizer=entry)
+    refused(folder, says)
+
+
+def test_code_that_a_config_names_is_told_and_not_run(folder: Path) -> None:
+    for name in ("text_encoder/config.json", "tokenizer/tokenizer_config.json"):
+        edit(folder / name, auto_map={"AutoModel": "modeling_mine.Mine", "AutoTokenizer": ["mine.Mine", None]})
+        (folder / name).with_name("modeling_mine.py").write_text("raise SystemExit('it ran')")
+    notices = plan_of(Request("a lake", model=str(folder), width=64, height=64))[1].notices
+    told = [line for line in notices if "auto_map names code that comes with the checkpoint; it is not run" in line]
+    assert [Path(line.split(":")[0]).name for line in told] == ["config.json", "tokenizer_config.json"]
+
+
 def test_an_adapter_beside_the_weights_is_refused(folder: Path) -> None:
     (folder / "text_encoder" / "adapter_config.json").write_text("{}")
     refused(folder, "adapter_config.json", "fuse")
@@ -128,6 +155,11 @@ def test_an_adapter_beside_the_weights_is_refused(folder: Path) -> None:
         ("vae/config.json", {"decoder_conv_act_fn": "tanh"}, ["decoder_conv_act_fn 'tanh'"]),
         ("vae/config.json", {"decoder_norm_types": "layer_norm"}, ["layer_norm"]),
         ("text_encoder/config.json", {"model_type": "llama", "architectures": None}, ["llama", "gemma2"]),
+        ("text_encoder/config.json", {"architectures": "LlamaModel"}, ["text_encoder is 'LlamaModel'", "Gemma2Model"]),
+        ("text_encoder/config.json", {"architectures": [["Gemma2Model"]]}, ["text_encoder is ['Gemma2Model']"]),
+        ("text_encoder/config.json", {"architectures": {"a": "b"}}, ["text_encoder is {'a': 'b'}"]),
+        ("vae/config.json", {"_class_name": ["AutoencoderDC"]}, ["vae is ['AutoencoderDC']", "AutoencoderDC"]),
+        ("transformer/config.json", {"_class_name": 5}, ["transformer is 5", "SanaTransformer2DModel"]),
         ("scheduler/scheduler_config.json", {"_class_name": "FlowMatchEulerDiscreteScheduler"}, ["model_index.json"]),
         ("scheduler/scheduler_config.json", {"algorithm_type": "euler"}, ["scheduler_config.json", "euler"]),
         ("scheduler/scheduler_config.json", {"solver_type": "rk4"}, ["scheduler_config.json", "rk4"]),

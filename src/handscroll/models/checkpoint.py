@@ -10,13 +10,14 @@ from the components alone: `name`, `native_px`, `complex_human_instruction` (nul
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
 from handscroll.errors import printable
 from handscroll.models.autoencoder import AutoencoderSpec
-from handscroll.models.config import build_spec
+from handscroll.models.config import build_spec, read_config
 from handscroll.models.folder import (
     COMPONENTS,
     check_agreement,
@@ -117,7 +118,7 @@ class CheckpointSpec:
             max_prompt_tokens=own.max_prompt_tokens,
             compose_px=own.compose_px,
             published=_published(configs["text_encoder"]),
-            remarks=_remarks(folder, index),
+            remarks=(*_unused_settings(folder, index), *_unused_code(folder, configs)),
         )
 
     @property
@@ -146,7 +147,16 @@ class CheckpointSpec:
         return self.weights_of(component).dtype or dict(self.stored_in).get(component, self.published)
 
 
-def _remarks(folder: Path, index: Index) -> tuple[str, ...]:
+def _unused_code(folder: Path, configs: Mapping[str, Mapping[str, Any]]) -> tuple[str, ...]:
+    """Whose config names classes of the checkpoint's own, in place of which the libraries' run."""
+    files = [folder / component / "config.json" for component, config in configs.items() if config.get("auto_map")]
+    settings = folder / "tokenizer" / "tokenizer_config.json"
+    if settings.is_file() and read_config(settings).get("auto_map"):
+        files.append(settings)
+    return tuple(f"{file}: auto_map names code that comes with the checkpoint; it is not run" for file in files)
+
+
+def _unused_settings(folder: Path, index: Index) -> tuple[str, ...]:
     """What the index asks for and nothing takes, as diffusers' own pipeline takes none of it."""
     if not index.unused:
         return ()

@@ -84,9 +84,9 @@ def read_component(folder: Path, component: str) -> dict[str, Any]:
             f"{adapter}: a LoRA adapter beside the weights is not implemented; fuse it into them with diffusers "
             "(pipe.fuse_lora()) and save the pipeline, or move its files away to paint without it"
         )
-    names = config.get("architectures") if component == "text_encoder" else [config.get("_class_name")]
-    for name in names if isinstance(names, list) else []:
-        if isinstance(name, str):
+    names = config.get("architectures" if component == "text_encoder" else "_class_name")
+    for name in names if isinstance(names, list) and component == "text_encoder" else [names]:
+        if name is not None:
             check_class(file, component, name)
     kind = config.get("model_type") or TEXT_ENCODER_KIND
     if component == "text_encoder" and kind != TEXT_ENCODER_KIND:

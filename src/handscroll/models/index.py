@@ -74,6 +74,7 @@ def read_index(folder: Path) -> Index:
     _check_pipeline(file, pipeline)
     for component in CLASSES:
         _check_component(file, component, config.get(component))
+    _check_tokenizer(file, config.get("tokenizer"))
     others = {name: value for name, value in config.items() if name not in (*CLASSES, "tokenizer")}
     unused = _unused_settings(file, others)
     for component in ("tokenizer", *CLASSES):
@@ -98,10 +99,10 @@ def _no_checkpoint(folder: Path) -> str:
     return f"{folder / 'model_index.json'}: missing; a checkpoint folder holds {LAYOUT}"
 
 
-def check_class(file: Path, component: str, name: str) -> None:
-    """Raises CheckpointError for a class of a component that is not run."""
+def check_class(file: Path, component: str, name: object) -> None:
+    """Raises CheckpointError for a class of a component that is not run, and for what is no name of one."""
     allowed = CLASSES[component]
-    if name not in allowed:
+    if not isinstance(name, str) or name not in allowed:
         raise CheckpointError(f"{file}: {component} is {shown(name)}; handscroll runs {' or '.join(sorted(allowed))}")
 
 
@@ -127,6 +128,16 @@ def _check_component(file: Path, component: str, entry: Any) -> None:
         raise CheckpointError(
             f"{file}: {component} is the {entry[1]} of {shown(entry[0])}; handscroll runs that of {library}, and no "
             "code that comes with a checkpoint"
+        )
+
+
+def _check_tokenizer(file: Path, entry: Any) -> None:
+    if not isinstance(entry, list) or len(entry) != 2 or not all(isinstance(part, str) for part in entry):
+        raise CheckpointError(f"{file}: names no tokenizer: {shown(entry)}")
+    if entry[0] != "transformers":
+        raise CheckpointError(
+            f"{file}: the tokenizer is the {shown(entry[1])} of {shown(entry[0])}; handscroll runs those of "
+            "transformers, and no code that comes with a checkpoint"
         )
 
 
