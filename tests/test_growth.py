@@ -72,7 +72,7 @@ def whole_latent(folder: Path, sizes: list[tuple[int, int]]) -> Tensor:
         noise, _ = starting_noise(32, height // 32, width // 32, SEED, number)
         scheduler = scheduler.from_config(scheduler.config)
         scheduler.set_timesteps(STEPS)
-        begin = first_step(STEPS) if number else 0
+        begin = first_step(STEPS, number - 1) if number else 0
         scheduler.set_begin_index(begin)
         if latent is None:
             latent = noise

@@ -33,7 +33,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from handscroll.pictures import resizing
-from handscroll.plan.growth import GROWTH_STRENGTH
+from handscroll.plan.growth import GROWTH_STRENGTHS
 from training.captions import training_caption
 from training.latents import PARAPHRASES, Bucket, LatentFiles, draw, encode
 from training.schedule import add_step_options, prepare_process, shifted
@@ -50,7 +50,8 @@ from training.transformer import (
 )
 from training.world import render
 
-START = shifted(GROWTH_STRENGTH, FLOW_SHIFT)  # the sigma that growth begins at: 0.8
+STRENGTH = max(GROWTH_STRENGTHS)
+START = shifted(STRENGTH, FLOW_SHIFT)  # the highest sigma that growth begins at: 0.8
 PLAIN = 0.25  # the share of the batches at large sizes that are plain flow matching over all sigmas
 SOFTEST = (0.7, 0.45, 0.25)  # of the amplitude of the three finest octaves of a smaller picture, what may be missing
 SOFTEST_LATENT = 0.5  # the same of what varies within a latent's token or from it to its neighbours
@@ -144,7 +145,7 @@ def growth_sigma(count: int, generator: torch.Generator) -> Tensor:
     """
     strata = torch.randperm(count, generator=generator) + torch.rand(count, generator=generator)
     share = (strata / count).clamp(0.01, 1)
-    met = shifted(GROWTH_STRENGTH * share, FLOW_SHIFT)
+    met = shifted(STRENGTH * share, FLOW_SHIFT)
     return torch.where(torch.rand(count, generator=generator) < 0.25, START * share, met)
 
 

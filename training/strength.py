@@ -1,16 +1,16 @@
 """How much of each larger size's schedule growth should run again: what `plan/growth.py` calls its strength.
 
-    python -m training.strength --work WORK --size 2048 --prompts 24 --strengths 0.4 0.3 0.2 0.1
+    python -m training.strength --work WORK --size 2048 --prompts 24 --strengths 0.4 0.3 0.2,0.3
 
-For every strength, of the same held-out prompts and seeds: how much of the sentences the pictures show and how often a
-sun or a subject is alone, as `training.evaluate` counts them; the energy of the octaves; and how like its sketch of 512
+A strength with commas is that of the first time that a picture grows, of the second, and of every further time. For
+every strength, of the same held-out prompts and seeds: how much of the sentences the pictures show and how often a sun
+or a subject is alone, as `training.evaluate` counts them; the energy of the octaves; and how like its sketch of 512
 rows a picture is. Rows are kept in WORK, named after the weights, so that a run that was cut off goes on.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -40,6 +40,15 @@ SKETCH_PX = 512
 COMPARED_PX = 64
 
 Row = dict[str, Any]
+Strength = tuple[float, ...]
+
+
+def strength_of(text: str) -> Strength:
+    return tuple(map(float, text.split(",")))
+
+
+def name_of(strength: Strength) -> str:
+    return ",".join(map(str, strength))
 
 
 @dataclass(frozen=True)
@@ -67,7 +76,7 @@ def _without_rows(picture: Picture) -> np.ndarray:
 class Study:
     """Makes and reads the pictures of a case. One for each process."""
 
-    def __init__(self, scroll: Handscroll, scorer: Scorer, size: int, strengths: Sequence[float]) -> None:
+    def __init__(self, scroll: Handscroll, scorer: Scorer, size: int, strengths: Sequence[Strength]) -> None:
         self.scroll, self.scorer, self.size, self.strengths = scroll, scorer, size, strengths
 
     def _seen(self, picture: Picture) -> Row:
@@ -86,16 +95,16 @@ class Study:
             "rendered": self._seen(render(case.scene, self.size, self.size)),
         }
         for strength in self.strengths:
-            growth.GROWTH_STRENGTH = strength
+            growth.GROWTH_STRENGTHS = strength
             large = self._made(case, self.size)
-            row[str(strength)] = {**self._seen(large), "likeness": likeness(sketch, large)}
+            row[name_of(strength)] = {**self._seen(large), "likeness": likeness(sketch, large)}
         return row
 
 
 _study: Study
 
 
-def _begin(folder: Path, scorer: Path, size: int, strengths: Sequence[float]) -> None:
+def _begin(folder: Path, scorer: Path, size: int, strengths: Sequence[Strength]) -> None:
     global _study
     torch.set_num_threads(1)
     torch.set_grad_enabled(False)
@@ -106,10 +115,10 @@ def _look(case: Case) -> Row:
     return _study(case)
 
 
-def report(rows: Sequence[Row], strengths: Sequence[float], size: int) -> None:
+def report(rows: Sequence[Row], strengths: Sequence[Strength], size: int) -> None:
     for strength in strengths:
-        name = str(strength)
-        print(f"\nstrength {strength}")
+        name = name_of(strength)
+        print(f"\nstrength {name}")
         report_attributes([{**row, "generated": row[name]} for row in rows], size)
         like = np.asarray([row[name]["likeness"] for row in rows])
         print(f"like its sketch: mean {like.mean():.3f}, least {like.min():.3f}, above 0.75 {np.mean(like > 0.75):.2f}")
@@ -128,13 +137,13 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--size", type=int, default=2048)
     parser.add_argument("--prompts", type=int, default=24)
-    parser.add_argument("--strengths", nargs="+", type=float, default=[0.4, 0.3, 0.2, 0.1])
+    parser.add_argument("--strengths", nargs="+", type=strength_of, default=[(0.4,), growth.GROWTH_STRENGTHS, (0.2,)])
     parser.add_argument("--processes", type=int, default=2)
     options = parser.parse_args()
     scorer = scorer_file(options.work)
     made_by = checksum([*model_files(options.folder), scorer])
     cases = [Case(number, text, scene) for number, scene, text in held_out_prompts(options.prompts)]
-    path = options.work / f"strength-{options.size}-{made_by}-{json.dumps(options.strengths)}.jsonl"
+    path = options.work / f"strength-{options.size}-{made_by}-{' '.join(map(name_of, options.strengths))}.jsonl"
     given = (options.folder, scorer, options.size, options.strengths)
     with ProcessPoolExecutor(options.processes, get_context("spawn"), initializer=_begin, initargs=given) as pool:
 

@@ -51,10 +51,11 @@ def test_every_size_is_larger_than_the_one_before(width: int, height: int, compo
         assert all(abs(w * height / (h * width) - 1) < 0.07 for w, h in sizes)
 
 
-@given(st.integers(2, 1000))
-def test_a_larger_size_has_the_last_part_of_the_schedule(steps: int) -> None:
-    assert 0 < first_step(steps) < steps
+@given(st.integers(2, 1000), st.integers(0, 20))
+def test_a_larger_size_has_the_last_part_of_the_schedule(steps: int, grown: int) -> None:
+    assert 0 < first_step(steps, grown) < steps
+    assert first_step(steps, grown + 1) <= first_step(steps, grown)
 
 
-def test_a_larger_size_has_eight_steps_of_twenty() -> None:
-    assert first_step(20) == 12
+def test_a_larger_size_has_six_steps_of_twenty_and_from_the_third_on_eight() -> None:
+    assert [first_step(20, grown) for grown in range(5)] == [14, 14, 12, 12, 12]

@@ -31,7 +31,7 @@ from training.world import render, sample_scene
 from transformers import Gemma2Model, PreTrainedTokenizerFast
 
 from handscroll.models.registry import BUILTIN_FOLDER
-from handscroll.plan.growth import first_step
+from handscroll.plan.growth import GROWTH_STRENGTHS, first_step
 
 BUILT_IN = BUILTIN_FOLDER / "tiny-landscape"
 SMALL, LARGE = Bucket(128, 128), Bucket(256, 128)
@@ -57,12 +57,13 @@ def options(work: Path, **changes: object) -> argparse.Namespace:
 def test_growth_begins_where_the_training_says(steps: int) -> None:
     made = scheduler()
     made.set_timesteps(steps)
-    assert float(made.sigmas[first_step(steps)]) == pytest.approx(START, abs=0.015)
+    begin = first_step(steps, len(GROWTH_STRENGTHS) - 1)  # the largest size's, the highest
+    assert float(made.sigmas[begin]) == pytest.approx(START, abs=0.015)
     sigma = growth_sigma(20_000, torch.Generator().manual_seed(0))
     assert sigma.max() <= START + 1e-6
     # No step of the schedule has less than three quarters of an even share, and little noise has more.
-    inner = made.sigmas[first_step(steps) : -1].float()
-    share = torch.histogram(sigma, inner.flip(0).contiguous()).hist / len(sigma) * (steps - first_step(steps))
+    inner = made.sigmas[begin:-1].float()
+    share = torch.histogram(sigma, inner.flip(0).contiguous()).hist / len(sigma) * (steps - begin)
     assert share.min() > 0.7
     assert (sigma < START / 8).float().mean() > 0.25 / 8
 

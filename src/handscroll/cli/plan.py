@@ -57,9 +57,9 @@ def plan(
 
 def plan_table(spec: CheckpointSpec, plan: Plan, minimum_bytes: int | None) -> str:
     """A heading, a line a stage, and what it comes to."""
-    budget = "no budget" if plan.budget_bytes is None else f"budget {gibibytes(plan.budget_bytes, decimals=2)}"
     from handscroll.plan.unused import guidance_used
 
+    budget = "no budget" if plan.budget_bytes is None else f"budget {gibibytes(plan.budget_bytes, decimals=2)}"
     used = guidance_used(spec, plan)
     guidance = "no guidance" if used is None else f"guidance {used:g}"
     heading = (

@@ -27,12 +27,12 @@ from handscroll.version import __version__
 
 Facts = Mapping[str, Any]
 
-# Of a latent's file: what denoising decided, with what its value is.
 # Numbers as files of latents write them; Python's own reader also takes 1_0, -5 and nan.
 _NUMBER: dict[type, re.Pattern[str]] = {
     int: re.compile(r"[0-9]{1,20}"),
     float: re.compile(r"[0-9]{1,20}(\.[0-9]{0,20})?(e[+-]?[0-9]{1,2})?"),
 }
+# Of a latent's file: what denoising decided, with what its value is.
 _KINDS: dict[str, type] = {
     "prompt": str,
     "prompt_read": str,

@@ -14,9 +14,11 @@ from handscroll.errors import UsageError
 from handscroll.models.checkpoint import CheckpointSpec
 from handscroll.plan.plan import Plan
 
-# Of a larger size's schedule the last part, as diffusers counts `strength`: at Sana's flow shift of 6 it begins at a
-# sigma of 0.8, where the composition shows through and everything finer than it is still to be made.
-GROWTH_STRENGTH = 0.4
+# Of each larger size's schedule the last part, as diffusers counts `strength`: the first time that a picture grows, the
+# second, and every further time. At Sana's flow shift of 6 it begins at a sigma of 0.72 or 0.8. The first times decide
+# what is in a picture: at 0.4 a second sun rises beside the sketch's. Later ones make its finest detail, of which 0.4
+# makes more; by then a sun is too large for noise to hide (training/strength.py).
+GROWTH_STRENGTHS: tuple[float, ...] = (0.3, 0.3, 0.4)
 # Sides double at most from one size to the next; a picture that is larger by less than this is made as it is.
 LARGEST_STEP, SMALLEST_STEP = 2.0, 1.25
 
@@ -55,9 +57,9 @@ def _nearest(width: int, height: int, scale: float, multiple: int) -> tuple[int,
     return min(((w, h) for w in sorted(around(width)) for h in sorted(around(height))), key=badness)
 
 
-def first_step(steps: int) -> int:
-    """The step of a schedule of so many at which a larger size begins."""
-    return steps - max(1, round(steps * GROWTH_STRENGTH))
+def first_step(steps: int, grown: int = 0) -> int:
+    """The step of a schedule of so many at which a larger size begins, of a picture that grew so many times before."""
+    return steps - max(1, round(steps * GROWTH_STRENGTHS[min(grown, len(GROWTH_STRENGTHS) - 1)]))
 
 
 def with_smaller_sizes(plan: Plan, spec: CheckpointSpec, compose_px: int | None) -> Plan:
@@ -79,7 +81,8 @@ def with_smaller_sizes(plan: Plan, spec: CheckpointSpec, compose_px: int | None)
     ratio = spec.autoencoder.spatial_compression_ratio
     full, multiple = (plan.latent_width * ratio, plan.latent_height * ratio), ratio * spec.transformer.patch_size
     smaller: Plan | None = None
-    for width, height in smaller_sizes(*full, compose_px, multiple):
+    sizes = smaller_sizes(*full, compose_px, multiple)
+    for index, (width, height) in enumerate(sizes):
         smaller = dataclasses.replace(
             plan,
             width=width,
@@ -90,11 +93,14 @@ def with_smaller_sizes(plan: Plan, spec: CheckpointSpec, compose_px: int | None)
             decode="rows",
             strip_rows=None,
             smaller=smaller,
-            first_step=0 if smaller is None else first_step(plan.steps),
+            first_step=first_step(plan.steps, index - 1) if index else 0,
         )
     if smaller is None:
         return plan
     least = smaller.sizes[0]
     return dataclasses.replace(
-        plan, smaller=smaller, first_step=first_step(plan.steps), composed=f"{least.width}x{least.height}"
+        plan,
+        smaller=smaller,
+        first_step=first_step(plan.steps, len(sizes) - 1),
+        composed=f"{least.width}x{least.height}",
     )
