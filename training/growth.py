@@ -51,7 +51,8 @@ from training.transformer import (
 from training.world import render
 
 STRENGTH = max(GROWTH_STRENGTHS)
-START = shifted(STRENGTH, FLOW_SHIFT)  # the highest sigma that growth begins at: 0.8
+# The highest sigma that growth begins at: 0.72. The weights that ship learnt from 0.8.
+START = shifted(STRENGTH, FLOW_SHIFT)
 PLAIN = 0.25  # the share of the batches at large sizes that are plain flow matching over all sigmas
 SOFTEST = (0.7, 0.45, 0.25)  # of the amplitude of the three finest octaves of a smaller picture, what may be missing
 SOFTEST_LATENT = 0.5  # the same of what varies within a latent's token or from it to its neighbours

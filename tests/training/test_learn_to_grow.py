@@ -57,7 +57,7 @@ def options(work: Path, **changes: object) -> argparse.Namespace:
 def test_growth_begins_where_the_training_says(steps: int) -> None:
     made = scheduler()
     made.set_timesteps(steps)
-    begin = first_step(steps, len(GROWTH_STRENGTHS) - 1)  # the largest size's, the highest
+    begin = first_step(steps, len(GROWTH_STRENGTHS) - 1)
     assert float(made.sigmas[begin]) == pytest.approx(START, abs=0.015)
     sigma = growth_sigma(20_000, torch.Generator().manual_seed(0))
     assert sigma.max() <= START + 1e-6

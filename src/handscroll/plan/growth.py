@@ -15,10 +15,9 @@ from handscroll.models.checkpoint import CheckpointSpec
 from handscroll.plan.plan import Plan
 
 # Of each larger size's schedule the last part, as diffusers counts `strength`: the first time that a picture grows, the
-# second, and every further time. At Sana's flow shift of 6 it begins at a sigma of 0.72 or 0.8. The first times decide
-# what is in a picture: at 0.4 a second sun rises beside the sketch's. Later ones make its finest detail, of which 0.4
-# makes more; by then a sun is too large for noise to hide (training/strength.py).
-GROWTH_STRENGTHS: tuple[float, ...] = (0.3, 0.3, 0.4)
+# second, and so on, the last for all that follow. At Sana's flow shift of 6, 0.3 begins at a sigma of 0.72. From 0.8 on
+# second suns rise beside the sketch's; the lower it is, the less finest detail is made (training/strength.py).
+GROWTH_STRENGTHS: tuple[float, ...] = (0.3,)
 # Sides double at most from one size to the next; a picture that is larger by less than this is made as it is.
 LARGEST_STEP, SMALLEST_STEP = 2.0, 1.25
 
