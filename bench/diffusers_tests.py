@@ -4,8 +4,9 @@
     python bench/diffusers_tests.py /path/to/diffusers --tests tests/pipelines/sana -- -k slicing
 
 The tests run twice, each time in a process of its own, from the checkout's folder. The second time every AutoencoderDC
-is attached as soon as it is made. As many must pass as before; what passed before and does not now is named. Without a
-network the tests' tokenizer, `hf-internal-testing/dummy-gemma`, is stood in for by one of a few tokens, both times.
+is attached as soon as it is made. As many must pass as before; what passed before and does not now is named. Nothing is
+fetched unless HF_HUB_OFFLINE=0 is set, since a hub that is out of reach is asked again for minutes: tests that need it
+fail both times. Their tokenizer, `hf-internal-testing/dummy-gemma`, is stood in for by one of a few tokens, both times.
 The tests themselves need accelerate, httpx, parameterized and requests_mock. Exit code 1 if a test fails only when
 attached, or if none passes at all. The last line of stdout is one JSON object.
 """
@@ -64,6 +65,7 @@ def run(checkout: Path, options: Sequence[str], attach: bool) -> Outcomes:
         environment = dict(os.environ)
         environment["PYTHONPATH"] = os.pathsep.join([str(HERE), str(SOURCES), environment.get("PYTHONPATH", "")])
         environment[ATTACH] = "1" if attach else ""
+        environment.setdefault("HF_HUB_OFFLINE", "1")
         command = [sys.executable, "-m", "pytest", "-q", "-p", Path(__file__).stem, "-p", "no:cacheprovider"]
         command += [f"--junitxml={found}", *options]
         subprocess.run(command, cwd=checkout, env=environment, stdout=sys.stderr, check=False)
