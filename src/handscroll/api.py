@@ -20,8 +20,8 @@ from handscroll.jobs.result import picture_facts
 from handscroll.models.checkpoint import CheckpointSpec
 from handscroll.models.opening import on_fetch, open_checkpoint
 from handscroll.options import fields_of
-from handscroll.pictures.formats import check_quality, quality_not_used
-from handscroll.pictures.metadata import not_kept_whole, parameters_text
+from handscroll.pictures.formats import check_quality
+from handscroll.pictures.metadata import not_in_file
 from handscroll.pictures.targets import check_target
 from handscroll.pipeline import encode_stage, write_picture
 from handscroll.plan.inputs import PlanInputs
@@ -217,8 +217,7 @@ class Picture:
 
     def _saved(self, path: Path, quality: int | None, on_event: OnEvent) -> Path:
         target = check_target(path, self.width, self.height)
-        text = parameters_text(**picture_facts(self._request, self._scroll.spec, self.plan, 0))
-        for line in (*quality_not_used(path.suffix, quality), *not_kept_whole(path.suffix, text)):
+        for line in not_in_file(path.suffix, quality, picture_facts(self._request, self._scroll.spec, self.plan, 0)):
             on_event(notice(line))
         session = self._scroll.session
         plan, inputs = self._planned_now(target.path.suffix)

@@ -29,8 +29,8 @@ from handscroll.jobs.store import RunFolder
 from handscroll.models.checkpoint import CheckpointSpec
 from handscroll.models.opening import check_nothing_is_fetched, on_fetch, open_checkpoint
 from handscroll.options import fields_of
-from handscroll.pictures.formats import check_quality, quality_not_used
-from handscroll.pictures.metadata import not_kept_whole, parameters_text
+from handscroll.pictures.formats import check_quality
+from handscroll.pictures.metadata import not_in_file, parameters_text
 from handscroll.pictures.targets import Target, check_format, check_target
 from handscroll.pictures.writing import write_image
 from handscroll.plan.plan import Plan
@@ -83,8 +83,7 @@ def _made(
     plan = make_plan(spec, request, inputs, random_seed())
     targets = _targets(path, plan)
     latent_paths = _latent_targets(save_latent, plan)
-    text = parameters_text(**picture_facts(request, spec, plan, 0))
-    plan = _told(plan, (*quality_not_used(path.suffix, quality), *not_kept_whole(path.suffix, text)), on_event)
+    plan = _told(plan, not_in_file(path.suffix, quality, picture_facts(request, spec, plan, 0)), on_event)
     meter = Meter(plan.device)
     job = Job.of(request, spec, plan, path, save_latent, quality)
 
@@ -200,8 +199,7 @@ def decode_latent(
     inputs = probe(spec, request, path, prompts=False)
     plan = make_plan(spec, request, inputs, 0)
     target = check_target(path, plan.width, plan.height)
-    text = parameters_text(**decoded_facts(facts, request, spec, made_as(plan, facts)))
-    of_file = (*quality_not_used(path.suffix, quality), *not_kept_whole(path.suffix, text))
+    of_file = not_in_file(path.suffix, quality, decoded_facts(facts, request, spec, made_as(plan, facts)))
     plan = _told(plan, (*how_read(latent, spec.autoencoder), *of_file), on_event)
     meter = Meter(plan.device)
     with (

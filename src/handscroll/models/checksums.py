@@ -11,6 +11,7 @@ import re
 from pathlib import Path
 
 from handscroll.errors import CheckpointError
+from handscroll.weights.foreign import unreadable
 
 PIECE_BYTES = 4 << 20
 
@@ -41,5 +42,5 @@ def is_damaged(blob: Path) -> bool:
                 for checksum in checksums:
                     checksum.update(piece)
     except OSError as error:
-        raise CheckpointError(f"{blob}: cannot be read: {error.strerror}") from error
+        raise CheckpointError(unreadable(blob, error)) from error
     return blob.name not in {checksum.hexdigest() for checksum in checksums}

@@ -13,6 +13,7 @@ from handscroll.weights.folder import candidates
 from handscroll.weights.foreign import PICKLE_SUFFIXES
 
 TOKENIZERS = ("tokenizer.json", "tokenizer.model")
+TOKENIZER_SUFFIXES = (".json", ".model", ".jinja")  # of all files of one
 
 # Gemma's tokenizer.json, the largest of the small files, takes 33 MB; a licence some kilobytes.
 MAX_SMALL_BYTES = 256 << 20
@@ -34,7 +35,7 @@ def is_small_file(name: str) -> bool:
         case "scheduler":
             return base.endswith(".json")
         case "tokenizer":
-            return base.endswith((".json", ".model", ".jinja"))
+            return base.endswith(TOKENIZER_SUFFIXES)
     return folder in COMPONENTS and base == "config.json"
 
 

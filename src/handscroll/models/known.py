@@ -61,7 +61,7 @@ def known_spec(entry: Entry) -> CheckpointSpec:
     if entry.hub_id is None:
         raise KeyError(entry.name)
     few_step = transformer.guidance_embeds
-    return CheckpointSpec(
+    spec = CheckpointSpec(
         folder=Path(entry.hub_id),
         name=entry.name,
         transformer=replace(transformer, sample_size=entry.native_px // F32C32_SANA.spatial_compression_ratio),
@@ -71,17 +71,14 @@ def known_spec(entry: Entry) -> CheckpointSpec:
         native_px=entry.native_px,
         default_steps=2 if few_step else 20,
         default_guidance=4.5,
-        licence=entry.licence,
-        published=entry.precision,
-        recommended=entry.precision,
-        stored_in=STORED_IN,
         from_figures=True,
         remarks=(f"{entry.name} is not on this machine: planned from known figures, and nothing was fetched",),
     )
+    return as_official(spec, entry)
 
 
 def as_official(spec: CheckpointSpec, entry: Entry) -> CheckpointSpec:
-    """What was read of an official checkpoint's files, and what its publisher says of it beside them."""
+    """What is known of an official checkpoint, from its files or without, and what its publisher says beside it."""
     return replace(
         spec,
         name=entry.name,

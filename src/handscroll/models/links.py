@@ -11,9 +11,7 @@ from handscroll.errors import UsageError
 _HOSTS = frozenset({"huggingface.co", "www.huggingface.co", "hf.co", "www.hf.co", "hf-mirror.com"})
 _OTHER_KINDS = {"datasets": "a data set", "spaces": "a space", "papers": "a paper", "collections": "a collection"}
 # Pages of the hub that belong to nobody.
-_PAGES = frozenset(
-    {"docs", "blog", "learn", "settings", "login", "join", "pricing", "tasks", "posts", "chat", "enterprise", "new"}
-)
+_PAGES = re.compile("api|blog|chat|docs|enterprise|join|learn|login|new|posts|pricing|settings|tasks")
 _OF_A_REVISION = frozenset({"tree", "blob", "resolve", "raw", "commit", "commits", "blame"})
 # Branches may have slashes in their names; these are the hub's own: refs/pr/3, refs/convert/parquet.
 _REF = re.compile(r"refs/(?:pr|convert)/[^/]+")
@@ -36,7 +34,7 @@ def split_link(text: str) -> tuple[str, str | None] | None:
         raise UsageError(f"{text!r} leads to {_OTHER_KINDS[names[0]]}; give a model, as owner/name")
     if names and names[0] == "models":
         names = names[1:]
-    if len(names) < 2 or names[0] in _PAGES or names[0] == "api":
+    if len(names) < 2 or _PAGES.fullmatch(names[0]):
         raise UsageError(f"{text!r} leads to no model of the hub; give it as owner/name")
     if len(names) > 3 and names[2] in _OF_A_REVISION:
         revision = _revision_in("/".join(names[3:]))

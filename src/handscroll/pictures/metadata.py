@@ -7,11 +7,12 @@ import os
 import re
 import struct
 import zlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from handscroll.errors import FormatError, OutOfMemoryError, is_out_of_memory
-from handscroll.pictures.formats import DZI, FORMATS, JPEG, PNG, TIFF, WEBP, Format
+from handscroll.pictures.formats import DZI, FORMATS, JPEG, PNG, TIFF, WEBP, Format, quality_not_used
 from handscroll.pictures.vips import load_vips
 
 EXIF_TEXT_UNITS = 32_000  # UTF-16 code units of a JPEG or WebP comment: one JPEG segment is at most 65533 bytes
@@ -172,12 +173,18 @@ def read_user_comment(exif: bytes) -> str:
     return text.decode("utf-8", "replace").rstrip("\0")
 
 
-def not_kept_whole(suffix: str, text: str) -> tuple[str, ...]:
-    """A line for the user where a format's file holds less than this text; `suffix` is one of `FORMATS`."""
-    known = FORMATS[suffix.lower()]
-    if known not in (JPEG, WEBP) or _units(text) <= EXIF_TEXT_UNITS:
-        return ()
-    return (f"the prompt is longer than a {known.title} file holds: there it is cut, and its settings are whole",)
+def not_in_file(suffix: str, quality: int | None, facts: Mapping[str, Any]) -> tuple[str, ...]:
+    """A line for the user for each thing that a format's file does not take, or not whole.
+
+    suffix: one of `FORMATS`. facts: the arguments of `parameters_text`.
+    """
+    known, unused = FORMATS[suffix.lower()], quality_not_used(suffix, quality)
+    if known not in (JPEG, WEBP) or _units(parameters_text(**facts)) <= EXIF_TEXT_UNITS:
+        return unused
+    return (
+        *unused,
+        f"the prompt is longer than a {known.title} file holds: there it is cut, and its settings are whole",
+    )
 
 
 def _shortened(text: str) -> str:

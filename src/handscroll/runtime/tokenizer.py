@@ -12,12 +12,12 @@ from typing import Any
 from handscroll.errors import CheckpointError, HandscrollError, is_out_of_memory
 from handscroll.models.checkpoint import CheckpointSpec
 from handscroll.models.config import read_config
+from handscroll.models.hub_files import TOKENIZER_SUFFIXES
 from handscroll.units import one_line, shown
 from handscroll.weights.foreign import FIRST_BYTES, unreadable, what_it_is
 from handscroll.weights.json_text import MAX_MESSAGE
 
 TABLE, SENTENCEPIECE, SETTINGS = "tokenizer.json", "tokenizer.model", "tokenizer_config.json"
-FILES = (".json", ".model", ".jinja")  # of a tokenizer
 NEEDED_FOR_SENTENCEPIECE = {"sentencepiece": "sentencepiece", "google.protobuf": "protobuf"}
 # What transformers itself falls back to, and the one of Gemma-2, which a file without settings is for.
 GENERAL, GEMMA = "PreTrainedTokenizerFast", "GemmaTokenizer"
@@ -58,7 +58,7 @@ def errors_named(spec: CheckpointSpec) -> Iterator[None]:
 
 def _check_files(folder: Path) -> None:
     for file in sorted(folder.glob("*")):  # a library that finds one of them broken goes on without it
-        if not file.name.endswith(FILES):
+        if not file.name.endswith(TOKENIZER_SUFFIXES):
             continue
         try:
             with file.open("rb") as stream:
@@ -96,10 +96,9 @@ def _class_of(spec: CheckpointSpec, folder: Path) -> Any:
     """The class that model_index.json names; a general one reads the whole of tokenizer.json."""
     from transformers.models.auto.tokenization_auto import tokenizer_class_from_name
 
-    entry = read_config(spec.folder / "model_index.json").get("tokenizer")
-    name = entry[1] if isinstance(entry, list) and len(entry) == 2 and isinstance(entry[1], str) else ""
+    _, name = read_config(spec.folder / "model_index.json")["tokenizer"]  # checked when the index was read
     if not name.isidentifier() or "Tokenizer" not in name:
-        raise CheckpointError(f"{spec.folder / 'model_index.json'}: names no tokenizer: {shown(entry)}")
+        raise CheckpointError(f"{spec.folder / 'model_index.json'}: names no tokenizer: {shown(name)}")
     if name == GENERAL and not (folder / TABLE).is_file():
         name = GEMMA
     found = tokenizer_class_from_name(name)
