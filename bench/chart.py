@@ -25,7 +25,7 @@ WAYS = {
     "tiled-1024": ("diffusers, tiles of 1024", "#cc79a7", "D"),
     "patch": ("patch convolution", "#8c6bb1", "v"),
     "rows": ("handscroll", "#009e73", "o"),
-    "triton": ("handscroll, Triton kernels", "#56b4e9", "P"),
+    "untuned": ("handscroll without Triton", "#56b4e9", "P"),
 }
 TITLES = {
     "decode": "decode",

@@ -35,7 +35,7 @@ if [ $miniature = yes ]; then
     large=128 larger=256 sizes=64,128 ways=whole,rows kernels= tiled= generate_steps=1 patience=20
 else
     common=(--device cuda --precision bf16)
-    large=4096 larger=32768 sizes=1024,2048,4096,8192,16384 ways=whole,compiled,rows kernels=,triton tiled=,tiled generate_steps=20 patience=1
+    large=4096 larger=32768 sizes=1024,2048,4096,8192,16384 ways=whole,compiled,rows kernels=,untuned tiled=,tiled generate_steps=20 patience=1
 fi
 common+=(--save --results "$results" --scratch "$scratch")
 
@@ -59,14 +59,14 @@ step() {
 measure() {
     local name=$1 seconds=$2
     shift 2
-    step "$name" $((seconds + 15)) "$python" bench/side_by_side.py "$@" "${common[@]}" --seconds $((seconds * patience))
+    step "$name" $((seconds + 30)) "$python" bench/side_by_side.py "$@" "${common[@]}" --seconds $((seconds * patience))
 }
 
 kernel_tests=tests/banded/test_triton_networks.py
 step tests 90 "$python" -m pytest -q -m gpu tests/test_gpu.py \
     $kernel_tests::test_the_transformer_predicts_the_same $kernel_tests::test_the_decoder_gives_the_same_rows
-measure denoise 135 denoise --model sana-1.6b-4k --sizes $large --modes $ways$kernels --repeats 2
-measure decode 105 decode --sizes $large --modes whole$tiled,rows$kernels --repeats 2
+measure denoise 220 denoise --model sana-1.6b-4k --sizes $large --modes $ways$kernels --repeats 2
+measure decode 160 decode --sizes $large --modes whole$tiled,rows$kernels --repeats 2
 measure curve 65 decode --sizes $sizes --modes rows
 measure large-denoise 50 denoise --model sana-1.6b-4k --sizes $larger --modes rows
 measure large-decode 60 decode --sizes $larger --modes rows

@@ -29,6 +29,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 
 import child
@@ -45,7 +46,7 @@ from stages import DTYPES, MODES, Settings, Size, Stage
 DEFAULT_MODELS = {"generate": "tiny-landscape"}
 # Ways that the others are held to, by ratios of each round.
 BASES = ("whole", "compiled", "tiled", "tiled-1024")
-OURS = ("rows", "triton")
+OURS = ("rows", "untuned")
 RATE_SIDES = {"convolution": {"cpu": 256, "cuda": 1024}, "matrix": {"cpu": 2048, "cuda": 8192}}
 # What a process holds beside its tensors: libraries, code, memory that its allocator has not given back.
 PROCESS_BYTES = 2**29
@@ -79,7 +80,9 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--strip-rows", type=count, help="height of row blocks; default: by size")
     parser.add_argument("--layers", type=count, help="denoise and text: so many layers instead of all")
     parser.add_argument("--steps", type=count, help="generate: default: the model's")
-    parser.add_argument("--seconds", type=count, help="start nothing after so long, and end what is running")
+    parser.add_argument(
+        "--seconds", type=count, help="since it was started: end what is running then, start nothing more"
+    )
     parser.add_argument(
         "--here", action="store_true", help="all runs in this process, to try the benchmark itself: peaks mean little"
     )
@@ -89,11 +92,8 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--save", action="store_true", help="write DATE-STAGE-...-MACHINE.json there")
     arguments = parser.parse_args(argv)
     stage = stages.open_stage(settings_of(arguments))
-    interprets = os.environ.get("TRITON_INTERPRET") == "1"
     if arguments.modes is None:
-        arguments.modes = [mode for mode in stage.modes if mode != "triton" or arguments.device == "cuda"]
-    elif "triton" in arguments.modes and arguments.device == "cpu" and not interprets:
-        parser.error("triton runs on CUDA devices: add --device cuda")
+        arguments.modes = [mode for mode in stage.modes if mode != "untuned" or arguments.device == "cuda"]
     if unknown := [mode for mode in arguments.modes if mode not in stage.modes]:
         parser.error(f"{arguments.stage} knows no {', '.join(unknown)}; choose from {', '.join(stage.modes)}")
     if not stage.has_size:
@@ -176,15 +176,20 @@ def compared(settings: Settings, arguments: argparse.Namespace, folder: Path) ->
     settings = replace(settings, folder=str(checkpoint))
     stage = stages.open_stage(settings)
     before = rate_of(stage)
-    ends = float("inf") if arguments.seconds is None else time.monotonic() + arguments.seconds
+    ends = float("inf") if arguments.seconds is None else begun() + arguments.seconds
     measured = [compare(stage, size, arguments, folder, ends) for size in arguments.sizes]
-    after = rate_of(stage)
+    after = rate_of(stage) if time.monotonic() < ends else before
     limit = None
     if before is not None and after is not None:
         limit = {"kind": stage.limit, "gflops": max(before, after), "before": before, "after": after}
     reported = [at_size(*each, limit) for each in measured]
     curves = {mode: each for mode in arguments.modes if (each := curve.curve_of(reported, mode))}
     return {"limit": limit, "sizes": reported, "curves": curves}
+
+
+def begun() -> float:
+    """When this process began, on the monotonic clock: importing libraries from a cold disk can take half a minute."""
+    return time.monotonic() - (time.time() - psutil.Process().create_time())
 
 
 def rate_of(stage: Stage) -> float | None:
@@ -223,21 +228,26 @@ def compare(stage: Stage, size: Size, arguments: argparse.Namespace, folder: Pat
         for mode in arguments.modes:
             if mode in failed:
                 continue
-            print(f"{label(size)}, {mode}, {repeat + 1} of {arguments.repeats}", file=sys.stderr, flush=True)
-            environment["HANDSCROLL_TRITON"] = str(int(mode == "triton"))
+            print(f"{label(size)}, {mode}, {repeat + 1} of {arguments.repeats}: ", end="", file=sys.stderr, flush=True)
+            started = time.monotonic()
+            environment["HANDSCROLL_TRITON"] = str(int(mode != "untuned"))
             if arguments.here:
                 outcome = run_here(stage, own(mode), size, folder, environment)
             else:
                 outcome = run_child(stage.settings, own(mode), size, folder, environment, ends)
             if isinstance(outcome, str):
                 failed[mode] = outcome
+                told = outcome
+            else:
+                told = f"{outcome['seconds']:.3f} s"
+            print(f"{told} (in all {time.monotonic() - started:.0f} s)", file=sys.stderr, flush=True)
             runs[mode].append(None if isinstance(outcome, str) else outcome)
     one_run.reference_of(size, folder).unlink(missing_ok=True)
     return size, flop, runs, failed
 
 
 def own(mode: str) -> str:
-    """What a stage calls this way: with its Triton kernels too it is handscroll's."""
+    """What a stage calls this way: without its Triton kernels too it is handscroll's."""
     return "rows" if mode in OURS else mode
 
 
@@ -315,6 +325,8 @@ def summary(runs: list[dict[str, Any]], flop: int | None, limit: dict[str, Any] 
         "gflops": gflops,
         "of_limit": gflops / limit["gflops"] if gflops is not None and limit is not None else None,
     }
+    if first_seconds := [run["first_seconds"] for run in runs if run.get("first_seconds") is not None]:
+        found["first_seconds"] = max(first_seconds)
     if compile_seconds := [run["compile_seconds"] for run in runs if run.get("compile_seconds") is not None]:
         found["compile_seconds"] = max(compile_seconds)  # the later ones find what the first has compiled
     return found
@@ -340,7 +352,7 @@ def table(found: dict[str, Any]) -> list[str]:
     for at in found["sizes"]:
         for mode, each in at["modes"].items():
             gib = None if each["peak_bytes"] is None else each["peak_bytes"] / 2**30
-            compiled = f"  compiled in {each['compile_seconds']:.0f} s" if "compile_seconds" in each else ""
+            first = f"  at first {each['first_seconds']:.1f} s" if "first_seconds" in each else ""
             columns = (
                 f"{at['size']:>12}",
                 f"{mode:<10}",
@@ -353,7 +365,7 @@ def table(found: dict[str, Any]) -> list[str]:
                 number(each["of_limit"], ">8.0%"),
                 number(each["max_difference"], ">11.1e"),
             )
-            lines.append(" ".join(columns) + compiled)
+            lines.append(" ".join(columns) + first)
         lines += [f"{at['size']:>12} {mode:<10} {why}" for mode, why in at["failed"].items()]
     return lines + curve.lines({mode: each for mode, each in found["curves"].items() if mode == "rows"})
 

@@ -66,19 +66,24 @@ def heap_bytes() -> int:
 @needs_peaks
 def test_what_the_heap_holds_free_is_not_filled_meanwhile() -> None:
     """The kind of block that a call frees: too large for it to stay, and small enough for holes in a heap."""
-    kept = []
     with heap.large_blocks_returned():
         pass
-    for _ in range(8):  # holes of 8 MiB between blocks that stay
-        kept += [torch.ones(2**21), torch.ones(2**10)]
-    del kept[::2]
-    trim()
-    before_bytes = heap_bytes()
-    with heap.large_blocks_returned():
-        for _ in range(8):
-            torch.ones(2**19)
-        assert heap_bytes() - before_bytes < 2**20
-    assert heap_bytes() - before_bytes < 2**20
+
+    def grown_bytes() -> int:
+        kept = []
+        for _ in range(8):  # holes of 8 MiB between blocks that stay
+            kept += [torch.ones(2**21), torch.ones(2**10)]
+        del kept[::2]
+        trim()
+        before_bytes = heap_bytes()
+        with heap.large_blocks_returned():
+            for _ in range(8):
+                torch.ones(2**19)
+            within_bytes = heap_bytes()
+        return max(within_bytes, heap_bytes()) - before_bytes
+
+    # Other threads of the process may take memory meanwhile; blocks that stay would be there each time.
+    assert min(grown_bytes() for _ in range(3)) < 2**20
 
 
 @pytest.mark.skipif(not heap.is_known(), reason="another allocator than glibc's")

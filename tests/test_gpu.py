@@ -375,6 +375,30 @@ def test_an_attached_autoencoder_is_the_stock_one(place: str) -> None:
     assert ours.device == torch.device(place)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("pixels", [(256, 320), (640, 256)])
+def test_an_attached_autoencoder_keeps_its_memory(place: str, dtype: torch.dtype, pixels: tuple[int, int]) -> None:
+    from diffusers import AutoencoderDC
+
+    from handscroll.models.autoencoder import F32C32_SANA
+
+    torch.manual_seed(0)
+    model = AutoencoderDC(**dataclasses.asdict(F32C32_SANA)).eval().requires_grad_(False).to(place, dtype)
+    latent = torch.randn(1, 32, pixels[0] // 32, pixels[1] // 32, device=place, dtype=dtype)
+    image = torch.rand(1, 3, *pixels, device=place, dtype=dtype)
+    allowed_bytes = 450 * MIB
+    fraction = torch.cuda.get_per_process_memory_fraction(place)
+    handscroll.attach(model, memory=allowed_bytes)
+    for call, given in ((model.decode, latent), (model.encode, image)):
+        gc.collect()
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(place)
+        held_bytes = torch.cuda.memory_reserved(place)
+        result = call(given, return_dict=False)[0]
+        assert torch.cuda.max_memory_reserved(place) - held_bytes <= allowed_bytes + result.nbytes
+        assert torch.cuda.get_per_process_memory_fraction(place) == pytest.approx(fraction)
+
+
 def test_hardware_counts_what_this_process_reserves(place: str) -> None:
     free_bytes = device.find_hardware(place, "fp32").free_bytes
     held = torch.empty(256 * MIB, dtype=torch.uint8, device=place)

@@ -4,8 +4,8 @@ whole       diffusers' AutoencoderDC.decode; compiled: the same under torch.comp
 tiled       with enable_tiling, tiles of 512 px every 448 px, or of 1024 every 896: another picture
 patch       every convolution split into 32 patches of rows: whole activations
 rows        handscroll: rows of the picture as they are made. They go into memory that stands for the file and is laid
-            out before, in the model's own precision beside a whole decode and else in 8 bits; triton: with its Triton
-            kernels
+            out before, in the model's own precision beside a whole decode and else in 8 bits; untuned:
+            without its Triton kernels
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
 whole       diffusers' SanaTransformer2DModel on both branches as one batch, prompts padded to 300 tokens, as its
             pipelines call it; compiled: the same under torch.compile
-rows        handscroll, on the same module: in row blocks, the branches by turns, no padding; triton: with its Triton
-kernels
+rows        handscroll, on the same module: in row blocks, the branches by turns, no padding; untuned:
+            without its Triton kernels
 
 The weights are random and all in memory.
 """
@@ -31,7 +31,7 @@ WARM_UP_SIZE = 64, 64
 
 
 class Denoise(Stage):
-    modes = ("whole", "compiled", "rows", "triton")
+    modes = ("whole", "compiled", "rows", "untuned")
     limit = "matrix"
 
     @property

@@ -161,7 +161,7 @@ def test_slabs_of_hidden_channels_change_next_to_nothing(monkeypatch: pytest.Mon
     given = branches(model, 5, 7)
     expected = [whole(model, branch) for branch in given]
     monkeypatch.setattr(mix_ffn, "SLAB_CHANNELS", 40)
-    assert mix_ffn.slabs(108) == [(0, 64), (64, 108)]
+    assert mix_ffn.slabs(108, 40) == [(0, 64), (64, 108)]
     outs = {rows: predict(model, given, band_rows=rows) for rows in (1, 2, 4)}
     for index, reference in enumerate(expected):
         torch.testing.assert_close(outs[2][index], reference, atol=2e-5, rtol=0)
@@ -170,9 +170,9 @@ def test_slabs_of_hidden_channels_change_next_to_nothing(monkeypatch: pytest.Mon
 
 
 def test_slabs_cover_the_hidden_channels() -> None:
-    assert mix_ffn.slabs(5600) == [(0, 1120), (1120, 2240), (2240, 3360), (3360, 4480), (4480, 5600)]
-    assert mix_ffn.slabs(2880) == [(0, 960), (960, 1920), (1920, 2880)]
-    assert mix_ffn.slabs(80) == [(0, 80)]
+    assert mix_ffn.slabs(5600, 1120) == [(0, 1120), (1120, 2240), (2240, 3360), (3360, 4480), (4480, 5600)]
+    assert mix_ffn.slabs(2880, 1120) == [(0, 960), (960, 1920), (1920, 2880)]
+    assert mix_ffn.slabs(80, 1120) == [(0, 80)]
 
 
 def test_bfloat16_is_as_near_to_fp32_as_diffusers() -> None:

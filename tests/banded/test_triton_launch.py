@@ -111,6 +111,8 @@ else:
         products, normaliser = empty(2, 70, 32, 32, dtype=torch.float32), empty(2, 70, 32, dtype=torch.float32)
         triton.attention_sums(heads, heads, products, normaliser)
         triton.attention_apply(heads, products, normaliser, out=heads)
+        triton.bias_activation_(row_block, biases[0].repeat(2), "silu")
+        launch.probe_kernel.launch((1,), empty(1), num_warps=1)
         triton.upsample_row_phase(empty(1, 4, 257, 512), empty(1, 4, 256, 512), 2, 1, empty(1, 8, 512, 256))
         assert set(compiled) == set(launch.KERNELS)
 

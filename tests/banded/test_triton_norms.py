@@ -98,3 +98,21 @@ def test_a_pixel_has_the_same_bits_in_every_strip(device: str) -> None:
         lambda rows: triton.layer_norm_modulate(rows, modulation, modulation, 1e-6),
     ):
         assert torch.equal(run(row_block)[:, 1:2], run(row_block[:, 1:2]))
+
+
+@on_devices
+@of_all_types
+@pytest.mark.parametrize(("channels", "rows"), [(24, 3), (128, 7), (2240, 1)])
+@pytest.mark.parametrize("activation", [None, "silu", "relu"])
+@pytest.mark.parametrize("has_bias", [False, True])
+def test_bias_activation(
+    device: str, dtype: torch.dtype, channels: int, rows: int, activation: str | None, has_bias: bool
+) -> None:
+    row_block = drawn(2, rows, 5, channels, dtype=dtype, device=device, scale=3.0)
+    bias = drawn(channels, dtype=dtype, device=device) if has_bias else None
+    expected = row_block if bias is None else row_block + bias
+    if activation is not None:
+        expected = getattr(F, activation)(expected)
+    given = some_rows(row_block)
+    assert triton.bias_activation_(given, bias, activation) is given
+    assert_rounds_as(given, expected)

@@ -5,8 +5,8 @@ thrown away with the sweep, so that the model's own parameters are never changed
 
 The fast way on CPUs is oneDNN through the operators that PyTorch's own compiler emits for them: weights reordered once
 instead of at every call, and the activation applied while the result is still in registers. `plain=True` takes
-`torch.nn.functional` instead; a test holds the two together. On CUDA devices Triton kernels can be asked for
-(triton.in_use).
+`torch.nn.functional` instead; a test holds the two together. On CUDA devices what lies between products is made by
+Triton kernels (triton.in_use), and convolutions are given few different heights (limits.few_heights).
 """
 
 from __future__ import annotations
@@ -18,10 +18,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from handscroll.banded import triton
+from handscroll.limits import few_heights
 
 Function = Callable[[Tensor], Tensor]
 
 _FUSED_NAMES = {nn.SiLU: "swish", nn.ReLU: "relu"}
+_ACTIVATION_NAMES = {type(None): None, nn.SiLU: "silu", nn.ReLU: "relu"}
 # Elementwise chains run over pieces of about this size, so that each pass finds the last one's result in cache.
 _CACHED_BYTES = 2**20
 # Of a 2x2 convolution with fewer, oneDNN sums in an order that depends on how many rows and threads there are.
@@ -65,7 +67,7 @@ class Conv:
         self.stride, self.groups, self.activation = stride, groups, activation
         self.padding = [0, weight.shape[-1] // 2 if pad_columns is None else pad_columns]
         self.is_pointwise = stride == 1 and tuple(weight.shape[2:]) == (1, 1)
-        self.onednn = not plain and has_onednn(weight)
+        self.plain, self.onednn = plain, not plain and has_onednn(weight)
         self.is_linear = self.onednn and self.is_pointwise and groups == 1
         self.needs_single_rows = weight.shape[-1] % 2 == 0 and min(weight.shape[:2]) < FEWEST_CHANNELS
         # Laid out here, before the first row block, so that what lives for the whole pass lies together in the heap. No
@@ -86,6 +88,8 @@ class Conv:
         return (never_single(self._made) if self.is_pointwise and self.onednn else self._made)(row_block)
 
     def _made(self, row_block: Tensor) -> Tensor:
+        if row_block.is_cuda and not self.plain:
+            return self.of_few_heights(row_block)
         if not self.onednn:
             return row_by_row(self._plain, row_block, self.weight.shape[2], self.stride)
         fused = "none" if self.activation is None else _FUSED_NAMES.get(type(self.activation), "")
@@ -104,6 +108,30 @@ class Conv:
         out = F.conv2d(image, self.weight, self.bias, self.stride, self.padding, groups=self.groups)
         out = out.permute(0, 2, 3, 1).contiguous()
         return out if self.activation is None else activated(self.activation)(out)
+
+    def of_few_heights(self, row_block: Tensor) -> Tensor:
+        """The same with few different shapes, for which cuDNN has to choose a way each: `few_heights`."""
+        bias, activation, shape = self.bias, self.activation, self.weight.shape
+        if self.is_pointwise and self.groups == 1:
+            out, bias = F.linear(row_block, self.weight.flatten(1), bias), None
+        else:
+            rows = (row_block.shape[1] - shape[2]) // self.stride + 1
+            missing = (few_heights(rows) - rows) * self.stride
+            if missing:
+                row_block = F.pad(row_block, (0, 0, 0, 0, 0, missing))
+            bias_later = triton.in_use(row_block)
+            image = row_block.permute(0, 3, 1, 2)
+            out = F.conv2d(
+                image, self.weight, None if bias_later else bias, self.stride, self.padding, groups=self.groups
+            )
+            out = out.permute(0, 2, 3, 1)[:, :rows].contiguous()
+            bias = bias if bias_later else None
+        if type(activation) in _ACTIVATION_NAMES and triton.in_use(out):
+            name = _ACTIVATION_NAMES[type(activation)]
+            return out if bias is None and name is None else triton.bias_activation_(out, bias, name)
+        if bias is not None:
+            out += bias
+        return out if activation is None else activated(activation)(out)
 
     def _onednn(self, row_block: Tensor, fused: str) -> Tensor:
         if self.is_linear:

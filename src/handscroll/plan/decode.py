@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache
 
-from handscroll.limits import CUDA_STRIP_BYTES, MAP_CHUNK_BYTES, STRIP_BYTES
+from handscroll.limits import CUDA_STRIP_BYTES, MAP_CHUNK_BYTES, STRIP_BYTES, few_heights_below
 from handscroll.plan.decoder_shape import DecoderShape, PassShape
 from handscroll.plan.host import host_map_bytes
 from handscroll.plan.inputs import Hardware, heights_up_to
@@ -101,7 +101,11 @@ def taller(
         fitting, too_tall = sweep.strip_rows, _most_rows(shape, index, hardware) + 1
         while too_tall - fitting > 1:
             rows = (fitting + too_tall) // 2
-            made = layout.sweep(index, rows, shape.pass_shape(sweep.start, index, rows))
+            tried = few_heights_below(rows) if hardware.is_cuda else rows
+            if tried <= sweep.strip_rows:
+                fitting = rows
+                continue
+            made = layout.sweep(index, tried, shape.pass_shape(sweep.start, index, tried))
             if made.peak_bytes <= limit_bytes:
                 fitting, sweep = rows, made
             else:
@@ -164,7 +168,8 @@ def _heights(shape: DecoderShape, index: int, hardware: Hardware, strip_rows: in
 def _most_rows(shape: DecoderShape, index: int, hardware: Hardware) -> int:
     """Beyond it nothing gets faster."""
     strip_bytes = CUDA_STRIP_BYTES if hardware.is_cuda else STRIP_BYTES
-    return max(1, min(shape.map_rows(index), strip_bytes // shape.row_bytes(index)))
+    most = max(1, min(shape.map_rows(index), strip_bytes // shape.row_bytes(index)))
+    return few_heights_below(most) if hardware.is_cuda else most
 
 
 def _layouts(shape: DecoderShape, hardware: Hardware) -> Iterator[tuple[list[int], tuple[Store | None, ...]]]:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from itertools import product
 
-from handscroll.limits import BAND_BYTES, CUDA_BAND_BYTES, SLAB_CHANNELS, SLAB_MULTIPLE, SLOTS
+from handscroll.limits import BAND_BYTES, CUDA_BAND_BYTES, CUDA_SLAB_CHANNELS, SLAB_CHANNELS, SLAB_MULTIPLE, SLOTS
 from handscroll.models.transformer import TransformerSpec
 from handscroll.plan.host import host_map_bytes, layers_on_host, staging_bytes
 from handscroll.plan.inputs import Hardware, heights_up_to
@@ -75,7 +75,7 @@ def denoise_stages(
     element_bytes = BYTES[job.precision]
     layer_bytes = spec.block_parameter_count * element_bytes
     fixed_bytes = (spec.parameter_count - spec.num_layers * spec.block_parameter_count) * element_bytes
-    slots = SLOTS if hardware.is_cuda else 1
+    slots, slab_channels = (SLOTS, CUDA_SLAB_CHANNELS) if hardware.is_cuda else (1, SLAB_CHANNELS)
     stream_bytes = job.positions * spec.width * element_bytes
     samples_bytes = 8 * 4 * job.positions * spec.patch_size**2 * max(spec.in_channels, spec.out_channels)
     text_bytes = job.branches * job.tokens * (3 * spec.width + spec.caption_channels) * element_bytes
@@ -94,7 +94,8 @@ def denoise_stages(
         for band_rows, lay_out in product(band_heights(spec, job, hardware), layouts):
             row_blocks = -(-job.rows // band_rows)
             calls = job.steps * job.branches * spec.num_layers * row_blocks
-            working = held + band_bytes(spec, job.columns, band_rows, job.tokens, element_bytes) + lay_out * layer_bytes
+            working = held + lay_out * layer_bytes
+            working += band_bytes(spec, job.columns, band_rows, job.tokens, element_bytes, slab_channels)
             laying_seconds = lay_out * readings * spec.num_layers * layer_bytes / LAYING_OUT_BYTES
             busy_seconds = compute_seconds * (1 - lay_out * LAID_OUT_GAIN) + laying_seconds
             most = _resident_layers(spec.num_layers, layer_bytes, slots, working, limit_bytes)
@@ -184,15 +185,22 @@ def forward_flops(spec: TransformerSpec, job: Sampling) -> float:
 
 
 @lru_cache(maxsize=4096)
-def band_bytes(spec: TransformerSpec, columns: int, band_rows: int, tokens: int, element_bytes: int) -> int:
+def band_bytes(
+    spec: TransformerSpec,
+    columns: int,
+    band_rows: int,
+    tokens: int,
+    element_bytes: int,
+    slab_channels: int = SLAB_CHANNELS,
+) -> int:
     """The most that a layer holds for one row block, beside weights and residual streams: in its Mix-FFN.
 
-    Its hidden channels are made a slab at a time (banded/transformer/); the gated half of them exists for the whole
-    row block, and four rows of both halves in line buffers. The text's keys and values, the attention's sums and what
-    is laid out of the depthwise convolution come on top.
+    Its hidden channels are made a slab of at most `slab_channels` at a time (banded/transformer/); the gated half of
+    them exists for the whole row block, and four rows of both halves in line buffers. The text's keys and values, the
+    attention's sums and what is laid out of the depthwise convolution come on top.
     """
     width, hidden = spec.width, spec.hidden_channels
-    slabs = -(-hidden // SLAB_CHANNELS)
+    slabs = -(-hidden // slab_channels)
     slab = -(-hidden // (slabs * SLAB_MULTIPLE)) * SLAB_MULTIPLE
     row_block = band_rows * hidden + (3 * band_rows + 2) * slab + (2 * band_rows + 1) * width + 4 * hidden
     keys_and_values = 2 * tokens * spec.cross_width

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from handscroll.banded.autoencoder.units import Attention, Unit
-from handscroll.limits import CUDA_STRIP_BYTES, STRIP_BYTES
+from handscroll.limits import CUDA_STRIP_BYTES, STRIP_BYTES, few_heights_below
 
 
 @dataclass(frozen=True)
@@ -72,4 +72,6 @@ def strip_heights(sweeps: Sequence[Sweep], given: Tensor, strip_rows: int | None
     default_bytes = STRIP_BYTES if given.device.type == "cpu" else CUDA_STRIP_BYTES
     strip_bytes = default_bytes if strip_rows is None else strip_rows * row_bytes[-1]
     heights = [max(1, strip_bytes // one_row) for one_row in row_bytes]
+    if given.is_cuda:
+        heights = [few_heights_below(height) for height in heights]
     return heights if strip_rows is None else [*heights[:-1], strip_rows]

@@ -14,7 +14,7 @@ from handscroll.banded.backend import Function
 from handscroll.banded.layers import LayerPass, row_by_row
 from handscroll.banded.modules import GLUMBConv
 from handscroll.banded.rows import RowBlock, RowOp, Windowed
-from handscroll.limits import SLAB_CHANNELS, SLAB_MULTIPLE
+from handscroll.limits import CUDA_SLAB_CHANNELS, SLAB_CHANNELS, SLAB_MULTIPLE
 
 
 class MixFFN(RowOp):
@@ -41,7 +41,8 @@ class MixFFN(RowOp):
         in_one = not this.plain and triton.in_use(depthwise.weight)
         self.slabs: list[_Slab] = []
         ops: list[RowOp]
-        for first, end in slabs(self.hidden) if sliceable else [(0, self.hidden)]:
+        most = CUDA_SLAB_CHANNELS if depthwise.weight.is_cuda else SLAB_CHANNELS
+        for first, end in slabs(self.hidden, most) if sliceable else [(0, self.hidden)]:
             makes, weights, biases = [], [], []
             for start, stop in ((first, end), (self.hidden + first, self.hidden + end)):
                 makes.append(this.linear(expand, activation, (start, stop)) if sliceable else None)
@@ -123,8 +124,8 @@ def _gate(values: Tensor, gates: Tensor, out: Tensor) -> None:
         torch.mul(value, F.silu(gate), out=target)
 
 
-def slabs(hidden: int) -> list[tuple[int, int]]:
-    """Cuts so many channels into slabs of nearly equal size."""
-    count = -(-hidden // SLAB_CHANNELS)
+def slabs(hidden: int, most: int) -> list[tuple[int, int]]:
+    """Cuts so many channels into slabs of nearly equal size, of `most` channels each."""
+    count = -(-hidden // most)
     size = -(-hidden // (count * SLAB_MULTIPLE)) * SLAB_MULTIPLE
     return [(first, min(first + size, hidden)) for first in range(0, hidden, size)]

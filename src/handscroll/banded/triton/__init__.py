@@ -16,6 +16,7 @@ Importing this package does not import Triton (launch.py).
 from __future__ import annotations
 
 from handscroll.banded.triton.attention import attention_apply, attention_sums
+from handscroll.banded.triton.bias import bias_activation_
 from handscroll.banded.triton.gates import depthwise_gate, gate_add_
 from handscroll.banded.triton.launch import available, in_use
 from handscroll.banded.triton.norms import layer_norm_modulate, rms_norm
@@ -25,6 +26,7 @@ __all__ = [
     "attention_apply",
     "attention_sums",
     "available",
+    "bias_activation_",
     "depthwise_gate",
     "gate_add_",
     "in_use",

@@ -8,6 +8,7 @@ slowly: that is how they are tested where there is no device.
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import cache, cached_property
@@ -39,9 +40,13 @@ _INLINED: list[Callable[..., Any]] = []
 def in_use(tensor: Tensor) -> bool:
     """Whether the operators of `backend` and the networks call these kernels for such a tensor.
 
-    Only where HANDSCROLL_TRITON=1 asks for them, until they have been measured on a device.
+    On CUDA devices wherever they work, unless HANDSCROLL_TRITON=0 forbids them; in Triton's interpreter only where
+    HANDSCROLL_TRITON=1 asks for them.
     """
-    return os.environ.get("HANDSCROLL_TRITON") == "1" and available(tensor)
+    asked = os.environ.get("HANDSCROLL_TRITON")
+    if asked == "0" or not available(tensor):
+        return False
+    return _works(tensor.device) if tensor.is_cuda else asked == "1"
 
 
 def available(tensor: Tensor) -> bool:
@@ -66,6 +71,23 @@ def _has_triton() -> bool:
     try:
         import_module("triton")
     except ImportError:
+        return False
+    return True
+
+
+@cache
+def _works(device: torch.device) -> bool:
+    """Whether a kernel can be compiled and run: Triton needs a C compiler, which many machines lack."""
+    try:
+        probe_kernel.launch((1,), torch.zeros(1, device=device), num_warps=1)
+    except Exception as error:  # whatever Triton, its compiler or the driver raise
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        warnings.warn(
+            f"Triton cannot compile kernels here, so PyTorch's own are taken, about half as fast ({reason}). What "
+            "is mostly missing is a C compiler (Debian: apt install gcc); HANDSCROLL_TRITON=0 ends this warning",
+            RuntimeWarning,
+            stacklevel=2,
+        )
         return False
     return True
 
@@ -110,6 +132,11 @@ class Kernel:
         is_elsewhere = device.type == "cuda" and device.index != torch.cuda.current_device()
         with torch.cuda.device(device) if is_elsewhere else nullcontext():
             self.jitted[grid](*arguments, **sizes, num_warps=num_warps, enable_fp_fusion=fuses)
+
+
+@Kernel
+def probe_kernel(out: tl.tensor) -> None:
+    tl.store(out, 1.0)
 
 
 @inlined

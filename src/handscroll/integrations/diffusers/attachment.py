@@ -22,7 +22,7 @@ from handscroll.integrations.diffusers.modes import Half, reason_of_call, reason
 from handscroll.integrations.diffusers.weights import execution_device
 from handscroll.runtime.arithmetic import full_fp32
 from handscroll.runtime.heap import large_blocks_returned
-from handscroll.runtime.memory import trim
+from handscroll.runtime.memory import enforced, trim
 
 METHODS = {"decoder": "_decode", "encoder": "_encode"}
 # Of latents: one of these needs the least, which is not the smallest, whose only sweep holds all weights.
@@ -115,10 +115,42 @@ class Attachment:
                 job = replace(job, held_bytes=job.held_bytes + moved.nbytes)
             stage = route_within(spec_of(autoencoder.config), job, self.settings.memory_bytes)
             route |= {"heights": stage.strip_rows, "starts": stage.starts}
-        run = self._decoded if name == "decoder" else self._encoded
+        limit_bytes = self._limit_bytes(half, moved)
+        try:
+            return self._by_rows(half, moved, route, limit_bytes)
+        except torch.OutOfMemoryError:
+            if limit_bytes is None:
+                raise
+        self._say("more than the memory that was allowed is taken: the device's libraries find no way within it")
+        return self._by_rows(half, moved, route, None)
+
+    def _by_rows(self, half: Half, given: Tensor, route: dict[str, Any], limit_bytes: int | None) -> Tensor:
+        """limit_bytes: of the whole process on a CUDA device, which cuDNN takes for what its scratch may be."""
+        run = self._decoded if half.name == "decoder" else self._encoded
+        limited = enforced(str(half.device), limit_bytes)
         # PyTorch's own convolutions on CUDA are TF32 by default.
-        with full_fp32(half.device.type), self._kept_memory(half.device), self._progress(name) as route["on_sweep"]:
-            return run(half, moved, route)
+        with (
+            full_fp32(half.device.type),
+            limited,
+            self._kept_memory(half.device),
+            self._progress(half.name) as on_sweep,
+        ):
+            return run(half, given, {**route, "on_sweep": on_sweep})
+
+    def _limit_bytes(self, half: Half, given: Tensor) -> int | None:
+        """What a CUDA device's allocator may reserve in all: what it holds, what was allowed, and the result."""
+        if self.settings.memory_bytes is None or half.device.type != "cuda" or half.weights.moved:
+            return None
+        torch.cuda.empty_cache()
+        batch, channels, height, width = given.shape
+        if half.name == "decoder":
+            factor, channels = _upscales(half.module), self.autoencoder.config.in_channels
+            samples = channels * height * factor * width * factor
+        else:
+            factor, channels = self.autoencoder.spatial_compression_ratio, self.autoencoder.config.latent_channels
+            samples = channels * -(-height // factor) * -(-width // factor)
+        held_bytes = torch.cuda.memory_reserved(half.device)
+        return held_bytes + self.settings.memory_bytes + batch * samples * given.element_size()
 
     def _decoded(self, half: Half, z: Tensor, route: dict[str, Any]) -> Tensor:
         factor = _upscales(half.module)

@@ -12,7 +12,7 @@ import torch
 from handscroll.banded.backend import has_onednn
 from handscroll.errors import BudgetError, UsageError
 from handscroll.models.autoencoder import AutoencoderSpec
-from handscroll.plan.budget import CUDA_EXTRA_BYTES, CUDA_EXTRA_SHARE, PartBudget
+from handscroll.plan.budget import CUDA_EXTRA_SHARE, PartBudget
 from handscroll.plan.decode import DecodeStage, decode_stages, taller
 from handscroll.plan.decoder_shape import DecoderShape
 from handscroll.plan.encoder_shape import EncoderShape
@@ -25,6 +25,9 @@ from handscroll.units import allowance_text, budget_text
 # when they come again.
 CPU_FUSED_EXTRA_BYTES = {"decoder": 42 * MIB, "encoder": 60 * MIB}
 CPU_EXTRA_BYTES, CPU_EXTRA_SHARE = 16 * MIB, 0.02
+# On a CUDA device, beside the share of all jobs there: blocks of 2 and 20 MiB that are in part empty. cuDNN's scratch
+# is not in it, since the allocator's limit makes cuDNN find a way with less.
+CUDA_EXTRA_BYTES = 48 * MIB
 _PRECISIONS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 # What each half does, as events and diffusers' methods name it.
 VERBS = {"decoder": "decode", "encoder": "encode"}
