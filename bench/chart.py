@@ -25,6 +25,10 @@ WAYS = {
     "tiled-1024": ("diffusers, tiles of 1024", "#cc79a7", "D"),
     "patch": ("patch convolution", "#8c6bb1", "v"),
     "rows": ("handscroll", "#009e73", "o"),
+    "int8": ("handscroll, int8", "#d55e00", "X"),
+    "int8-weights": ("handscroll, weights in int8", "#f0e442", "<"),
+    "int4": ("handscroll, weights in int4", "#117733", ">"),
+    "fp8": ("handscroll, fp8", "#882255", "*"),
     "untuned": ("handscroll without Triton", "#56b4e9", "P"),
 }
 TITLES = {

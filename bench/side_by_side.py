@@ -46,7 +46,7 @@ from stages import DTYPES, MODES, Settings, Size, Stage
 DEFAULT_MODELS = {"generate": "tiny-landscape"}
 # Ways that the others are held to, by ratios of each round.
 BASES = ("whole", "compiled", "tiled", "tiled-1024")
-OURS = ("rows", "untuned")
+OURS = ("rows", "untuned", "int8", "int8-weights", "int4", "fp8")
 RATE_SIDES = {"convolution": {"cpu": 256, "cuda": 1024}, "matrix": {"cpu": 2048, "cuda": 8192}}
 # What a process holds beside its tensors: libraries, code, memory that its allocator has not given back.
 PROCESS_BYTES = 2**29
@@ -93,7 +93,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     arguments = parser.parse_args(argv)
     stage = stages.open_stage(settings_of(arguments))
     if arguments.modes is None:
-        arguments.modes = [mode for mode in stage.modes if mode != "untuned" or arguments.device == "cuda"]
+        arguments.modes = [mode for mode in stage.modes if mode not in ("untuned", "fp8") or arguments.device == "cuda"]
     if unknown := [mode for mode in arguments.modes if mode not in stage.modes]:
         parser.error(f"{arguments.stage} knows no {', '.join(unknown)}; choose from {', '.join(stage.modes)}")
     if not stage.has_size:
@@ -248,7 +248,7 @@ def compare(stage: Stage, size: Size, arguments: argparse.Namespace, folder: Pat
 
 def own(mode: str) -> str:
     """What a stage calls this way: without its Triton kernels too it is handscroll's."""
-    return "rows" if mode in OURS else mode
+    return "rows" if mode == "untuned" else mode
 
 
 def too_large(stage: Stage, mode: str, size: Size) -> str | None:

@@ -47,7 +47,8 @@ BANDED = {
     "patches": set(),
     "triton": set(),
     "backend": {"triton"},
-    "layers": {"backend", "modules", "rows", "triton"},
+    "quantised": {"triton"},
+    "layers": {"backend", "modules", "quantised", "rows", "triton"},
     "autoencoder": {"backend", "layers", "modules", "rows", "triton"},
     "transformer": {"backend", "layers", "modules", "rows", "triton"},
 }
@@ -149,7 +150,10 @@ ONCE = {
     "stage titles": (r'"reading the prompt"|"denoising"|"decoding"', {"plan/stages.py"}),
     "GiB as text": (r"/ (2\*\*30|2\*\*20|MIB):", {"units.py"}),
     "one line of an error": (r"def _?(one|first)_line", {"units.py"}),
-    "atomic writes": (r"os\.replace|\.part\b.*\.replace\(", {"files.py", "jobs/store.py", "pictures/writing.py"}),
+    "atomic writes": (
+        r"os\.replace|\.part\b.*\.replace\(",
+        {"files.py", "jobs/store.py", "pictures/writing.py", "runtime/quantising.py"},
+    ),
     "locks": (r"import fcntl|flock", {"files.py"}),
     "this machine": (r"/proc/(cpuinfo|meminfo)|/sys/fs/cgroup|import psutil", {"system.py"}),
     "a map's chunk": (r"^\w*CHUNK_BYTES = ", {"limits.py"}),

@@ -402,7 +402,7 @@ def test_a_random_seed_is_told(shell: Shell, asked: list[Any]) -> None:
         (["generate", "a", "--seed", str(2**64)], "seed"),
         (["generate", "a", "--count", "0"], "count"),
         (["generate", "a", "--quality", "101", "-o", "a.jpg"], "--quality"),
-        (["generate", "a", "--precision", "fp8"], "auto, fp32, bf16, fp16"),
+        (["generate", "a", "--precision", "fp7"], "auto, fp32, bf16, fp16, int8, int8-weights, int4, fp8"),
         (["generate", "a", "--decode", "fast"], "rows, whole, tiled, patch"),
         (["generate", "a", "--device", "gpu"], "cuda:N"),
         (["generate", "a", "--patches", "0"], "patches"),
@@ -575,7 +575,7 @@ def test_decoding_refuses_bad_usage(shell: Shell, tiny: tuple[object, ...]) -> N
     save_latent(
         Path("a.safetensors"), torch.zeros(1, 32, 4, 3), {"model": str(tiny[1]), "width": "72", "height": "104"}
     )
-    for option, value in [("--precision", "fp8"), ("--decode", "fast"), ("--device", "gpu"), ("--patches", "0")]:
+    for option, value in [("--precision", "fp7"), ("--decode", "fast"), ("--device", "gpu"), ("--patches", "0")]:
         _refused(shell, "decode", "a.safetensors", "-o", "b.png", option, value, exit_code=2)
 
 

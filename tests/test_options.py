@@ -28,13 +28,14 @@ OF_NO_PICTURE = {"output", "save_latent", "quality", "yes", "as_json", "quiet", 
 OF_A_PICTURE = {"negative", "size", "steps", "guidance", "compose"}
 TAKEN = {
     "generate": OF_A_PICTURE
-    | {"model", "revision", "seed", "count", "precision", "device", "decode", "patches", "strip_rows", "memory"},
-    "plan": OF_A_PICTURE | {"model", "revision", "precision", "device", "strip_rows", "memory"},
+    | {"model", "revision", "seed", "count", "precision", "device", "decode", "patches", "strip_rows", "memory"}
+    | {"text_precision"},
+    "plan": OF_A_PICTURE | {"model", "revision", "precision", "text_precision", "device", "strip_rows", "memory"},
     "decode": {"model", "revision", "precision", "device", "decode", "patches", "strip_rows", "memory"},
     "bench": {"model", "revision", "size", "precision", "device"},
     "resume": {"model", "device", "memory"},
     "scroll": OF_A_PICTURE | {"seed", "decode", "patches", "strip_rows"},
-    "from_pretrained": {"revision", "precision", "device", "memory"},
+    "from_pretrained": {"revision", "precision", "text_precision", "device", "memory"},
 }
 
 
@@ -65,7 +66,11 @@ def test_every_field_but_the_prompt_is_an_option() -> None:
 
 def test_words_are_declared_once() -> None:
     choices = {each.name: each.choices for each in options_of(Request) if each.choices}
-    assert choices == {"precision": ("auto", "fp32", "bf16", "fp16"), "decode": ("rows", "whole", "tiled", "patch")}
+    assert choices == {
+        "precision": ("auto", "fp32", "bf16", "fp16", "int8", "int8-weights", "int4", "fp8"),
+        "text_precision": ("auto", "int8-weights", "int4"),
+        "decode": ("rows", "whole", "tiled", "patch"),
+    }
     assert choices["precision"] == get_args(PrecisionName)
     assert choices["decode"] == get_args(DecodeName)
 
@@ -113,7 +118,7 @@ def test_the_class_takes_what_the_table_says(monkeypatch: pytest.MonkeyPatch) ->
     assert caught.value.args[0] == Request.of("a lake", **given, **own)
     opened = Handscroll.from_pretrained(device="cpu", precision="bf16", memory="1GiB")
     assert (opened.device, opened.precision, opened.memory_bytes) == ("cpu", "bf16", 2**30)
-    assert taken_by("from_pretrained") == {"device", "precision", "memory", "revision"}
+    assert taken_by("from_pretrained") == {"device", "precision", "text_precision", "memory", "revision"}
     with pytest.raises(UsageError, match="no option of from_pretrained"):
         Handscroll.from_pretrained(steps=3)
     with pytest.raises(UsageError, match=r"memory is no option of scroll; it is one of generate, .*from_pretrained"):

@@ -19,7 +19,7 @@ from torch import Tensor
 
 NAMES = ("decode", "encode", "denoise", "text", "generate")
 # Every way that any stage knows, in the order in which they take turns; the others are held to the first.
-MODES = ("whole", "compiled", "tiled", "tiled-1024", "patch", "rows", "untuned")
+MODES = ("whole", "compiled", "tiled", "tiled-1024", "patch", "rows", "untuned", "int8", "int8-weights", "int4", "fp8")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 # diffusers' tiles: their side and how far apart they begin, in pixels.
 TILES_PX = {"tiled": (512, 448), "tiled-1024": (1024, 896)}

@@ -4,12 +4,16 @@ whole       diffusers' SanaTransformer2DModel on both branches as one batch, pro
             pipelines call it; compiled: the same under torch.compile
 rows        handscroll, on the same module: in row blocks, the branches by turns, no padding; untuned:
             without its Triton kernels
+int8, int8-weights, int4, fp8
+            the same with matrices kept so: multiplied in 8 bits, or made wide once for each layer
 
 The weights are random and all in memory.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +23,10 @@ from torch import Tensor
 
 import on_meta
 from handscroll.banded.transformer import Branch, predict
+from handscroll.models.quantisation import NATIVE, STORAGES, form_of
 from handscroll.models.transformer import TransformerSpec
+from handscroll.weights.forms import Form, packed_bytes
+from handscroll.weights.quantised import quantise, views, widen
 from make_checkpoint import Noise, empty_module, fill, shapes
 from stages import Ready, Size, Stage, in_dtype
 
@@ -31,7 +38,7 @@ WARM_UP_SIZE = 64, 64
 
 
 class Denoise(Stage):
-    modes = ("whole", "compiled", "rows", "untuned")
+    modes = ("whole", "compiled", "rows", "untuned", *STORAGES)
     limit = "matrix"
 
     @property
@@ -89,6 +96,12 @@ class Denoise(Stage):
     def ready(self, mode: str, size: Size, compared: bool, scratch: Path) -> Ready:
         model = self.model()
         given, small = (self.batch(each, self.settings.device) for each in (size, WARM_UP_SIZE))
+        if mode in STORAGES:
+            layer = kept_in(model, mode)
+            return Ready(
+                lambda: torch.cat(self.by_rows(model, given, layer)),
+                lambda: self.by_rows(model, small, layer),
+            )
         if mode == "rows":
             return Ready(
                 lambda: torch.cat(self.by_rows(model, given)),
@@ -99,10 +112,10 @@ class Denoise(Stage):
             return Ready(lambda: model(**given, return_dict=False)[0], lambda: None)
         return Ready(lambda: model(**given, return_dict=False)[0], lambda: model(**small, return_dict=False))
 
-    def by_rows(self, model: Any, batch: dict[str, Any]) -> list[Tensor]:
-        """As a plan without a budget runs it."""
+    def by_rows(self, model: Any, batch: dict[str, Any], layer: Any = None) -> list[Tensor]:
+        """As a plan without a budget runs it. layer: materializes each layer, None where all are there."""
         lay_out = self.settings.device == "cpu"
-        return predict(model, self.branches(batch), band_rows=self.settings.strip_rows, lay_out=lay_out)
+        return predict(model, self.branches(batch), layer=layer, band_rows=self.settings.strip_rows, lay_out=lay_out)
 
     def on_meta(self, size: Size) -> tuple[Any, dict[str, Tensor | None]]:
         with torch.device("meta"):
@@ -114,10 +127,44 @@ class Denoise(Stage):
 
     def needed_bytes(self, mode: str, size: Size) -> int | None:
         weights_bytes = self.spec.parameter_count * self.settings.dtype.itemsize
-        if mode == "rows":
+        if mode == "rows" or mode in STORAGES:
             return weights_bytes
         model, batch = self.on_meta(size)
         return weights_bytes + on_meta.peak_bytes_of(lambda: model(**batch, return_dict=False))
+
+
+def kept_in(model: Any, storage: str) -> Any:
+    """Keeps the blocks' matrices in a storage, and gives what materializes a block."""
+    kept: list[list[tuple[Any, Form, Tensor]]] = []
+    for number, block in enumerate(model.transformer_blocks):
+        kept.append([])
+        for name, module in block.named_modules():
+            weight: Any = getattr(module, "weight", None)
+            shape = () if weight is None else tuple(weight.shape)
+            form = form_of("transformer", storage, f"transformer_blocks.{number}.{name}.weight", shape)
+            if form is not None:
+                packed = torch.empty(packed_bytes(form, shape), dtype=torch.uint8)
+                quantise(form, weight.detach().cpu(), packed)
+                kept[-1].append((module, form, packed.to(weight.device)))
+                if storage in NATIVE:
+                    numbers, module.weight_scale = views(form, shape, kept[-1][-1][2]).values()
+                    module.weight = torch.nn.Parameter(numbers, requires_grad=False)
+                else:
+                    module.weight = torch.nn.Parameter(torch.empty(shape, device="meta"), requires_grad=False)
+    buffers: dict[Any, Tensor] = {}
+
+    @contextmanager
+    def layer(index: int) -> Iterator[Any]:
+        if storage not in NATIVE:
+            for place, (module, form, packed) in enumerate(kept[index]):
+                shape = tuple(module.weight.shape)
+                if place not in buffers:
+                    buffers[place] = torch.empty(shape, dtype=model.dtype, device=packed.device)
+                widen(form, views(form, shape, packed), buffers[place])
+                module.weight = torch.nn.Parameter(buffers[place], requires_grad=False)
+        yield model.transformer_blocks[index]
+
+    return layer
 
 
 STAGE = Denoise

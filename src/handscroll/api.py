@@ -48,13 +48,20 @@ class Handscroll:
     """
 
     def __init__(
-        self, spec: CheckpointSpec, device: str = "auto", precision: str = "auto", memory_bytes: int | None = None
+        self,
+        spec: CheckpointSpec,
+        device: str = "auto",
+        precision: str = "auto",
+        memory_bytes: int | None = None,
+        text_precision: str = "auto",
     ) -> None:
         if not isinstance(spec, CheckpointSpec):
             raise UsageError(f"{shown(spec)} is not an open checkpoint; use Handscroll.from_pretrained(model)")
         given = {"device": device, "precision": precision, "memory_bytes": memory_bytes}
+        given["text_precision"] = text_precision
         fields = {"device": "auto", "precision": "auto", **fields_of(Request, given, "from_pretrained")}
         self.spec, self.device, self.precision = spec, str(fields["device"]), str(fields["precision"])
+        self.text_precision = str(fields.get("text_precision", "auto"))
         self.memory_bytes: int | None = fields.get("memory_bytes")
         self.session, self.holdings = Session(spec, scratch=scratch_folder(None)), Holdings()
 
@@ -64,9 +71,9 @@ class Handscroll:
     ) -> Handscroll:
         """A model by short name, checkpoint folder or hub id, fetched first if need be.
 
-        options: those that open a model: revision, device, precision, and memory='2GiB', the budget: on a CPU of the
-        whole process, so that what it holds already counts; on a CUDA device of what PyTorch reserves. Raises
-        HandscrollError.
+        options: those that open a model: revision, device, precision, text_precision, and memory='2GiB', the budget: on
+        a CPU of the whole process, so that what it holds already counts; on a CUDA device of what PyTorch reserves.
+        Raises HandscrollError.
         """
         fields = fields_of(Request, options, "from_pretrained")
         spec = open_checkpoint(model, fields.pop("revision", None), on_progress=on_fetch(listener(on_event)))
@@ -98,6 +105,7 @@ class Handscroll:
 
     def _request(self, prompt: Any, options: Mapping[str, Any]) -> Request:
         own: dict[str, Any] = {"precision": self.precision, "device": self.device, "memory_bytes": self.memory_bytes}
+        own["text_precision"] = self.text_precision
         return Request(prompt, **own, **fields_of(Request, options, "scroll"))
 
     def _picture(self, request: Request, on_event: OnEvent) -> Picture:

@@ -20,7 +20,8 @@ from handscroll.units import (
     shown,
 )
 
-PrecisionName = Literal["auto", "fp32", "bf16", "fp16"]
+PrecisionName = Literal["auto", "fp32", "bf16", "fp16", "int8", "int8-weights", "int4", "fp8"]
+TextPrecisionName = Literal["auto", "int8-weights", "int4"]
 DecodeName = Literal["rows", "whole", "tiled", "patch"]
 MAX_PROMPT_CHARACTERS = 20_000
 MAX_SEED = 2**64 - 1
@@ -139,7 +140,7 @@ class Request:
         check=within(1, 10_000),
         commands=("generate",),
     )
-    precision: PrecisionName = option("auto", "What to compute in.", commands=OPENING)
+    precision: PrecisionName = option("auto", "What to compute in, or to keep weights in.", commands=OPENING)
     device: str = option(
         "auto",
         "What to compute on.",
@@ -186,6 +187,9 @@ class Request:
         shown="auto",
     )
     revision: str | None = option(None, "Of a hub model: branch, tag or commit.", metavar="REV", commands=OPENING)
+    text_precision: TextPrecisionName = option(
+        "auto", "What to keep the text encoder's weights in.", commands=("generate", "plan", "from_pretrained")
+    )
 
     @classmethod
     def of(cls, prompt: str, **options: Any) -> Self:

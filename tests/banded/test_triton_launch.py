@@ -70,6 +70,7 @@ else:
 
         monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
         pointers = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}
+        pointers |= {torch.int8: "*i8", torch.float8_e4m3fn: "*fp8e4nv"}
         compiled = []
 
         def compile_only(
@@ -112,6 +113,8 @@ else:
         triton.attention_sums(heads, heads, products, normaliser)
         triton.attention_apply(heads, products, normaliser, out=heads)
         triton.bias_activation_(row_block, biases[0].repeat(2), "silu")
+        for eight in (torch.int8, torch.float8_e4m3fn):
+            triton.quantise_rows(row_block.flatten(0, 2), eight, 1 / 127, 1e-38)
         launch.probe_kernel.launch((1,), empty(1), num_warps=1)
         triton.upsample_row_phase(empty(1, 4, 257, 512), empty(1, 4, 256, 512), 2, 1, empty(1, 8, 512, 256))
         assert set(compiled) == set(launch.KERNELS)

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from handscroll.banded import backend, triton
+from handscroll.banded import backend, quantised, triton
 from triton_cases import assert_rounds_as, drawn, of_all_types, on_devices, on_triton, some_channels, some_rows
 
 pytestmark = on_triton
@@ -116,3 +116,31 @@ def test_bias_activation(
     given = some_rows(row_block)
     assert triton.bias_activation_(given, bias, activation) is given
     assert_rounds_as(given, expected)
+
+
+@on_devices
+@of_all_types
+@pytest.mark.parametrize(("rows", "channels"), [(1, 16), (5, 80), (3, 2240)])
+def test_quantise_rows(
+    device: str, dtype: torch.dtype, rows: int, channels: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = drawn(rows, channels + 8, dtype=dtype, device=device, scale=3.0)[:, :channels]
+    given[0, :3] = torch.tensor([0.5, 1.5, 127.0], dtype=dtype)  # halves go to the even number
+    for eight in (torch.int8,) if device == "cpu" else (torch.int8, torch.float8_e4m3fn):
+        monkeypatch.setenv("HANDSCROLL_TRITON", "0")
+        expected, of_rows = quantised.quantised(given, eight)
+        monkeypatch.setenv("HANDSCROLL_TRITON", "1")
+        numbers, scales = quantised.quantised(given, eight)
+        assert torch.equal(scales, of_rows)
+        assert torch.equal(numbers.view(torch.uint8), expected.view(torch.uint8))
+
+
+@on_devices
+@pytest.mark.filterwarnings("ignore:invalid value")
+def test_quantised_rows_of_zeros_and_nan(device: str) -> None:
+    given = torch.zeros(3, 32, device=device)
+    given[1, 5], given[2, 5] = torch.nan, torch.inf
+    numbers, scales = triton.quantise_rows(given, torch.int8, 1 / 127, 1e-38)
+    assert not numbers[0].any()
+    assert scales[0].isfinite().all()
+    assert not scales[1:].isfinite().any()

@@ -345,7 +345,7 @@ def test_what_is_remembered_is_read_once(tmp_path: Path, monkeypatch: pytest.Mon
     fill = files.OpenFiles.fill
 
     def watched(self: Any, layout: Any, flat: Tensor) -> None:
-        read.extend(site.entry.name for site, _ in layout.places if site.leaf == "weight")
+        read.extend(site.source.first.name for site, _ in layout.places if site.leaf == "weight")
         fill(self, layout, flat)
 
     monkeypatch.setattr(files.OpenFiles, "fill", watched)

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import cast
 
 import torch
 from diffusers.models.normalization import RMSNorm
 from torch import Tensor, nn
 
-from handscroll.banded import backend
+from handscroll.banded import backend, quantised
 from handscroll.banded.backend import Conv, Function
 from handscroll.banded.rows import RowOp, Windowed, Workspace
 
@@ -103,6 +104,7 @@ class LayerPass(Pass):
 
     lay_out: bool = False
     workspace_of_gates: Workspace = field(default_factory=Workspace)
+    quantiser: quantised.Quantiser = field(default_factory=quantised.Quantiser, init=False)
     _laid_out: dict[tuple[nn.Module, Channels | None], Tensor] = field(default_factory=dict, init=False)
 
     def linear(
@@ -123,6 +125,10 @@ class LayerPass(Pass):
         if channels is not None:
             chosen = slice(*channels)
             weight, bias = weight[chosen], None if bias is None else bias[chosen]
+        if weight.dtype in quantised.DTYPES:
+            scale = cast(Tensor, layer.weight_scale)[slice(None) if channels is None else slice(*channels)]
+            silu = activation is not None
+            return quantised.matrix(weight, scale, bias, silu=silu, plain=self.plain, quantiser=self.quantiser)
         if self.lay_out and not self.plain and backend.has_onednn(weight):
             key = (layer, channels)
             if key not in self._laid_out:

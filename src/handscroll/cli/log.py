@@ -11,7 +11,8 @@ from handscroll.units import duration, gibibytes, one_line
 
 # Before the first stage of the table.
 FETCH = Stage("fetch", "fetching", (), "bytes", per_picture=False)
-SHOWN = {FETCH.name: FETCH, **BY_NAME}
+QUANTIZE = Stage("quantize", "making weights smaller", (), "files", per_picture=True)
+SHOWN = {FETCH.name: FETCH, QUANTIZE.name: QUANTIZE, **BY_NAME}
 
 EVERY_SECONDS = 30.0
 

@@ -24,6 +24,7 @@ from handscroll.cli.info import info
 from handscroll.cli.models import models
 from handscroll.cli.output import to_json
 from handscroll.cli.plan import plan
+from handscroll.cli.quantize import quantize
 from handscroll.cli.resume import resume
 from handscroll.errors import Cancelled, HandscrollError, is_out_of_memory
 from handscroll.units import one_line
@@ -77,7 +78,7 @@ def handscroll(
         print(context.get_help())
 
 
-for command in (generate, decode, plan, resume, info, models, doctor, bench):
+for command in (generate, decode, plan, resume, quantize, info, models, doctor, bench):
     app.command()(command)
 
 

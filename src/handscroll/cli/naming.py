@@ -72,7 +72,7 @@ def _goes_on(cluster: str, character: str) -> bool:
     if _extends(character):
         return True
     if last == ZERO_WIDTH_JOINER:
-        return True  # of an emoji of several, or of a script that ties letters
+        return unicodedata.category(character)[0] in "LS"  # an emoji of several, or a script that ties letters
     if unicodedata.combining(last) == VIRAMA and unicodedata.category(character).startswith("L"):
         return True
     if _is_flag_letter(character) and _is_flag_letter(last):

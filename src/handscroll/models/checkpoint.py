@@ -21,11 +21,13 @@ from handscroll.models.config import build_spec, read_config
 from handscroll.models.folder import (
     COMPONENTS,
     check_agreement,
+    quantisation_in,
     read_component,
     read_own_settings,
     read_scheduler,
 )
 from handscroll.models.index import Index, read_index
+from handscroll.models.quantisation import Quantisation
 from handscroll.models.scheduler import SchedulerSpec
 from handscroll.models.text_encoder import TextEncoderSpec
 from handscroll.models.transformer import TransformerSpec
@@ -46,8 +48,9 @@ class CheckpointSpec:
     there, None for never. The weight files are empty in a spec that describes a checkpoint which is not on this
     machine; `stored_in` is then what is known of a component's dtype, and `published` that of the others.
     `recommended` is the precision that the model's publisher runs its transformer in, None where nobody says.
-    `from_figures`: no file of it is here, and all of this is from the table of known models. `commit` is the hub's, of
-    a model that came from there. `remarks`: what the user should know of it, a line each.
+    `quantised`: how those components are stored that are in 8 or 4 bits. `from_figures`: no file of it is here, and all
+    of this is from the table of known models. `commit` is the hub's, of a model that came from there. `remarks`: what
+    the user should know of it, a line each.
     """
 
     folder: Path
@@ -73,6 +76,7 @@ class CheckpointSpec:
     transformer_weights: WeightFiles = NO_WEIGHTS
     autoencoder_weights: WeightFiles = NO_WEIGHTS
     text_encoder_weights: WeightFiles = NO_WEIGHTS
+    quantised: tuple[tuple[str, Quantisation], ...] = ()
 
     @classmethod
     def from_folder(cls, folder: str | Path) -> Self:
@@ -118,6 +122,11 @@ class CheckpointSpec:
             max_prompt_tokens=own.max_prompt_tokens,
             compose_px=own.compose_px,
             published=_published(configs["text_encoder"]),
+            quantised=tuple(
+                (component, found)
+                for component, config in configs.items()
+                if (found := quantisation_in(component, config)) is not None
+            ),
             remarks=(*_unused_settings(folder, index), *_unused_code(folder, configs)),
         )
 
@@ -142,8 +151,15 @@ class CheckpointSpec:
                 return self.text_encoder_weights
         raise ValueError(f"no component {component!r}; the components with weights are {', '.join(COMPONENTS)}")
 
+    def quantisation_of(self, component: str) -> Quantisation | None:
+        """How a component is stored, where that is in 8 or 4 bits."""
+        return dict(self.quantised).get(component)
+
     def dtype_of(self, component: str) -> str:
         """The dtype that a component's weights were published in: `fp32`, `bf16` or `fp16`."""
+        quantised = self.quantisation_of(component)
+        if quantised is not None and quantised.dtype:
+            return quantised.dtype
         return self.weights_of(component).dtype or dict(self.stored_in).get(component, self.published)
 
 

@@ -12,6 +12,7 @@ from handscroll.errors import CheckpointError
 from handscroll.models.autoencoder import AutoencoderSpec
 from handscroll.models.config import build_spec, freeze, read_config, require_positive, require_within
 from handscroll.models.index import FEW_STEP_PIPELINE, PIPELINES, Index, check_class
+from handscroll.models.quantisation import Quantisation
 from handscroll.models.scheduler import SchedulerSpec
 from handscroll.models.text_encoder import TextEncoderSpec
 from handscroll.models.transformer import TransformerSpec
@@ -73,7 +74,7 @@ def read_component(folder: Path, component: str) -> dict[str, Any]:
     """The config.json of one component. Raises CheckpointError for what is not run, naming the file."""
     file = folder / component / "config.json"
     config = read_config(file)
-    if config.get("quantization_config") is not None:
+    if config.get("quantization_config") is not None and quantisation_in(component, config) is None:
         how = quantised_by_config(config["quantization_config"])
         raise CheckpointError(
             f"{file}: this {component} is stored {how}, which handscroll does not read; {USE_THE_ORIGINAL}"
@@ -92,6 +93,13 @@ def read_component(folder: Path, component: str) -> dict[str, Any]:
     if component == "text_encoder" and kind != TEXT_ENCODER_KIND:
         raise CheckpointError(f"{file}: model_type is {shown(kind)}; handscroll runs {TEXT_ENCODER_KIND}")
     return config
+
+
+def quantisation_in(component: str, config: dict[str, Any]) -> Quantisation | None:
+    """How a component's config says that it is stored; None for plainly, or in a way that is not read."""
+    if component == "vae":
+        return None
+    return Quantisation.from_config(config.get("quantization_config"))
 
 
 def read_scheduler(folder: Path, index: Index) -> SchedulerSpec:

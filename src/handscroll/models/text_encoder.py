@@ -78,6 +78,15 @@ class TextEncoderSpec:
         )
         return attention + 3 * hidden * self.intermediate_size + 4 * hidden
 
+    def layer_matrices(self) -> list[tuple[str, tuple[int, int]]]:
+        """Names and shapes `[N, K]` of the first layer's matrices."""
+        hidden, wide = self.hidden_size, self.intermediate_size
+        queries, keys = self.num_attention_heads * self.head_dim, self.num_key_value_heads * self.head_dim
+        shapes = {"self_attn.q_proj": (queries, hidden), "self_attn.o_proj": (hidden, queries)}
+        shapes |= {"self_attn.k_proj": (keys, hidden), "self_attn.v_proj": (keys, hidden)}
+        shapes |= {"mlp.gate_proj": (wide, hidden), "mlp.up_proj": (wide, hidden), "mlp.down_proj": (hidden, wide)}
+        return [(f"layers.0.{name}.weight", shape) for name, shape in shapes.items()]
+
     @property
     def parameter_count(self) -> int:
         return self.embedding_parameter_count + self.num_hidden_layers * self.layer_parameter_count + self.hidden_size

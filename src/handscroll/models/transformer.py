@@ -115,6 +115,15 @@ class TransformerSpec:
         norms = 2 * width if self.norm_elementwise_affine else 0
         return self_attention + cross_attention + feed_forward + norms + 6 * width  # the last: scale_shift_table
 
+    def block_matrices(self) -> list[tuple[str, tuple[int, int]]]:
+        """Names and shapes `[N, K]` of the first block's matrices, 1x1 convolutions among them."""
+        width, cross, hidden = self.width, self.cross_width, self.hidden_channels
+        shapes = {f"attn1.to_{name}": (width, width) for name in ("q", "k", "v", "out.0")}
+        shapes |= {"attn2.to_q": (cross, width), "attn2.to_out.0": (width, cross)}
+        shapes |= {f"attn2.to_{name}": (cross, self.cross_attention_dim) for name in ("k", "v")}
+        shapes |= {"ff.conv_inverted": (2 * hidden, width), "ff.conv_point": (width, hidden)}
+        return [(f"transformer_blocks.0.{name}.weight", shape) for name, shape in shapes.items()]
+
     @property
     def parameter_count(self) -> int:
         width = self.width

@@ -16,7 +16,7 @@ from handscroll.plan.kept import kept_bytes
 from handscroll.plan.plan import PartPlan, Plan
 from handscroll.plan.precision import BYTES
 from handscroll.plan.stages import DECODE_PART, DENOISE_PART, ENCODE_PART, TEXT_PART, Part
-from handscroll.plan.text import TextStage, text_stage
+from handscroll.plan.text import TextStage, layer_cost, text_stage
 from handscroll.plan.writer import writer_bytes
 
 
@@ -41,7 +41,9 @@ def _prompts(plan: Plan, spec: CheckpointSpec) -> int:
 def _text(plan: Plan, spec: CheckpointSpec, inputs: PlanInputs) -> Iterable[TextStage]:
     precision = plan.precision.text_encoder
     kept = TEXT_PART.module in plan.kept
-    return [text_stage(spec.text_encoder, inputs.tokens or 0, _prompts(plan, spec), precision, inputs, kept)]
+    storage, stored_so = plan.precision.text_encoder_storage, spec.quantisation_of("text_encoder") is not None
+    cost = layer_cost(spec.text_encoder, precision, storage, stored_so)
+    return [text_stage(spec.text_encoder, inputs.tokens or 0, _prompts(plan, spec), precision, inputs, kept, cost)]
 
 
 def _denoise(plan: Plan, spec: CheckpointSpec, inputs: PlanInputs, budget: PartBudget) -> Iterable[DenoiseStage]:
@@ -53,6 +55,8 @@ def _denoise(plan: Plan, spec: CheckpointSpec, inputs: PlanInputs, budget: PartB
         steps=plan.steps_here,
         branches=_prompts(plan, spec),
         precision=plan.precision.transformer,
+        storage=plan.precision.transformer_storage,
+        stored_so=spec.quantisation_of("transformer") is not None,
     )
     kept = DENOISE_PART.module in plan.kept
     return denoise_stages(spec.transformer, sampling, inputs.hardware, budget.tensor_bytes, kept)

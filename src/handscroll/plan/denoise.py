@@ -12,6 +12,7 @@ from functools import lru_cache
 from itertools import product
 
 from handscroll.limits import BAND_BYTES, CUDA_BAND_BYTES, CUDA_SLAB_CHANNELS, SLAB_CHANNELS, SLAB_MULTIPLE, SLOTS
+from handscroll.models.quantisation import NATIVE, QUANTISING_BYTES, WeightCost, weight_cost
 from handscroll.models.transformer import TransformerSpec
 from handscroll.plan.host import host_map_bytes, layers_on_host, staging_bytes
 from handscroll.plan.inputs import Hardware, heights_up_to
@@ -59,6 +60,8 @@ class Sampling:
     steps: int
     branches: int
     precision: str
+    storage: str = ""  # what matrices are kept in
+    stored_so: bool = False  # whether the files hold them so
 
     @property
     def positions(self) -> int:
@@ -73,8 +76,12 @@ def denoise_stages(
     kept: all layers are in memory, whatever the limit.
     """
     element_bytes = BYTES[job.precision]
-    layer_bytes = spec.block_parameter_count * element_bytes
+    layer = layer_cost(spec, job)
+    layer_bytes = layer.working_bytes
     fixed_bytes = (spec.parameter_count - spec.num_layers * spec.block_parameter_count) * element_bytes
+    # A CUDA device is sent what is resident of a layer, and widens that there; on a CPU one buffer is filled.
+    sent_bytes = layer.resident_bytes if hardware.is_cuda else layer.working_bytes
+    widened_bytes = (layer.widened_bytes and layer.working_bytes) + QUANTISING_BYTES * bool(job.storage)
     slots, slab_channels = (SLOTS, CUDA_SLAB_CHANNELS) if hardware.is_cuda else (1, SLAB_CHANNELS)
     stream_bytes = job.positions * spec.width * element_bytes
     samples_bytes = 8 * 4 * job.positions * spec.patch_size**2 * max(spec.in_channels, spec.out_channels)
@@ -95,13 +102,19 @@ def denoise_stages(
             row_blocks = -(-job.rows // band_rows)
             calls = job.steps * job.branches * spec.num_layers * row_blocks
             working = held + lay_out * layer_bytes
+            working += native_bytes(spec, job, band_rows)
             working += band_bytes(spec, job.columns, band_rows, job.tokens, element_bytes, slab_channels)
             laying_seconds = lay_out * readings * spec.num_layers * layer_bytes / LAYING_OUT_BYTES
             busy_seconds = compute_seconds * (1 - lay_out * LAID_OUT_GAIN) + laying_seconds
-            most = _resident_layers(spec.num_layers, layer_bytes, slots, working, limit_bytes)
+            most = _resident_layers(spec.num_layers, layer, sent_bytes, slots, working + widened_bytes, limit_bytes)
             for resident in {spec.num_layers} if kept else {0, most}:
                 streamed = spec.num_layers - resident
-                read = _reading(streamed, layer_bytes, readings, busy_seconds, hardware, room_bytes)
+                read = _reading(streamed, layer, readings, busy_seconds, hardware, room_bytes)
+                slots_bytes = min(slots, streamed) * sent_bytes
+                if hardware.is_cuda or not layer.widened_bytes:
+                    slots_bytes += widened_bytes
+                else:  # the same buffer is filled from a file, or from what is resident
+                    slots_bytes = widened_bytes
                 yield DenoiseStage(
                     band_rows=band_rows,
                     resident_layers=resident,
@@ -110,7 +123,7 @@ def denoise_stages(
                     lay_out=lay_out,
                     host_layers=read.host_layers,
                     host_bytes=read.host_bytes,
-                    peak_bytes=working + (resident + min(slots, streamed)) * layer_bytes,
+                    peak_bytes=working + resident * layer.resident_bytes + slots_bytes,
                     seconds=read.seconds + moving_seconds + calls * SECONDS_A_BAND,
                 )
 
@@ -125,15 +138,15 @@ class _Reading:
 
 
 def _reading(
-    streamed: int, layer_bytes: int, readings: int, busy_seconds: float, hardware: Hardware, room_bytes: int
+    streamed: int, layer: WeightCost, readings: int, busy_seconds: float, hardware: Hardware, room_bytes: int
 ) -> _Reading:
     """`readings` times so many layers, beside `busy_seconds` of computing. `room_bytes` of the host's memory."""
     rates = hardware.rates
     host_layers = host_bytes = 0
     if hardware.is_cuda and rates.host_bytes > rates.weight_bytes:  # else the file is as near
-        host_layers, host_bytes = layers_on_host(streamed, layer_bytes, room_bytes)
-    a_reading = host_layers * layer_bytes / rates.host_bytes
-    a_reading += (streamed - host_layers) * layer_bytes / rates.weight_bytes
+        host_layers, host_bytes = layers_on_host(streamed, layer.resident_bytes, room_bytes)
+    a_reading = host_layers * layer.resident_bytes / rates.host_bytes
+    a_reading += (streamed - host_layers) * layer.stored_bytes / rates.weight_bytes
     reading_seconds = readings * a_reading
     if hardware.is_cuda:  # on a stream of its own while a layer computes, and not quite for nothing
         seconds = max(busy_seconds, reading_seconds) + READING_SHARE * reading_seconds
@@ -156,11 +169,27 @@ def _residuals(
         yield "disk", True
 
 
-def _resident_layers(layers: int, layer_bytes: int, slots: int, other_bytes: int, limit_bytes: int | None) -> int:
+def _resident_layers(
+    layers: int, layer: WeightCost, sent_bytes: int, slots: int, other_bytes: int, limit_bytes: int | None
+) -> int:
     """The most layers that stay in memory within the limit; all but the last need room for those that pass through."""
-    if limit_bytes is None or other_bytes + layers * layer_bytes <= limit_bytes:
+    if limit_bytes is None or other_bytes + layers * layer.resident_bytes <= limit_bytes:
         return layers
-    return max(0, min(layers - 1, (limit_bytes - other_bytes) // layer_bytes - slots))
+    passing_bytes = slots * sent_bytes
+    return max(0, min(layers - 1, (limit_bytes - other_bytes - passing_bytes) // layer.resident_bytes))
+
+
+def native_bytes(spec: TransformerSpec, job: Sampling, band_rows: int) -> int:
+    """What a row block takes in 8 bits where it is multiplied so: itself, and what goes into the last matrix."""
+    if job.storage not in NATIVE:
+        return 0
+    return job.columns * band_rows * (spec.width + spec.hidden_channels)
+
+
+def layer_cost(spec: TransformerSpec, job: Sampling) -> WeightCost:
+    """What one of its layers takes."""
+    matrices, parameters = spec.block_matrices(), spec.block_parameter_count
+    return weight_cost("transformer", job.storage, matrices, parameters, BYTES[job.precision], job.stored_so)
 
 
 def band_heights(spec: TransformerSpec, job: Sampling, hardware: Hardware) -> list[int]:

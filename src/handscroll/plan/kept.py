@@ -6,9 +6,12 @@ from collections.abc import Iterable, Iterator
 from itertools import combinations
 
 from handscroll.models.checkpoint import CheckpointSpec
+from handscroll.plan.denoise import Sampling
+from handscroll.plan.denoise import layer_cost as transformer_cost
 from handscroll.plan.plan import Plan
 from handscroll.plan.precision import BYTES
 from handscroll.plan.stages import DECODE_PART, DENOISE_PART, ENCODE_PART, TEXT_PART, Part
+from handscroll.plan.text import layer_cost as text_cost
 
 PARTS = (TEXT_PART, ENCODE_PART, DENOISE_PART, DECODE_PART)
 
@@ -21,7 +24,15 @@ def module_bytes(part: Part, plan: Plan, spec: CheckpointSpec) -> int:
         DENOISE_PART: spec.transformer.parameter_count,
         DECODE_PART: spec.autoencoder.decoder_parameter_count,
     }
-    return parameters[part] * BYTES[getattr(plan.precision, part.component)]
+    n_bytes = parameters[part] * BYTES[getattr(plan.precision, part.component)]
+    storage = plan.precision.storage_of(part.component)
+    if part is TEXT_PART:
+        text = text_cost(spec.text_encoder, plan.precision.text_encoder, storage)
+        n_bytes -= spec.text_encoder.num_hidden_layers * text.spared_bytes
+    elif part is DENOISE_PART:
+        sampling = Sampling(1, 1, 0, 1, 1, plan.precision.transformer, storage)
+        n_bytes -= spec.transformer.num_layers * transformer_cost(spec.transformer, sampling).spared_bytes
+    return n_bytes
 
 
 def kept_bytes(part: Part, plan: Plan, spec: CheckpointSpec) -> int:

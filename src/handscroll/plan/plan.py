@@ -88,8 +88,8 @@ class Plan:
 
     @property
     def exact(self) -> bool:
-        """Whether the picture is the one that the whole network makes. Tiling is the only way here that is not."""
-        return self.decode != "tiled"
+        """Whether the picture is the one that the whole network makes: not where it is tiled, or weights quantised."""
+        return self.decode != "tiled" and self.precision.exact
 
     @property
     def planned_bytes(self) -> dict[str, int]:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from handscroll.errors import UsageError
 from handscroll.models.checkpoint import CheckpointSpec
+from handscroll.models.quantisation import STORAGES
 
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 
@@ -15,19 +17,36 @@ BF16_MIN_WIDTH = 1024
 
 @dataclass(frozen=True)
 class Precision:
-    """One of fp32, bf16, fp16 for each component; `note` is a remark for the user, or empty."""
+    """What each component computes in, fp32, bf16 or fp16; `note` is a remark for the user, or empty.
+
+    `text_encoder_storage` and `transformer_storage`: what their matrices are kept in (quantisation.STORAGES), empty for
+    plainly.
+    """
 
     text_encoder: str
     transformer: str
     autoencoder: str
     note: str = ""
+    text_encoder_storage: str = ""
+    transformer_storage: str = ""
+
+    def storage_of(self, component: str) -> str:
+        """Of text_encoder, transformer or autoencoder; empty for plainly."""
+        return str(getattr(self, f"{component}_storage", ""))
+
+    def told(self, component: str) -> str:
+        """All that decides a component's numbers, as `bf16`, or `int8+bf16` where its matrices are kept otherwise."""
+        computed, storage = getattr(self, component), self.storage_of(component)
+        return f"{storage}+{computed}" if storage else str(computed)
+
+    @property
+    def exact(self) -> bool:
+        """Whether the weights are those that are stored, but for the type that is computed in."""
+        return not self.text_encoder_storage and not self.transformer_storage
 
     def __str__(self) -> str:
-        parts = {
-            "text encoder": self.text_encoder,
-            "transformer": self.transformer,
-            "autoencoder": self.autoencoder,
-        }
+        names = ("text_encoder", "transformer", "autoencoder")
+        parts = {name.replace("_", " "): self.told(name) for name in names}
         if len(set(parts.values())) == 1:
             return self.transformer
         return ", ".join(f"{name} {precision}" for name, precision in parts.items())
@@ -35,7 +54,16 @@ class Precision:
     def after(self, made: str) -> Precision:
         """This precision to decode what was `made` in another, as `str` puts it: its autoencoder behind their rest."""
         told = precisions_before(made)
-        return self if told is None else replace(self, text_encoder=told[0], transformer=told[1])
+        if told is None:
+            return self
+        storages, computed = zip(*(each.rpartition("+")[::2] for each in told), strict=True)
+        return replace(
+            self,
+            text_encoder=computed[0],
+            transformer=computed[1],
+            text_encoder_storage=storages[0],
+            transformer_storage=storages[1],
+        )
 
 
 def precisions_before(made: str) -> tuple[str, str] | None:
@@ -45,17 +73,33 @@ def precisions_before(made: str) -> tuple[str, str] | None:
     else:
         found = {"text encoder": made, "transformer": made}
     text_encoder, transformer = found.get("text encoder", ""), found.get("transformer", "")
-    return (text_encoder, transformer) if {text_encoder, transformer} <= BYTES.keys() else None
+    return (text_encoder, transformer) if all(map(_is_told, (text_encoder, transformer))) else None
 
 
-def resolve_precision(spec: CheckpointSpec, requested: str, device: str, bf16_is_faster: bool) -> Precision:
-    """`requested` is auto or a precision; `device` a device name; `bf16_is_faster` what was measured on a CPU.
+def _is_told(precision: str) -> bool:
+    storage, _, computed = precision.rpartition("+")
+    return computed in BYTES and (storage in STORAGES or precision == computed)
+
+
+def resolve_precision(
+    spec: CheckpointSpec, requested: str, device: str, bf16_is_faster: bool, text_requested: str = "auto"
+) -> Precision:
+    """`requested` is auto, a precision, or what the transformer's weights are kept in, which then computes as auto
+    does; `text_requested` what the text encoder's are kept in, or auto; `device` a device name; `bf16_is_faster` what
+    was measured on a CPU.
 
     auto follows the checkpoint on an accelerator, and on a CPU computes in fp32 unless bf16 is faster there. What its
     publisher says comes before what its files are stored in, and a transformer in half precision takes with it what is
     stored in fp32: an official autoencoder always is, and its model card runs it in bf16. Text encoder and autoencoder
     are never fp16: their activations pass its 65,504 and the picture turns black.
     """
+    if "fp8" in (requested, getattr(spec.quantisation_of("transformer"), "storage", "")) and device == "cpu":
+        raise UsageError("fp8 needs a CUDA device that multiplies it (compute capability 8.9); use int8 or int4")
+    storage, text_storage = (
+        _storage(spec, *each) for each in (("transformer", requested), ("text_encoder", text_requested))
+    )
+    if requested in STORAGES:
+        requested = "auto"
     stored = {name: spec.dtype_of(name) for name in ("text_encoder", "transformer", "vae")}
     published = spec.recommended or stored["transformer"]
     bf16_is_faster = bf16_is_faster and spec.transformer.width >= BF16_MIN_WIDTH
@@ -76,7 +120,26 @@ def resolve_precision(spec: CheckpointSpec, requested: str, device: str, bf16_is
         transformer=wanted["transformer"],
         autoencoder=_never_fp16(wanted["vae"]),
         note=note,
+        text_encoder_storage=text_storage,
+        transformer_storage=storage,
     )
+
+
+def _storage(spec: CheckpointSpec, component: str, requested: str) -> str:
+    """What a component's matrices are kept in: what is asked for, else what they are stored in, else nothing.
+
+    Raises UsageError where they are stored in something else than is asked for.
+    """
+    stored = spec.quantisation_of(component)
+    wanted = requested if requested in STORAGES else ""
+    if stored is None or (wanted and stored.is_stored_as(wanted)):
+        return wanted
+    if wanted:
+        raise UsageError(
+            f"{spec.name}: its {component.replace('_', ' ')} is stored in {stored.storage} already and cannot be made "
+            f"{wanted}; take the original"
+        )
+    return stored.storage
 
 
 def _never_fp16(dtype: str) -> str:

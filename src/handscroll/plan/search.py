@@ -52,7 +52,9 @@ def make_plan(spec: CheckpointSpec, request: Request, inputs: PlanInputs, seed: 
         steps=request.steps or spec.default_steps,
         guidance=spec.default_guidance if request.guidance is None else request.guidance,
         seeds=tuple(first_seed + index for index in range(request.count)),
-        precision=resolve_precision(spec, request.precision, hardware.device, hardware.bf16_is_faster),
+        precision=resolve_precision(
+            spec, request.precision, hardware.device, hardware.bf16_is_faster, request.text_precision
+        ),
         device=hardware.device,
         decode=request.decode,
         patches=request.patches or DEFAULT_PATCHES,
@@ -202,4 +204,11 @@ def _too_small(plan: Plan, spec: CheckpointSpec, inputs: PlanInputs) -> BudgetEr
         assert at_once_bytes is not None
         if at_once_bytes <= allowed_bytes:
             line += ", which --compose off would do with"
+    if plan.precision.exact:
+        for storage in ("int8", "int4"):
+            precision = dataclasses.replace(plan.precision, transformer_storage=storage)
+            needed_bytes = minimum_bytes(dataclasses.replace(plan, precision=precision), spec, inputs)
+            if needed_bytes is not None and needed_bytes <= allowed_bytes:
+                line += f"; it fits with --precision {storage}, which changes the picture a little"
+                break
     return BudgetError(line, least_bytes)

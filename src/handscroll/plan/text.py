@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from handscroll.limits import SLOTS
+from handscroll.models.quantisation import QUANTISING_BYTES, WeightCost, weight_cost
 from handscroll.models.text_encoder import TextEncoderSpec
 from handscroll.plan.inputs import PlanInputs
 from handscroll.plan.precision import BYTES
@@ -19,16 +20,34 @@ class TextStage:
     seconds: float
 
 
+def layer_cost(spec: TextEncoderSpec, precision: str, storage: str = "", stored_so: bool = False) -> WeightCost:
+    """What one of its layers takes."""
+    matrices, parameters = spec.layer_matrices(), spec.layer_parameter_count
+    return weight_cost("text_encoder", storage, matrices, parameters, BYTES[precision], stored_so)
+
+
 def text_stage(
-    spec: TextEncoderSpec, tokens: int, prompts: int, precision: str, inputs: PlanInputs, kept: bool = False
+    spec: TextEncoderSpec,
+    tokens: int,
+    prompts: int,
+    precision: str,
+    inputs: PlanInputs,
+    kept: bool = False,
+    cost: WeightCost | None = None,
 ) -> TextStage:
     """Encoding `prompts` prompts of at most `tokens` tokens in `precision`; kept: by layers that are in memory."""
     hardware = inputs.hardware
-    slots = spec.num_hidden_layers if kept else SLOTS if hardware.is_cuda else 1
-    held = slots * spec.layer_parameter_count * BYTES[precision] + activation_bytes(spec, tokens, precision)
+    layer = layer_cost(spec, precision) if cost is None else cost
+    if hardware.is_cuda:
+        held = SLOTS * layer.resident_bytes + (layer.widened_bytes and layer.working_bytes)
+    else:
+        held = layer.working_bytes
+    if kept:
+        held = spec.num_hidden_layers * layer.resident_bytes + (layer.widened_bytes and layer.working_bytes)
+    held += activation_bytes(spec, tokens, precision) + QUANTISING_BYTES * bool(layer.widened_bytes)
     if not hardware.is_cuda:
         held += inputs.tokenizer_bytes
-    read_bytes = 0 if kept else prompts * spec.num_hidden_layers * spec.layer_parameter_count * BYTES[precision]
+    read_bytes = 0 if kept else prompts * spec.num_hidden_layers * layer.stored_bytes
     seconds = prompts * flops(spec, tokens) / hardware.rates.flops(precision) + read_bytes / hardware.rates.weight_bytes
     return TextStage(tokens, held, seconds)
 

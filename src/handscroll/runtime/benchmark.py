@@ -19,6 +19,7 @@ from torch import Tensor
 
 from handscroll.banded.autoencoder import decode_rows
 from handscroll.banded.transformer import Branch, predict
+from handscroll.errors import UsageError
 from handscroll.events import OnEvent, Progress, ignore
 from handscroll.models.checkpoint import CheckpointSpec
 from handscroll.models.opening import on_fetch, open_checkpoint
@@ -124,6 +125,8 @@ def measure(
     spec = open_checkpoint(model, revision, on_progress=on_fetch(on_event))
     hardware = find_hardware(device, precision)
     precisions = resolve_precision(spec, precision, hardware.device, hardware.bf16_is_faster)
+    if not precisions.exact:
+        raise UsageError("quantised weights are not measured by bench yet; use fp32, bf16 or fp16 and plain weights")
     factor = spec.autoencoder.spatial_compression_ratio * spec.transformer.patch_size
     columns, rows = (-(-(side or spec.native_px) // factor) for side in (width, height))
     device = hardware.device

@@ -36,7 +36,7 @@ def denoise_picture(
 
     A picture that grows is first made small, and each size begins from the one before.
     """
-    precision = plan.precision.transformer
+    precision = plan.precision.told("transformer")
     state = saved.load(precision) if saved is not None else None
     latent: Tensor | None = None
 

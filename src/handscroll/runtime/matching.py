@@ -15,7 +15,9 @@ from handscroll.units import one_line
 from handscroll.weights.dtypes import DTYPES
 from handscroll.weights.folder import WeightFiles
 from handscroll.weights.foreign import FUSE_FIRST, USE_THE_ORIGINAL, has_both_factors, is_adapter, quantised_by_tensors
+from handscroll.weights.forms import PACKED, SCALE, SHAPE
 from handscroll.weights.header import MAX_NAME, TensorEntry
+from handscroll.weights.sources import Source, stored_matrix
 
 SMALL = 2**20  # parameters, which take no time to be looked for one by one
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
@@ -36,7 +38,8 @@ def check_amount(spec: CheckpointSpec, component: str, part: str | None) -> None
             described = spec.autoencoder.decoder_parameter_count
         case _:
             described = spec.autoencoder.encoder_parameter_count if part else spec.autoencoder.parameter_count
-    stored = sum(math.prod(entry.shape) for _, entry in weights.named())
+    # Of 4 bits, eight numbers in each that is stored.
+    stored = sum(math.prod(entry.shape) * (8 if entry.name.endswith(PACKED) else 1) for _, entry in weights.named())
     if described > 2 * stored + SMALL:
         if said := _strange([entry.name for entry in weights.tensors]):
             raise CheckpointError(f"{spec.folder / component}: {said}")
@@ -48,8 +51,8 @@ def check_amount(spec: CheckpointSpec, component: str, part: str | None) -> None
 
 def match_tensors(
     spec: CheckpointSpec, component: str, module: nn.Module, part: str | None, on_event: OnEvent
-) -> dict[str, TensorEntry]:
-    """The entry for each tensor of the module's state dict, in file order.
+) -> dict[str, Source]:
+    """Where each tensor of the module's state dict comes from, in file order.
 
     A tensor that is stored under another name, as the file says, is found there. What the module has no place for is
     left out, and told once. Raises CheckpointError, naming file and tensor, for one that is missing or of another shape
@@ -60,9 +63,15 @@ def match_tensors(
     computed = {name for name, _ in module.named_buffers()} - wanted.keys()
     other_half = {"decoder": "encoder.", "encoder": "decoder."}.get(part or "")
 
+    quantised = spec.quantisation_of(component) is not None
     found: dict[str, TensorEntry] = {}
+    parts: dict[str, dict[str, TensorEntry]] = {}
     extra: list[TensorEntry] = []
     for name, entry in named(component, weights):
+        owner, _, suffix = name.rpartition(".")
+        if quantised and f"{owner}.weight" in wanted and is_part(suffix, entry):
+            parts.setdefault(f"{owner}.weight", {})[suffix] = entry
+            continue
         if name in computed or (other_half and name.startswith(other_half)):
             continue
         if name not in wanted:
@@ -72,7 +81,12 @@ def match_tensors(
             raise CheckpointError(f"{entry.file}: the tensor {name} is there twice, once as {found[name].name}")
         _check(weights, entry, tuple(wanted[name].shape), wanted[name].is_floating_point())
         found[name] = entry
-    if missing := [name for name in wanted if name not in found]:
+    sources = {name: Source.plain(entry) for name, entry in found.items()}
+    for name, its in parts.items():
+        if name in found:
+            raise CheckpointError(f"{found[name].file}: the tensor {name} is there twice, once quantised")
+        sources[name] = _matrix(name, its, tuple(wanted[name].shape))
+    if missing := [name for name in wanted if name not in sources]:
         raise CheckpointError(_missing(spec.folder / component, weights, missing))
     if extra:
         # A scale changes the layer that it is beside, and an adapter has two factors; others change nothing.
@@ -82,7 +96,28 @@ def match_tensors(
         if said := _strange(names if has_both_factors(names) else beside):
             raise CheckpointError(f"{spec.folder / component}: {said}")
         on_event(notice(_left_out(extra)))
-    return found
+    return sources
+
+
+def is_part(suffix: str, entry: TensorEntry) -> bool:
+    """Whether a tensor is a part of a quantised matrix."""
+    return suffix in (PACKED, SCALE, SHAPE) or (suffix == "weight" and entry.dtype in ("int8", "fp8"))
+
+
+def _matrix(name: str, parts: dict[str, TensorEntry], shape: tuple[int, ...]) -> Source:
+    """A quantised matrix. Raises CheckpointError where a part is missing, or does not fit."""
+    numbers = parts.get(PACKED) or parts.get("weight")
+    if numbers is None or SCALE not in parts:
+        there = next(iter(parts.values()))
+        missing = name if numbers is None else f"{name.removesuffix('weight')}{SCALE}"
+        raise CheckpointError(
+            f"{there.file}: the tensor {one_line(missing, MAX_NAME)} is missing, to which {there.name} belongs"
+        )
+    if len(shape) < 2 or any(size != 1 for size in shape[2:]):
+        raise CheckpointError(
+            f"{numbers.file}: the tensor {one_line(numbers.name, MAX_NAME)} is quantised and no matrix"
+        )
+    return stored_matrix(shape, parts)
 
 
 def named(component: str, weights: WeightFiles) -> Iterator[tuple[str, TensorEntry]]:

@@ -7,6 +7,7 @@ downloaded here but through `open_checkpoint`, and no diffusers pipeline is impo
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import inspect
 from collections.abc import Collection
@@ -19,12 +20,14 @@ from handscroll.errors import CheckpointError, is_out_of_memory
 from handscroll.events import OnEvent, ignore
 from handscroll.models.checkpoint import CheckpointSpec
 from handscroll.models.config import read_config
+from handscroll.models.quantisation import NATIVE, form_of
 from handscroll.runtime.matching import check_amount, match_tensors, named
 from handscroll.runtime.tokenizer import read_tokenizer
 from handscroll.units import one_line
 from handscroll.weights.file_state import promises_of
 from handscroll.weights.files import read_rows
 from handscroll.weights.json_text import MAX_MESSAGE
+from handscroll.weights.sources import Source
 from handscroll.weights.stream import WeightStream
 
 Component = Literal["transformer", "vae", "text_encoder"]
@@ -76,6 +79,7 @@ def open_module(
     device: torch.device | str,
     part: Half | None = None,
     leave: Collection[str] = (),
+    storage: str = "",
     on_event: OnEvent = ignore,
 ) -> tuple[nn.Module, WeightStream]:
     """What `load_module` builds, before its weights are read, and the stream that fills it part by part.
@@ -84,7 +88,8 @@ def open_module(
     `stream.make_resident` or `stream.materialize` makes them real. Only buffers that no file stores are there already,
     but for those named in `leave`, which are not computed either: `leave={"patch_embed.pos_embed"}` saves a
     transformer's position embedding of [1, sample_size**2, width] fp32 (and fp64 on the way). No stream fills what is
-    named in `leave`.
+    named in `leave`. storage: what matrices are kept in (quantisation.STORAGES), quantised while they are read where
+    they are not stored so; a transformer's are computed with as they are kept where that can be.
 
     Raises CheckpointError as `load_module` does.
     """
@@ -97,17 +102,25 @@ def open_module(
             raise ValueError(f"part {part!r} is for the autoencoder, not the {component}")
         setattr(module, "encoder" if part == "decoder" else "decoder", None)
 
-    entries = match_tensors(spec, component, module, part, on_event)
+    sources = match_tensors(spec, component, module, part, on_event)
     for parameter in module.parameters():  # so that a module tells its dtype before its weights are there
         parameter.data = parameter.data.to(dtype)
     _recompute_buffers(module, dtype, device, leave)
     for name, buffer in module.named_buffers():
-        if buffer.is_meta and name not in entries and name not in leave:
+        if buffer.is_meta and name not in sources and name not in leave:
             raise CheckpointError(f"{spec.folder / component}: the tensor {name} is neither stored nor computable")
     module.eval().requires_grad_(False)
-    entries = {name: entry for name, entry in entries.items() if name not in leave}
+    sources = {name: kept_in(storage, component, name, source) for name, source in sources.items() if name not in leave}
     states = spec.weights_of(component).state_of
-    return module, WeightStream(module, entries, dtype, device, states=states)
+    native = {storage} & set(NATIVE) if component == "transformer" else set()
+    return module, WeightStream(module, sources, dtype, device, states=states, native=native)
+
+
+def kept_in(storage: str, component: Component, name: str, source: Source) -> Source:
+    """A parameter as it is kept in memory: as it is stored, or quantised while it is read."""
+    if source.form is not None:
+        return source
+    return dataclasses.replace(source, form=form_of(component, storage, name, source.shape))
 
 
 def load_rows(spec: CheckpointSpec, component: Component, name: str, rows: torch.Tensor) -> torch.Tensor:

@@ -148,6 +148,7 @@ class Session:
                 self.spec,
                 dtype=dtype,
                 device=plan.device,
+                storage=plan.precision.text_encoder_storage,
                 on_event=self._tell_once,
                 on_layer=lambda: self.pulse(TEXT.name),
             )
@@ -155,7 +156,7 @@ class Session:
                 stream.make_resident(module)
             return Opened(module, stream, resident=kept)
 
-        return self._once(TEXT_PART.module, "text_encoder", plan.precision.text_encoder, plan, opened).module
+        return self._once(TEXT_PART.module, "text_encoder", plan.precision.told("text_encoder"), plan, opened).module
 
     def open_transformer(self, plan: Plan) -> Transformer:
         """The transformer, its first layers resident as the plan says; its position embedding is never stored."""
@@ -167,11 +168,11 @@ class Session:
                 stream.make_resident(module)
                 return Opened(module, stream, resident=True)
             stream.make_resident(module, but=blocks[plan.denoise.resident_layers :])
-            layer_bytes = stream.bytes_of(blocks[0]) if len(blocks) else 0
+            layer_bytes = stream.sent_bytes_of(blocks[0]) if len(blocks) else 0
             stream.pin(layers_room_bytes(plan.denoise.host_layers, layer_bytes))
             return Opened(module, stream)
 
-        precision = plan.precision.transformer
+        precision = plan.precision.told("transformer")
         opened_as = self._once(DENOISE_PART.module, "transformer", precision, plan, opened)
         return Transformer(opened_as, plan, self.scratch, self.pulse)
 
@@ -191,9 +192,15 @@ class Session:
         self, component: Component, precision: str, plan: Plan, half: Half | None = None
     ) -> tuple[Any, WeightStream]:
         leave = {"patch_embed.pos_embed"} if component == "transformer" else set()
-        dtype = DTYPES[precision]
         return open_module(
-            self.spec, component, dtype=dtype, device=plan.device, part=half, leave=leave, on_event=self._tell_once
+            self.spec,
+            component,
+            dtype=DTYPES[precision],
+            device=plan.device,
+            part=half,
+            leave=leave,
+            storage=plan.precision.transformer_storage if component == "transformer" else "",
+            on_event=self._tell_once,
         )
 
     def _tell_once(self, event: Progress) -> None:

@@ -43,13 +43,14 @@ def encode_prompts(session: Session, plan: Plan, request: Request, on_event: OnE
     The text encoder is opened only for what the cache of embeddings does not know.
     """
     spec, dtype = session.spec, DTYPES[plan.precision.text_encoder]
+    storage = plan.precision.text_encoder_storage
 
     @cache
     def opened() -> tuple[Any, Any]:
         return session.open_text_encoder(plan), load_tokenizer(spec)
 
     def text_of(prompt: str, instruction: str) -> Text:
-        return encoded(spec, prompt, instruction, dtype, opened, device=plan.device)
+        return encoded(spec, prompt, instruction, dtype, opened, device=plan.device, storage=storage)
 
     on_event(Progress(TEXT.name, 0, 1))
     prompt = text_of(request.prompt, instruction_of(spec))
@@ -81,6 +82,7 @@ def encoded(
     open_encoder: Callable[[], tuple[nn.Module, Any]],
     *,
     device: torch.device | str = "cpu",
+    storage: str = "",
 ) -> Text:
     """`encode_prompt` with a memory: a prompt that was encoded before is read from the cache, to the same bits.
 
@@ -88,7 +90,7 @@ def encoded(
     not know. Raises what it raises, and NumericsError for embeddings that are not finite.
     """
     device = torch.device(device)
-    key = text_key(spec, normalised(prompt), instruction, dtype, device)
+    key = text_key(spec, normalised(prompt), instruction, dtype, device, storage)
     text = load_text(key)
     if text is None:
         encoder, tokenizer = open_encoder()

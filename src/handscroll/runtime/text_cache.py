@@ -38,7 +38,9 @@ class Text:
         return Text(self.embeddings.to(device), None if self.mask is None else self.mask.to(device))
 
 
-def text_key(spec: CheckpointSpec, text: str, instruction: str, dtype: torch.dtype, device: torch.device) -> str:
+def text_key(
+    spec: CheckpointSpec, text: str, instruction: str, dtype: torch.dtype, device: torch.device, storage: str = ""
+) -> str:
     """A hash of what decides the embeddings of `instruction` + `text`, the prompt as the tokenizer is given it.
 
     The weights are known by their headers, sizes and times of change and not by their gigabytes, the configuration
@@ -60,7 +62,7 @@ def text_key(spec: CheckpointSpec, text: str, instruction: str, dtype: torch.dty
             "text": text,
             "instruction": instruction,
             "max_prompt_tokens": spec.max_prompt_tokens,
-            "dtype": str(dtype),
+            "dtype": f"{storage}+{dtype}" if storage else str(dtype),
             "computed": [device.type, torch.backends.cpu.get_cpu_capability() if device.type == "cpu" else ""],
             "libraries": [release_of("torch"), release_of("transformers")],
         }

@@ -22,6 +22,7 @@ def open_text_encoder(
     *,
     dtype: torch.dtype,
     device: torch.device | str,
+    storage: str = "",
     on_event: OnEvent = ignore,
     on_layer: Callable[[], None] = lambda: None,
 ) -> tuple[nn.Module, WeightStream]:
@@ -37,7 +38,7 @@ def open_text_encoder(
     """
     encoder: Any
     encoder, stream = open_module(
-        spec, "text_encoder", dtype=dtype, device=device, leave={EMBEDDING_TABLE}, on_event=on_event
+        spec, "text_encoder", dtype=dtype, device=device, leave={EMBEDDING_TABLE}, storage=storage, on_event=on_event
     )
     stream.make_resident(encoder, but=[encoder.layers])
     _materialize_in_turn(stream, list(encoder.layers), on_layer)

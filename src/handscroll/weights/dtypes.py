@@ -18,6 +18,8 @@ DTYPES: dict[str, torch.dtype] = {
     "uint8": torch.uint8,
     "bool": torch.bool,
 }
+# And those that only the parts of a quantised matrix are stored in.
+STORED_DTYPES = {**DTYPES, "fp8": torch.float8_e4m3fn}
 
 
 def wanted_dtype(entry: TensorEntry, dtype: torch.dtype) -> torch.dtype:

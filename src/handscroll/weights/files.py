@@ -16,10 +16,11 @@ from handscroll.errors import CheckpointError
 from handscroll.files import open_to_read
 from handscroll.limits import STAGING_BYTES
 from handscroll.units import first_line
-from handscroll.weights.dtypes import DTYPES, is_mappable, wanted_dtype
+from handscroll.weights.dtypes import DTYPES, STORED_DTYPES, is_mappable, wanted_dtype
 from handscroll.weights.file_state import FileState, Promise
 from handscroll.weights.header import TensorEntry, read_header
-from handscroll.weights.layout import Layout, tensor_at
+from handscroll.weights.layout import Layout
+from handscroll.weights.sources import Source
 
 ADVICE_GAP_BYTES = 2**20  # ranges of a file that lie closer are read ahead as one
 _CHANGED = "the file has changed since the checkpoint was opened"
@@ -31,21 +32,30 @@ class TensorReader:
     On the CPU, tensors that the file holds in `dtype` already are not copied: they are the file's pages, mapped
     privately, which enter memory when first touched (and count as resident then); writing to one changes this
     process's copy and not the file. `promised` says what each file must be, as for `OpenFiles`. `mapped` gives the
-    files whose pages are in use, as they were when they were mapped.
+    files whose pages are in use, as they were when they were mapped. maps: else all are copied.
     """
 
     def __init__(
-        self, dtype: torch.dtype, device: torch.device, promised: Mapping[Path, Promise] | None = None
+        self,
+        dtype: torch.dtype,
+        device: torch.device,
+        promised: Mapping[Path, Promise] | None = None,
+        maps: bool = True,
     ) -> None:
-        self.dtype, self.device = dtype, device
+        self.dtype, self.device, self.maps = dtype, device, maps
         self.mapped: dict[Path, FileState] = {}
         self._files = OpenFiles(promised)
         self._maps: dict[Path, Any] = {}
 
-    def read(self, entry: TensorEntry) -> Tensor:
-        """One tensor. Raises CheckpointError naming file and tensor."""
+    def read(self, source: Source) -> Tensor:
+        """One tensor, or the bytes of a quantised matrix's parts. Raises CheckpointError naming file and tensor."""
+        if source.form is not None:
+            packed = allocate_bytes(source.packed_bytes)
+            source.fill_packed(self._files.read, packed)
+            return packed.to(self.device)
+        entry = source.first
         dtype = wanted_dtype(entry, self.dtype)
-        if self.device.type == "cpu" and is_mappable(entry, dtype):
+        if self.maps and self.device.type == "cpu" and is_mappable(entry, dtype):
             return self._map(entry, dtype)
         filled = torch.empty(entry.shape, dtype=dtype, device=self.device)
         self._files.read(entry, filled.view(-1))
@@ -137,13 +147,13 @@ class OpenFiles:
     def fill(self, layout: Layout, flat: Tensor) -> None:
         """Reads every tensor of a layout to its place in a flat buffer of bytes on the CPU. Raises CheckpointError."""
         for site, start in layout.places:
-            self.read(site.entry, tensor_at(flat, start, site).view(-1))
+            layout.fill(site, start, flat, self.read)
 
     def read(self, entry: TensorEntry, target: Tensor) -> None:
         """Reads one tensor into `target`, flat and of any dtype and device. Raises CheckpointError."""
         if not entry.n_bytes:
             return
-        stored = DTYPES[entry.dtype]
+        stored = STORED_DTYPES[entry.dtype]
         try:
             self.checked(entry)
             descriptor, _ = self._opened[entry.file]
@@ -164,7 +174,8 @@ class OpenFiles:
         """Asks the system to have the pages of a layout's tensors at hand; where it cannot be asked, nothing."""
         if not hasattr(os, "posix_fadvise"):
             return
-        for file, start, end in _ranges(site.entry for site, _ in layout.places):
+        read = (entry for site, _ in layout.places if site.kept is None for entry in site.source.entries)
+        for file, start, end in _ranges(sorted(read, key=lambda entry: (entry.file, entry.start))):
             try:
                 descriptor, _ = self._opened.get(file) or self._open_file(file)
                 os.posix_fadvise(descriptor, start, end - start, os.POSIX_FADV_WILLNEED)

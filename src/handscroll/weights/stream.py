@@ -8,9 +8,10 @@ buffer.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -27,8 +28,11 @@ from handscroll.weights.layout import (
     Site,
     Use,
     sites_in,
-    tensor_at,
+    size_of,
+    wide,
+    widen_site,
 )
+from handscroll.weights.sources import Source, sources_of
 from handscroll.weights.transfer import CudaTransfer, Transfer
 
 
@@ -43,6 +47,10 @@ class WeightStream:
     the host), 16 MiB where dtypes are converted, and what is resident. A tensor that is wanted beyond its `with` block
     must be copied: the buffer is used again. For one thread.
 
+    A matrix that is kept in 8 or 4 bits (`Source.form`) is made wide while it is materialized, unless its storage is
+    one of `native`: then its owner has its numbers as `weight`, and beside it `weight_scale`. Resident, it takes no
+    more than its parts either way. On a CUDA device parts are what is read and sent, and are made wide there.
+
     Files must stay as they are: a file that has changed since the checkpoint was opened raises CheckpointError, whether
     its tensors are read or resident already. `states` says how the checkpoint found them.
     """
@@ -50,27 +58,34 @@ class WeightStream:
     def __init__(
         self,
         module: nn.Module,
-        entries: Mapping[str, TensorEntry],
+        entries: Mapping[str, TensorEntry | Source],
         dtype: torch.dtype,
         device: torch.device | str,
         *,
         transfer: Transfer | None = None,
         states: Mapping[Path, FileState] | None = None,
+        native: Collection[str] = (),
     ) -> None:
-        self.entries, self.dtype, self.device = entries, dtype, torch.device(device)
-        self._sites = {owner: list(sites_in(owner, path, entries, dtype)) for path, owner in module.named_modules()}
+        self.entries, self.dtype, self.device = sources_of(entries), dtype, torch.device(device)
+        self._sites = {
+            owner: list(sites_in(owner, path, self.entries, dtype, native)) for path, owner in module.named_modules()
+        }
         on_cuda = self.device.type == "cuda"
         self._alignment_bytes = CUDA_ALIGNMENT_BYTES if on_cuda else CPU_ALIGNMENT_BYTES
         if transfer is None and on_cuda:
             transfer = CudaTransfer(self.device)
         self._transfer = transfer
-        self._promised = promises_of(entries.values(), states or {})
+        read = (entry for source in self.entries.values() for entry in source.entries)
+        self._promised = promises_of(read, states or {})
         self._mapped: dict[Path, FileState] = {}
         files = OpenFiles(self._promised)
         self._memory: InPlaceBuffer | ReadAheadBuffers = (
             InPlaceBuffer(files) if transfer is None else ReadAheadBuffers(files, transfer)
         )
-        self._as_in_the_file = isinstance(self._memory, InPlaceBuffer)
+        # Beside quantised matrices nothing lies as in its file, so that the bits do not depend on which file that is:
+        # the one that was quantised, or the original.
+        self._maps = all(source.form is None for source in self.entries.values())
+        self._as_in_the_file = isinstance(self._memory, InPlaceBuffer) and self._maps
 
     @contextmanager
     def materialize(self, *modules: nn.Module, but: Iterable[nn.Module] = ()) -> Iterator[None]:
@@ -91,11 +106,14 @@ class WeightStream:
 
         On the CPU, tensors that the file holds in `dtype` already are the file's pages, as `TensorReader` says.
         """
-        reader = TensorReader(self.dtype, self.device, self._promised)
+        reader = TensorReader(self.dtype, self.device, self._promised, maps=self._maps)
         sites = [site for site in self._sites_of(modules, but) if not site.resident]
-        tensors = [reader.read(site.entry) for site in sites]
+        tensors = [reader.read(site.source) for site in sites]
         for site, tensor in zip(sites, tensors, strict=True):
-            site.put(tensor)
+            if site.is_widened:
+                site.kept = tensor
+            else:
+                site.put(tensor)
             site.resident = True
         self._mapped |= reader.mapped
 
@@ -106,9 +124,9 @@ class WeightStream:
         device a thread reads and copies into the second slot; while none is free the call does nothing. What goes
         wrong is raised by `materialize`.
         """
-        sites = [site for site in self._sites_of(modules, but) if not site.is_real]
+        sites = [site for site in self._sites_of(modules, but) if not site.is_real and site.kept is None]
         if sites:
-            self._memory.prefetch(self._layout(sites))
+            self._memory.prefetch(self._layout(sites, self._is_sent))
 
     def pin(self, n_bytes: int) -> None:
         """Lets a CUDA device's stream hold so many bytes of what it has read in pinned host memory, to send it again.
@@ -124,11 +142,15 @@ class WeightStream:
         """Bytes of `modules`, without those in `but`, in `dtype`: what they take, materialized or resident."""
         return sum(site.n_bytes for site in self._sites_of(modules, but))
 
+    def sent_bytes_of(self, *modules: nn.Module) -> int:
+        """Bytes of `modules` as a CUDA device is sent them: quantised matrices in their parts."""
+        return sum(size_of(site, packed=True) for site in self._sites_of(modules, ()))
+
     @property
     def held_bytes(self) -> int:
         """Bytes of all that is resident, and of the buffers that are not in use."""
         sites = (site for owned in self._sites.values() for site in owned)
-        return sum(site.n_bytes for site in sites if site.resident) + self.buffer_bytes
+        return sum(site.kept_bytes for site in sites if site.resident) + self.buffer_bytes
 
     @property
     def buffer_bytes(self) -> int:
@@ -156,7 +178,12 @@ class WeightStream:
                     found.update(dict.fromkeys(self._sites.get(owner, ())))
         return list(found)
 
-    def _layout(self, sites: Iterable[Site]) -> Layout:
+    @property
+    def _is_sent(self) -> bool:
+        """Whether what is read goes to a device, quantised matrices in their parts."""
+        return isinstance(self._memory, ReadAheadBuffers)
+
+    def _layout(self, sites: Iterable[Site], packed: bool = False) -> Layout:
         """Where in a flat buffer each tensor goes, in the order of the files.
 
         Which kernel computes a product can depend on how its operands are aligned. So that materialized weights give
@@ -164,28 +191,54 @@ class WeightStream:
         here.
         """
         places, end = [], 0
-        for site in sorted(sites, key=lambda site: (site.entry.file, site.entry.start)):
-            phase = 0
-            if self._as_in_the_file and is_mappable(site.entry, site.dtype):
-                phase = site.entry.start % self._alignment_bytes
+        for site in sorted(sites, key=lambda site: site.source.place):
+            phase, source = 0, site.source
+            if self._as_in_the_file and source.form is None and is_mappable(source.first, site.dtype):
+                phase = source.first.start % self._alignment_bytes
             start = end + (phase - end) % self._alignment_bytes
-            end = start + site.n_bytes
+            end = start + size_of(site, packed)
             places.append((site, start))
-        return Layout(tuple(places), end)
+        return Layout(tuple(places), end, packed)
 
     def _take(self, sites: Sequence[Site]) -> None:
-        used = {site.entry.file for site in sites if site.resident}
+        used = {site.source.first.file for site in sites if site.resident}
         check_mapped({file: state for file, state in self._mapped.items() if file in used})
         lacking = [site for site in sites if not site.is_real]
         if lacking:
-            layout = self._layout(lacking)
-            slot, flat = self._memory.load(layout)
-            use = Use(slot, len(lacking))
-            for site, start in layout.places:
-                site.put(tensor_at(flat, start, site))
+            use = self._load_and_widen(lacking) if self._is_sent else self._load(lacking)
+            for site in lacking:
                 site.use = use
         for site in sites:
             site.users += 1
+
+    def _load(self, sites: list[Site]) -> Use:
+        layout = self._layout(sites)
+        slot, flat = self._memory.load(layout)
+        layout.put(flat)
+        return Use(slot, len(sites))
+
+    def _load_and_widen(self, sites: list[Site]) -> Use:
+        """What is not there comes in its parts; all that is to be wide is made so, in memory for this use alone."""
+        sent = [site for site in sites if site.kept is None]
+        slot: Any = None
+        parts = {site: site.kept for site in sites if site.kept is not None}
+        if sent:
+            layout = self._layout(sent, packed=True)
+            slot, flat = self._memory.load(layout)
+            for site, start in layout.places:
+                here = layout.bytes_at(flat, start, site)
+                if site.is_widened:
+                    parts[site] = here
+                else:
+                    site.put(here if site.native else wide(site, here))
+        if parts:
+            layout = self._layout(parts)
+            with torch.inference_mode(False):
+                flat = torch.empty(layout.n_bytes, dtype=torch.uint8, device=self.device)
+            for site, start in layout.places:
+                widen_site(site, parts[site], layout.bytes_at(flat, start, site))
+            layout.put(flat)
+        return Use(slot, len(sites))
 
     def _give_back(self, sites: Sequence[Site]) -> None:
         for site in sites:
@@ -193,8 +246,8 @@ class WeightStream:
             if site.users or site.use is None:
                 continue
             use, site.use = site.use, None
-            if not site.resident:
-                site.put(site.empty)
+            if not site.resident or site.kept is not None:
+                site.take_away()
             use.sites -= 1
-            if not use.sites:
+            if not use.sites and use.slot is not None:
                 self._memory.give_back(use.slot)

@@ -20,6 +20,7 @@ from handscroll.banded.triton.bias import bias_activation_
 from handscroll.banded.triton.gates import depthwise_gate, gate_add_
 from handscroll.banded.triton.launch import available, in_use
 from handscroll.banded.triton.norms import layer_norm_modulate, rms_norm
+from handscroll.banded.triton.quantised import quantise_rows
 from handscroll.banded.triton.upsample import upsample_row_phase
 
 __all__ = [
@@ -31,6 +32,7 @@ __all__ = [
     "gate_add_",
     "in_use",
     "layer_norm_modulate",
+    "quantise_rows",
     "rms_norm",
     "upsample_row_phase",
 ]

@@ -1,0 +1,29 @@
+"""What the tests of quantised weights are given."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from handscroll.banded.transformer import Branch
+from handscroll.models.known import known_specs
+from handscroll.models.text_encoder import TextEncoderSpec
+from handscroll.models.transformer import TransformerSpec
+
+
+def true_transformer(name: str) -> TransformerSpec:
+    return known_specs()[name].transformer
+
+
+def true_text() -> TextEncoderSpec:
+    return known_specs()["sana-1.6b-4k"].text_encoder
+
+
+def branches_of(model: Any, dtype: torch.dtype) -> list[Branch]:
+    """Two prompts, of which one has a single token."""
+    torch.manual_seed(3)
+    guidance = torch.tensor([4.5]) if model.config.guidance_embeds else None
+    latent = torch.randn(1, 32, 5, 7).to(dtype)
+    texts = [torch.randn(1, tokens, model.config.caption_channels).to(dtype) for tokens in (6, 1)]
+    return [Branch(latent, text, None, torch.tensor([411.0]), guidance) for text in texts]
