@@ -17,5 +17,5 @@ def test_the_page_is_plain_and_names_every_command() -> None:
     page = (DOCS / "cli.md").read_text(encoding="utf-8")
     assert "\x1b" not in page
     assert max(map(len, page.splitlines())) <= 120
-    for command in ("generate", "decode", "plan", "resume", "quantize", "info", "models", "doctor", "bench"):
+    for command in ("generate", "decode", "plan", "resume", "quantize", "compare", "info", "models", "doctor", "bench"):
         assert f"## `handscroll {command}`" in page

@@ -16,6 +16,7 @@ from typing import Annotated, Any
 import typer
 
 from handscroll.cli.bench import bench
+from handscroll.cli.compare import compare
 from handscroll.cli.dashes import prompts_apart, way_out
 from handscroll.cli.decode import decode
 from handscroll.cli.doctor import doctor
@@ -78,7 +79,7 @@ def handscroll(
         print(context.get_help())
 
 
-for command in (generate, decode, plan, resume, quantize, info, models, doctor, bench):
+for command in (generate, decode, plan, resume, quantize, compare, info, models, doctor, bench):
     app.command()(command)
 
 
