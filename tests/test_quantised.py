@@ -520,6 +520,26 @@ def test_the_command(miniature: Miniature, tmp_path: Path, capsys: pytest.Captur
     assert said.err.count("error:") == 3
 
 
+def test_info_says_how_a_folder_is_stored(small: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert handscroll(["info", str(small)]) == 0
+    assert "int4+fp32" in capsys.readouterr().out
+
+
+def test_a_budget_that_is_too_small_names_what_would_do(capsys: pytest.CaptureFixture[str]) -> None:
+    """By known figures, without a file of the model. And it is true. What this process holds counts, and changes."""
+    asked = ["plan", "a", "--model", "sana-1.6b-4k", "--size", "4096", "--device", "cpu", "--json"]
+    least = {}
+    for precision in ("fp32", "int8"):
+        assert handscroll([*asked, "--precision", precision, "--memory", "1MiB"]) == 3
+        least[precision] = json.loads(capsys.readouterr().out)["error"]["minimum_bytes"]
+    assert least["int8"] < least["fp32"]
+    for budget_bytes, fits in ((least["int8"] + 2**26, True), (least["int8"] - 2**27, False)):
+        assert handscroll([*asked, "--precision", "fp32", "--memory", str(budget_bytes)]) == 3
+        assert ("it fits with --precision int8" in capsys.readouterr().out) == fits
+        assert handscroll([*asked, "--precision", "int8", "--memory", str(budget_bytes)]) == (0 if fits else 3)
+        capsys.readouterr()
+
+
 def test_sources_count_what_they_read(tmp_path: Path) -> None:
     weight = torch.randn(6, 64)
     save_file({"weight": weight}, tmp_path / "w.safetensors")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -13,6 +13,9 @@ from handscroll.cli.options import Json
 from handscroll.cli.output import columns, print_text, to_json
 from handscroll.errors import FormatError, UsageError
 from handscroll.units import gibibytes, one_line
+
+if TYPE_CHECKING:
+    from handscroll.models.checkpoint import CheckpointSpec
 
 Found = dict[str, Any]
 
@@ -128,7 +131,7 @@ def _checkpoint(path: Path) -> Found:
     components = {
         name: {
             "parameters": spec.weights_of(name).n_parameters,
-            "precision": spec.dtype_of(name),
+            "precision": _precision(spec, name),
             "bytes": spec.weights_of(name).n_bytes,
             "files": [file.name for file in spec.weights_of(name).files],
             "config": dataclasses.asdict(configs[name]),
@@ -149,6 +152,12 @@ def _checkpoint(path: Path) -> Found:
         "bytes": spec.n_bytes,
         "components": components,
     }
+
+
+def _precision(spec: CheckpointSpec, component: str) -> str:
+    """What a component is stored in, as `int8+bf16` where its matrices are in 8 or 4 bits."""
+    quantised = spec.quantisation_of(component)
+    return f"{quantised.storage}+{spec.dtype_of(component)}" if quantised else spec.dtype_of(component)
 
 
 def _run(folder: Path) -> Found:

@@ -32,11 +32,12 @@ class Rates:
 class Hardware:
     """The device that a request resolved to, `cpu` or `cuda:N`.
 
-    bf16_is_faster: whether a CPU multiplies bf16 faster than fp32. base_bytes: what is held before the first stage and
-    counts towards the budget: on a CPU all that the process holds, libraries included, None where the system does not
-    tell; on a CUDA device what the process has allocated there already. free_bytes: what stages may take where no
-    budget is given, those base_bytes included, None if the system does not tell. host_bytes: room in the host's memory
-    beside a CUDA device, for layers and maps together. scratch_bytes: room for maps in the scratch folder.
+    bf16_is_faster: whether a CPU multiplies bf16 faster than fp32. has_fp8: whether the device multiplies fp8.
+    base_bytes: what is held before the first stage and counts towards the budget: on a CPU all that the process holds,
+    libraries included, None where the system does not tell; on a CUDA device what the process has allocated there
+    already. free_bytes: what stages may take where no budget is given, those base_bytes included, None if the system
+    does not tell. host_bytes: room in the host's memory beside a CUDA device, for layers and maps together.
+    scratch_bytes: room for maps in the scratch folder.
     """
 
     device: str
@@ -46,6 +47,7 @@ class Hardware:
     host_bytes: int = 0
     scratch_bytes: int = 2**62
     rates: Rates = Rates()
+    has_fp8: bool = False
 
     @property
     def is_cuda(self) -> bool:

@@ -82,18 +82,24 @@ def _is_told(precision: str) -> bool:
 
 
 def resolve_precision(
-    spec: CheckpointSpec, requested: str, device: str, bf16_is_faster: bool, text_requested: str = "auto"
+    spec: CheckpointSpec,
+    requested: str,
+    device: str,
+    bf16_is_faster: bool,
+    text_requested: str = "auto",
+    has_fp8: bool = False,
 ) -> Precision:
     """`requested` is auto, a precision, or what the transformer's weights are kept in, which then computes as auto
     does; `text_requested` what the text encoder's are kept in, or auto; `device` a device name; `bf16_is_faster` what
-    was measured on a CPU.
+    was measured on a CPU; `has_fp8` whether the device multiplies fp8. Raises UsageError for a storage that it lacks,
+    or that is not the one of weights that are quantised already.
 
     auto follows the checkpoint on an accelerator, and on a CPU computes in fp32 unless bf16 is faster there. What its
     publisher says comes before what its files are stored in, and a transformer in half precision takes with it what is
     stored in fp32: an official autoencoder always is, and its model card runs it in bf16. Text encoder and autoencoder
     are never fp16: their activations pass its 65,504 and the picture turns black.
     """
-    if "fp8" in (requested, getattr(spec.quantisation_of("transformer"), "storage", "")) and device == "cpu":
+    if "fp8" in (requested, getattr(spec.quantisation_of("transformer"), "storage", "")) and not has_fp8:
         raise UsageError("fp8 needs a CUDA device that multiplies it (compute capability 8.9); use int8 or int4")
     storage, text_storage = (
         _storage(spec, *each) for each in (("transformer", requested), ("text_encoder", text_requested))

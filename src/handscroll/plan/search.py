@@ -53,7 +53,12 @@ def make_plan(spec: CheckpointSpec, request: Request, inputs: PlanInputs, seed: 
         guidance=spec.default_guidance if request.guidance is None else request.guidance,
         seeds=tuple(first_seed + index for index in range(request.count)),
         precision=resolve_precision(
-            spec, request.precision, hardware.device, hardware.bf16_is_faster, request.text_precision
+            spec,
+            request.precision,
+            hardware.device,
+            hardware.bf16_is_faster,
+            request.text_precision,
+            hardware.has_fp8,
         ),
         device=hardware.device,
         decode=request.decode,
@@ -206,7 +211,8 @@ def _too_small(plan: Plan, spec: CheckpointSpec, inputs: PlanInputs) -> BudgetEr
             line += ", which --compose off would do with"
     if plan.precision.exact:
         for storage in ("int8", "int4"):
-            precision = dataclasses.replace(plan.precision, transformer_storage=storage)
+            # As the option would have it, which leaves what is computed in to this machine.
+            precision = resolve_precision(spec, storage, inputs.hardware.device, inputs.hardware.bf16_is_faster)
             needed_bytes = minimum_bytes(dataclasses.replace(plan, precision=precision), spec, inputs)
             if needed_bytes is not None and needed_bytes <= allowed_bytes:
                 line += f"; it fits with --precision {storage}, which changes the picture a little"

@@ -16,6 +16,7 @@ from handscroll.system import available_bytes, free_disk_bytes, own_resident_byt
 
 HOST_SHARE = 0.7  # of the host's free memory, for what a device has no room for
 UNKNOWN_DISK_BYTES = 2**62
+FP8_CAPABILITY = 8, 9  # the first that multiplies fp8
 # What the stages import when they first need it.
 LIBRARIES = (
     "diffusers.models.transformers.sana_transformer",
@@ -64,6 +65,7 @@ def _cuda_hardware(device: str, scratch_bytes: int) -> Hardware:
         host_bytes=int((available_bytes() or 0) * HOST_SHARE),
         scratch_bytes=scratch_bytes,
         rates=rates,
+        has_fp8=torch.version.hip is None and torch.cuda.get_device_capability(device) >= FP8_CAPABILITY,
     )
 
 

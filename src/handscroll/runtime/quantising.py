@@ -163,22 +163,19 @@ class _Writer:
         self.spec, self.storages, self.part, self.on_event = spec, storages, part, on_event
         self.matrices: list[Matrix] = []
         self.kept: list[str] = []
-        self.files_done = 0
+        self.tensors_done = 0
+        self.tensors = sum(len(spec.weights_of(component).tensors) for component in storages)
 
     def write(self, output: Path) -> Report:
-        files = [file for component in self.storages for file in self.spec.weights_of(component).files]
         for component in _components():
             storage = self.storages.get(component)
             self._copy_small(component, quantised=storage is not None)
             if storage is not None:
                 for file in self.spec.weights_of(component).files:
-                    self.on_event(Progress("quantize", self.files_done, len(files), 0, f"{component}/{file.name}"))
                     self._write_file(component, storage, file)
-                    self.files_done += 1
                 self._write_index(component, storage)
                 self._write_config(component, storage)
         self._copy_rest()
-        self.on_event(Progress("quantize", len(files), len(files)))
         report = Report(
             output,
             self.spec.name,
@@ -237,6 +234,7 @@ class _Writer:
         report = target.with_suffix(".report.json")
         if target.exists() and report.exists() and read_metadata(target).get(SOURCE) == made_from:
             self._take_report(json.loads(report.read_text()))
+            self._tell(component, len(entries))
             return
         stored = [each for entry in entries for each in _stored(component, storage, entry)]
         header: dict[str, Any] = {}
@@ -265,6 +263,7 @@ class _Writer:
         self, component: str, storage: str, entries: list[TensorEntry], files: OpenFiles, found: dict[str, Any]
     ) -> Iterator[bytes | memoryview]:
         for entry in entries:
+            self._tell(component, 1)
             form = _form(component, storage, entry)
             if form is None:
                 if entry.name.endswith(".weight") and len(entry.shape) > 1:
@@ -284,6 +283,10 @@ class _Writer:
                 after += 16
             matrix = Matrix(f"{component}: {entry.name}", form, entry.shape, error, entry.n_bytes, after)
             found["matrices"].append(matrix.as_dict() | {"group": form.group, "storage": form.storage})
+
+    def _tell(self, component: str, tensors: int) -> None:
+        self.tensors_done += tensors
+        self.on_event(Progress("quantize", self.tensors_done, self.tensors, 0, component.replace("_", " ")))
 
     def _take_report(self, found: Mapping[str, Any]) -> None:
         for each in found["matrices"]:
