@@ -255,6 +255,8 @@ class FakeCuda:
     theirs: int = 0
     cached: int = 0
     fraction: float = 1.0
+    major: int = 8  # as get_device_properties tells a compute capability
+    minor: int = 0
     set_to: list[float] = field(default_factory=list)
 
     def set_fraction(self, fraction: float, device: object) -> None:
