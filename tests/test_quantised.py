@@ -6,7 +6,8 @@ import errno
 import json
 import math
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -200,10 +201,10 @@ def test_a_transformer_predicts_the_same_bits_however_it_is_run(
     kept: Any = resident.transformer_blocks
 
     def of_resident(index: int) -> Any:
-        return stream_context(stream, kept[index])
+        return materialized(stream, kept[index])
 
     def of_passing(index: int) -> Any:
-        return stream_context(other, blocks[index])
+        return materialized(other, blocks[index])
 
     expected = predict(resident, given, layer=of_resident, band_rows=4)
     for rows in (1, 3, None):
@@ -221,18 +222,11 @@ def test_a_transformer_predicts_the_same_bits_however_it_is_run(
         assert not hasattr(block.attn1.to_q, "weight_scale")
 
 
-class stream_context:
+@contextmanager
+def materialized(stream: WeightStream, block: Any) -> Iterator[Any]:
     """A layer for as long as it is used."""
-
-    def __init__(self, stream: WeightStream, block: Any) -> None:
-        self.block, self.context = block, stream.materialize(block)
-
-    def __enter__(self) -> Any:
-        self.context.__enter__()
-        return self.block
-
-    def __exit__(self, *given: Any) -> None:
-        self.context.__exit__(*given)
+    with stream.materialize(block):
+        yield block
 
 
 # What is held

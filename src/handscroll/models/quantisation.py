@@ -150,5 +150,12 @@ class Quantisation:
             "handscroll": {"precision": self.storage, "dtype": self.dtype},
         }
 
+    def refusal(self, model: str, component: str, wanted: str) -> str:
+        """Why a component that is stored so is not made into another storage, in one line."""
+        return (
+            f"{model}: its {component.replace('_', ' ')} is stored in {self.storage} already and cannot be made "
+            f"{wanted}; take the original"
+        )
+
     def is_stored_as(self, storage: str) -> bool:
         return _STORED_AS[self.storage] == _STORED_AS.get(storage)

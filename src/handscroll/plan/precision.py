@@ -141,10 +141,7 @@ def _storage(spec: CheckpointSpec, component: str, requested: str) -> str:
     if stored is None or (wanted and stored.is_stored_as(wanted)):
         return wanted
     if wanted:
-        raise UsageError(
-            f"{spec.name}: its {component.replace('_', ' ')} is stored in {stored.storage} already and cannot be made "
-            f"{wanted}; take the original"
-        )
+        raise UsageError(stored.refusal(spec.name, component, wanted))
     return stored.storage
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 import shutil
@@ -17,6 +18,7 @@ from handscroll.errors import OutputError, UsageError
 from handscroll.events import OnEvent, Progress, ignore
 from handscroll.files import sync_folder, write_whole
 from handscroll.models.checkpoint import CheckpointSpec
+from handscroll.models.folder import COMPONENTS
 from handscroll.models.quantisation import Quantisation, form_of
 from handscroll.units import first_line, gibibytes
 from handscroll.version import __version__
@@ -25,13 +27,15 @@ from handscroll.weights.files import OpenFiles
 from handscroll.weights.forms import PACKED, SHAPE, Form, matrix_shape, parts_of
 from handscroll.weights.header import DTYPES, TensorEntry, read_metadata
 from handscroll.weights.sources import Source
+from handscroll.weights.tensor_file import header_bytes
 
 PIECE_BYTES = 2**24
 SOURCE = "handscroll_source"  # in a file's metadata: what it was made from, and how
 REPORT = "quantisation.json"
 _STORED_NAMES = {name: stored for stored, (name, _) in DTYPES.items()}
-_COPIED = ("model_index.json", "handscroll.json", "scheduler", "tokenizer", "text_encoder", "transformer", "vae")
-_TERMS = ("LICENSE", "LICENCE", "NOTICE", "README.md")
+# Beside the components.
+_FILES = ("model_index.json", "handscroll.json", "LICENSE", "LICENCE", "NOTICE", "README.md")
+_FOLDERS = ("scheduler", "tokenizer")
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,10 +95,7 @@ def quantise_folder(
     """
     for component, storage in storages.items():
         if (stored := spec.quantisation_of(component)) is not None:
-            raise UsageError(
-                f"{spec.name}: its {component.replace('_', ' ')} is stored in {stored.storage} already and cannot be "
-                f"made {storage}; take the original"
-            )
+            raise UsageError(stored.refusal(spec.name, component, storage))
         if not spec.weights_of(component).files:
             raise UsageError(f"{spec.name}: its weights are not on this machine")
     if os.path.lexists(output):
@@ -116,14 +117,10 @@ def quantise_folder(
 
 def _check_room(spec: CheckpointSpec, storages: Mapping[str, str], part: Path) -> None:
     there = sum(file.stat().st_size for file in part.rglob("*") if file.is_file())
-    needed = sum(_bytes_after(spec, component, storages.get(component, "")) for component in _components())
+    needed = sum(_bytes_after(spec, component, storages.get(component, "")) for component in COMPONENTS)
     free = shutil.disk_usage(part).free
     if needed - there > free:
         raise OutputError(f"{part}: needs {gibibytes(needed - there)}, and {gibibytes(free)} are free")
-
-
-def _components() -> tuple[str, ...]:
-    return ("text_encoder", "transformer", "vae")
 
 
 def _bytes_after(spec: CheckpointSpec, component: str, storage: str) -> int:
@@ -167,7 +164,7 @@ class _Writer:
         self.tensors = sum(len(spec.weights_of(component).tensors) for component in storages)
 
     def write(self, output: Path) -> Report:
-        for component in _components():
+        for component in COMPONENTS:
             storage = self.storages.get(component)
             self._copy_small(component, quantised=storage is not None)
             if storage is not None:
@@ -183,7 +180,7 @@ class _Writer:
             tuple(self.matrices),
             tuple(self.kept),
             self.spec.n_bytes,
-            sum(_bytes_after(self.spec, each, self.storages.get(each, "")) for each in _components()),
+            sum(_bytes_after(self.spec, each, self.storages.get(each, "")) for each in COMPONENTS),
         )
         write_whole(self.part / REPORT, [json.dumps(report.as_dict(), indent=1).encode() + b"\n"])
         return report
@@ -203,15 +200,13 @@ class _Writer:
                 self._copy(file, self.part / component / file.name)
 
     def _copy_rest(self) -> None:
-        for name in (*_COPIED, *_TERMS):
-            place = self.spec.folder / name
-            if place.is_file():
-                self._copy(place, self.part / name)
-            elif place.is_dir() and name in ("scheduler", "tokenizer"):
-                (self.part / name).mkdir(exist_ok=True)
-                for file in sorted(place.iterdir()):
-                    if file.is_file():
-                        self._copy(file, self.part / name / file.name)
+        files = [self.spec.folder / name for name in _FILES]
+        for name in _FOLDERS:
+            (self.part / name).mkdir(exist_ok=True)
+            files += sorted((self.spec.folder / name).iterdir())
+        for file in files:
+            if file.is_file():
+                self._copy(file, self.part / file.relative_to(self.spec.folder))
 
     def _copy(self, source: Path, target: Path) -> None:
         if target.exists() and target.stat().st_size == source.stat().st_size:
@@ -247,13 +242,11 @@ class _Writer:
                 "data_offsets": [start, end],
             }
         header["__metadata__"] = {**read_metadata(file), "handscroll": __version__, SOURCE: made_from}
-        packed = json.dumps(header, ensure_ascii=False).encode()
-        packed += b" " * (-len(packed) % 8)
         files = OpenFiles(promises_of(entries, weights.state_of))
         found: dict[str, Any] = {"matrices": [], "kept": []}
         try:
             data = self._data(component, storage, entries, files, found)
-            write_whole(target, _chain(len(packed).to_bytes(8, "little"), packed, data))
+            write_whole(target, itertools.chain([header_bytes(header)], data))
         finally:
             files.close()
         write_whole(report, [json.dumps(found).encode()])
@@ -321,12 +314,6 @@ class _Writer:
 def _made_from(file: Path, state: FileState | None, storage: str) -> str:
     facts = [file.name, state and (state.n_bytes, state.modified_ns), storage, __version__]
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
-
-
-def _chain(*first: Any) -> Iterator[bytes | memoryview]:
-    yield first[0]
-    yield first[1]
-    yield from first[2]
 
 
 def _copied(files: OpenFiles, entry: TensorEntry) -> Iterator[memoryview]:

@@ -43,9 +43,14 @@ def write_tensors(
         dtype = _DTYPE_NAMES[str(tensor.dtype).removeprefix("torch.")]
         entries[name] = {"dtype": dtype, "shape": list(tensor.shape), "data_offsets": [start, end]}
     entries["__metadata__"] = dict(sorted({**metadata, CHECKSUM: f"{checksum:08x}"}.items()))
-    header = json.dumps(entries, ensure_ascii=False).encode("utf-8", "replace")
-    header += b" " * (-len(header) % 8)
-    write_whole(path, [len(header).to_bytes(8, "little"), header, *data], part=part)
+    write_whole(path, [header_bytes(entries), *data], part=part)
+
+
+def header_bytes(header: Mapping[str, object]) -> bytes:
+    """What a safetensors file begins with: the header's length, and the header, so long that tensors lie aligned."""
+    packed = json.dumps(header, ensure_ascii=False).encode("utf-8", "replace")
+    packed += b" " * (-len(packed) % 8)
+    return len(packed).to_bytes(8, "little") + packed
 
 
 def read_tensors(path: Path, *names: str) -> tuple[dict[str, Tensor], dict[str, str]]:
