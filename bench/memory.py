@@ -29,7 +29,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 import pyvips
@@ -42,7 +42,7 @@ from handscroll.jobs.latent_file import save_latent
 from handscroll.models.checkpoint import CheckpointSpec
 from handscroll.models.opening import open_checkpoint
 from handscroll.plan.search import make_plan, minimum_bytes
-from handscroll.request import PrecisionName, Request
+from handscroll.request import Request
 from handscroll.runtime.probe import probe
 from handscroll.units import parse_bytes, parse_size
 
@@ -88,7 +88,8 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     mode.add_argument("--size", type=size, default=(4096, 4096))
     mode.add_argument("--steps", type=int, default=1)
     mode.add_argument("--budgets", type=budgets, default=budgets("4GiB,2GiB,least"), help="4GiB,2GiB,least,none")
-    mode.add_argument("--precision", choices=get_args(PrecisionName), default="auto")
+    mode.add_argument("--precision", default="auto", help="as `handscroll generate` takes it")
+    mode.add_argument("--text-precision", default="auto")
 
     mode = modes.add_parser("decode", parents=[shared], help="decoding alone, beside diffusers' tiling")
     mode.add_argument("folder", type=Path, help="a checkpoint folder")
@@ -207,6 +208,7 @@ def generate(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     width, height = arguments.size
     base = ["generate", PROMPT, "--model", arguments.folder, "--size", f"{width}x{height}"]
     base += ["--steps", str(arguments.steps), "--seed", "1", "--device", "cpu", "--precision", arguments.precision]
+    base += ["--text-precision", arguments.text_precision]
     base += ["--compose", "off"]
     say(f"{width}x{height}, refused")
     least_bytes = child.least_bytes([*base, "-o", folder / "refused.png"], fresh_cache(folder))

@@ -10,6 +10,23 @@ from handscroll.banded.transformer import Branch
 from handscroll.models.known import known_specs
 from handscroll.models.text_encoder import TextEncoderSpec
 from handscroll.models.transformer import TransformerSpec
+from handscroll.weights.forms import Form, packed_bytes
+from handscroll.weights.low_rank import quantise
+from handscroll.weights.quantised import views, widen
+
+
+def packed_of(form: Form, weight: torch.Tensor) -> torch.Tensor:
+    """A matrix as it is kept: the bytes of its parts."""
+    shape = tuple(weight.shape)
+    packed = torch.empty(packed_bytes(form, shape), dtype=torch.uint8)
+    quantise(form, weight, packed)
+    return packed
+
+
+def widened(form: Form, shape: tuple[int, ...], packed: torch.Tensor, dtype: torch.dtype = torch.float32) -> Any:
+    out = torch.empty(shape, dtype=dtype)
+    widen(form, views(form, shape, packed), out)
+    return out
 
 
 def true_transformer(name: str) -> TransformerSpec:

@@ -20,8 +20,10 @@ from handscroll.cli.main import app
 from handscroll.cli.options import takes_options
 from handscroll.errors import PromptError, SizeError, UsageError
 from handscroll.models.opening import open_checkpoint
+from handscroll.models.quantisation import STORAGES
 from handscroll.options import check_fields, fields_of, option, options_of, within
-from handscroll.request import DecodeName, PrecisionName, Request
+from handscroll.plan.precision import BYTES
+from handscroll.request import COMPUTED, STORED, DecodeName, Request, TextPrecisionName
 
 # What commands have beside the table, by the names of their parameters.
 OF_NO_PICTURE = {"output", "save_latent", "quality", "yes", "as_json", "quiet", "help"}
@@ -67,12 +69,30 @@ def test_every_field_but_the_prompt_is_an_option() -> None:
 def test_words_are_declared_once() -> None:
     choices = {each.name: each.choices for each in options_of(Request) if each.choices}
     assert choices == {
-        "precision": ("auto", "fp32", "bf16", "fp16", "int8", "int8-weights", "int4", "fp8"),
         "text_precision": ("auto", "int8-weights", "int4"),
         "decode": ("rows", "whole", "tiled", "patch"),
     }
-    assert choices["precision"] == get_args(PrecisionName)
+    assert choices["text_precision"] == get_args(TextPrecisionName)
     assert choices["decode"] == get_args(DecodeName)
+
+
+@pytest.mark.parametrize("precision", ["auto", *COMPUTED, *STORED, "int8+bf16", "int4+fp32", "int8-weights+fp16"])
+def test_precisions_that_are_known(precision: str) -> None:
+    assert Request("a", precision=precision).precision == precision
+
+
+@pytest.mark.parametrize(
+    "precision", ["", "int3", "bf16+int8", "int8+", "+bf16", "int8+int4", "int8+auto", "auto+bf16", "bf16+bf16", "INT8"]
+)
+def test_precisions_that_are_not(precision: str) -> None:
+    with pytest.raises(UsageError, match=r"^precision .* is not known; ") as error:
+        Request("a", precision=precision)
+    assert "\n" not in str(error.value)
+
+
+def test_what_is_stored_and_computed_in_is_known_elsewhere_too() -> None:
+    assert STORED == STORAGES
+    assert tuple(BYTES) == COMPUTED
 
 
 # Who has it

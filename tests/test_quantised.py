@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import json
 import math
@@ -30,32 +31,20 @@ from handscroll.models.checkpoint import CheckpointSpec
 from handscroll.models.quantisation import STORAGES, Quantisation, form_of, weight_cost
 from handscroll.models.text_encoder import TextEncoderSpec
 from handscroll.models.transformer import TransformerSpec
-from handscroll.plan.precision import Precision, precisions_before
+from handscroll.plan.precision import Precision, precisions_before, resolve_precision
 from handscroll.runtime import quantising
 from handscroll.runtime.modules import open_module
 from handscroll.runtime.quantising import REPORT, quantise_folder
 from handscroll.weights.forms import GROUPS, Form, packed_bytes, parts_of
 from handscroll.weights.header import read_header
-from handscroll.weights.quantised import pack, quantise, unpack, views, widen
+from handscroll.weights.quantised import pack, unpack, views
 from handscroll.weights.sources import Source
 from handscroll.weights.stream import WeightStream
-from quantised_cases import branches_of, true_text, true_transformer
+from quantised_cases import branches_of, packed_of, true_text, true_transformer, widened
 
 Miniature = Callable[..., Path]
 FORMS = [Form("int8"), Form("fp8"), *(Form("int4", group) for group in GROUPS)]
 CPU_STORAGES = [storage for storage in STORAGES if storage != "fp8"]
-
-
-def packed_of(form: Form, weight: torch.Tensor) -> torch.Tensor:
-    packed = torch.empty(packed_bytes(form, tuple(weight.shape)), dtype=torch.uint8)
-    quantise(form, weight, packed)
-    return packed
-
-
-def widened(form: Form, shape: tuple[int, ...], packed: torch.Tensor, dtype: torch.dtype = torch.float32) -> Any:
-    out = torch.empty(shape, dtype=dtype)
-    widen(form, views(form, shape, packed), out)
-    return out
 
 
 # Numbers and bytes
@@ -121,7 +110,7 @@ def test_rows_that_no_group_divides_are_refused_or_left() -> None:
         parts_of(Form("int4", 32), (4, 80))
     name = "transformer_blocks.3.ff.conv_point.weight"
     assert form_of("transformer", "int4", name, (32, 80, 1, 1)) is None
-    assert form_of("transformer", "int4", name, (32, 96, 1, 1)) == Form("int4", 32)
+    assert form_of("transformer", "int4", name, (32, 96, 1, 1)) == Form("int4", 32, 8)
     assert form_of("transformer", "int8", name, (32, 80, 1, 1)) == Form("int8")
 
 
@@ -238,7 +227,7 @@ def test_plan_and_stream_count_the_same_bytes(miniature: Miniature, storage: str
     module, stream = open_module(spec, "transformer", dtype=torch.bfloat16, device="cpu", storage=storage)
     blocks: Any = module.transformer_blocks
     cost = weight_cost(
-        "transformer", storage, spec.transformer.block_matrices(), spec.transformer.block_parameter_count, 2, False
+        "transformer", storage, spec.transformer.block_matrices(), spec.transformer.block_parameter_count, 2
     )
     assert stream.bytes_of(blocks[0]) == cost.working_bytes
     assert stream.sent_bytes_of(blocks[0]) == cost.resident_bytes
@@ -247,9 +236,7 @@ def test_plan_and_stream_count_the_same_bytes(miniature: Miniature, storage: str
     text, text_stream = open_module(spec, "text_encoder", dtype=torch.bfloat16, device="cpu", storage=storage)
     layers: Any = text.layers
     matrices, parameters = spec.text_encoder.layer_matrices(), spec.text_encoder.layer_parameter_count
-    of_text = weight_cost(
-        "text_encoder", "int8-weights" if storage == "int8" else storage, matrices, parameters, 2, False
-    )
+    of_text = weight_cost("text_encoder", "int8-weights" if storage == "int8" else storage, matrices, parameters, 2)
     assert text_stream.sent_bytes_of(layers[0]) == of_text.resident_bytes
     assert text_stream.bytes_of(layers[0]) == of_text.working_bytes
 
@@ -258,18 +245,18 @@ def test_sizes_of_the_official_models() -> None:
     small, large, text = true_transformer("sana-1.6b-4k"), true_transformer("sana-1.5-4.8b"), true_text()
 
     def whole(spec: TransformerSpec, storage: str) -> float:
-        layer = weight_cost("transformer", storage, spec.block_matrices(), spec.block_parameter_count, 2, False)
+        layer = weight_cost("transformer", storage, spec.block_matrices(), spec.block_parameter_count, 2)
         rest = (spec.parameter_count - spec.num_layers * spec.block_parameter_count) * 2
         return (rest + spec.num_layers * layer.resident_bytes) / 2**30
 
     def of_text(spec: TextEncoderSpec, storage: str) -> float:
-        layer = weight_cost("text_encoder", storage, spec.layer_matrices(), spec.layer_parameter_count, 2, False)
+        layer = weight_cost("text_encoder", storage, spec.layer_matrices(), spec.layer_parameter_count, 2)
         return spec.num_hidden_layers * layer.resident_bytes / 2**30
 
     assert whole(small, "int4") <= 0.95
     assert of_text(text, "int4") + 300 * 2304 * 2 / 2**30 <= 1.0
     assert whole(small, "int8") == pytest.approx(1.55, abs=0.02)
-    assert whole(large, "int4") < 2.6
+    assert whole(large, "int4") == pytest.approx(2.65, abs=0.01)
     assert F32C32_SANA.latent_channels == 32
 
 
@@ -294,7 +281,11 @@ def test_a_folder_gives_the_bytes_of_quantising_while_reading(
     )
     assert not (tmp_path / "small.part").exists()
     spec = CheckpointSpec.from_folder(tmp_path / "small")
-    assert spec.quantisation_of("transformer") == Quantisation(storage, "fp32" if dtype == torch.float32 else "bf16")
+    found = spec.quantisation_of("transformer")
+    assert found is not None
+    expected = Quantisation(storage, "fp32" if dtype == torch.float32 else "bf16", corrected=storage == "int4")
+    assert dataclasses.replace(found, layers=()) == expected
+    assert len(found.layers) == 1
     assert spec.n_bytes == report.bytes_after < report.bytes_before
     assert json.loads((tmp_path / "small" / REPORT).read_text())["bytes_after"] == report.bytes_after
     assert not list((tmp_path / "small").rglob("*.report.json"))
@@ -351,6 +342,16 @@ def test_a_python_class_takes_both_precisions(miniature: Miniature) -> None:
     assert picture.plan.precision.transformer_storage == "int8"
     assert picture.plan.precision.text_encoder_storage == "int4"
     assert not picture.plan.exact
+
+
+def test_what_weights_are_kept_in_and_what_is_computed_in_are_two_things(miniature: Miniature) -> None:
+    spec = CheckpointSpec.from_folder(miniature("1.6b"))
+    for asked, told in (
+        ("int8", "text encoder fp32, transformer int8+fp32, autoencoder fp32"),
+        ("int8+bf16", "text encoder bf16, transformer int8+bf16, autoencoder bf16"),
+        ("int4+fp16", "text encoder bf16, transformer int4+fp16, autoencoder bf16"),
+    ):
+        assert str(resolve_precision(spec, asked, "cpu", bf16_is_faster=False)) == told
 
 
 def test_precisions_are_told_and_read_again() -> None:

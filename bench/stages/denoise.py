@@ -26,7 +26,8 @@ from handscroll.banded.transformer import Branch, predict
 from handscroll.models.quantisation import NATIVE, STORAGES, form_of
 from handscroll.models.transformer import TransformerSpec
 from handscroll.weights.forms import Form, packed_bytes
-from handscroll.weights.quantised import quantise, views, widen
+from handscroll.weights.low_rank import quantise
+from handscroll.weights.quantised import views, widen
 from make_checkpoint import Noise, empty_module, fill, shapes
 from stages import Ready, Size, Stage, in_dtype
 

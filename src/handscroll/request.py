@@ -20,7 +20,8 @@ from handscroll.units import (
     shown,
 )
 
-PrecisionName = Literal["auto", "fp32", "bf16", "fp16", "int8", "int8-weights", "int4", "fp8"]
+COMPUTED = ("fp32", "bf16", "fp16")
+STORED = ("int8", "int8-weights", "int4", "fp8")
 TextPrecisionName = Literal["auto", "int8-weights", "int4"]
 DecodeName = Literal["rows", "whole", "tiled", "patch"]
 MAX_PROMPT_CHARACTERS = 20_000
@@ -41,6 +42,16 @@ def check_device(name: str, device: str) -> None:
     """Raises UsageError for a device of another form than auto, cpu, cuda or cuda:N."""
     if not re.fullmatch(r"auto|cpu|cuda(:[0-9]{1,4})?", device):
         raise UsageError(f"{name} {shown(device)} is not known; use auto, cpu, cuda or cuda:N")
+
+
+def check_precision(name: str, precision: str) -> None:
+    """Raises UsageError for what is neither a type, nor what weights are kept in, nor one with the other behind a +."""
+    stored, plus, computed = precision.partition("+")
+    if precision != "auto" and precision not in COMPUTED and (stored not in STORED or bool(plus) != bool(computed)):
+        known = ", ".join(("auto", *COMPUTED, *STORED))
+        raise UsageError(f"{name} {shown(precision)} is not known; use {known}, or two of them as int8+bf16")
+    if plus and computed not in COMPUTED:
+        raise UsageError(f"{name} {shown(precision)} is not known; after the + comes one of {', '.join(COMPUTED)}")
 
 
 def check_seed(name: str, seed: int) -> None:
@@ -140,7 +151,13 @@ class Request:
         check=within(1, 10_000),
         commands=("generate",),
     )
-    precision: PrecisionName = option("auto", "What to compute in, or to keep weights in.", commands=OPENING)
+    precision: str = option(
+        "auto",
+        f"What to compute in, what to keep weights in ({', '.join(STORED)}), or both, as int8+bf16.",
+        metavar="|".join(("auto", *COMPUTED, *STORED)),
+        check=check_precision,
+        commands=OPENING,
+    )
     device: str = option(
         "auto",
         "What to compute on.",

@@ -89,7 +89,7 @@ def test_what_is_kept_fits_beside_every_stage(sana: CheckpointSpec, device: str,
     # Reading anew what is not kept counts: what is kept is no slower than keeping nothing.
     def seconds(each: Plan) -> float:
         parts = (TEXT_PART, DENOISE_PART, DECODE_PART)
-        return sum(each.planned_seconds.values()) + kept.rereading_bytes(parts, each, sana) / 2e9
+        return sum(each.planned_seconds.values()) + kept.rereading_seconds(parts, each, sana, 2e9)
 
     assert seconds(plan) <= seconds(none)
 

@@ -85,12 +85,13 @@ class CheckpointSpec:
         Raises CheckpointError, one line naming the file, for whatever is missing, broken, truncated or not Sana's.
         """
         folder = Path(folder)
-        return dataclasses.replace(
+        spec = dataclasses.replace(
             cls.from_configs(folder),
             transformer_weights=WeightFiles.from_folder(folder / "transformer"),
             autoencoder_weights=WeightFiles.from_folder(folder / "vae"),
             text_encoder_weights=WeightFiles.from_folder(folder / "text_encoder"),
         )
+        return dataclasses.replace(spec, quantised=tuple((name, spec._with_layers(name)) for name, _ in spec.quantised))
 
     @classmethod
     def from_configs(cls, folder: str | Path) -> Self:
@@ -154,6 +155,15 @@ class CheckpointSpec:
     def quantisation_of(self, component: str) -> Quantisation | None:
         """How a component is stored, where that is in 8 or 4 bits."""
         return dict(self.quantised).get(component)
+
+    def _with_layers(self, component: str) -> Quantisation:
+        """How a component is stored, with what its files' headers say of it."""
+        stored = dict(self.quantised)[component]
+        if component == "transformer":
+            matrices, layers = self.transformer.block_matrices(), self.transformer.num_layers
+        else:
+            matrices, layers = self.text_encoder.layer_matrices(), self.text_encoder.num_hidden_layers
+        return stored.with_layers(matrices, layers, self.weights_of(component).tensors)
 
     def dtype_of(self, component: str) -> str:
         """The dtype that a component's weights were published in: `fp32`, `bf16` or `fp16`."""

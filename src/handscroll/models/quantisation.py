@@ -1,25 +1,36 @@
 """Which weights of a checkpoint are kept in 8 or 4 bits, and what that takes. No torch.
 
-A component that is stored so says it in its config.json, as compressed-tensors does: `quantization_config` with
-`quant_method`, `format` and `config_groups`.
+A component that is stored so says it in its config.json: `quantization_config`, as compressed-tensors writes it with
+`quant_method`, `format` and `config_groups`. Where matrices have corrections, which other tools would leave out,
+`quant_method` is handscroll.
 """
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from typing import Any, Self
 
-from handscroll.weights.forms import GROUPS, Form, packed_bytes
+from handscroll.weights.forms import GROUPS, PARTS, Form, form_in, packed_bytes
+from handscroll.weights.header import TensorEntry
 
 # What weights may be kept in. int8 multiplies in 8 bits; int8-weights and int4 are made wide for their layer.
 STORAGES = ("int8", "int8-weights", "int4", "fp8")
 # While a matrix is quantised or made wide, a piece at a time.
 QUANTISING_BYTES = 24 * 2**20
+# Numbers quantised a second, and those beside which a correction is looked for, on two cores.
+_QUANTISED_RATE, _CORRECTED_RATE = 9e7, 1e7
+# Of a matrix whose correction is looked for, by direction and row or column: in fp64, twice.
+_DIRECTION_BYTES, _DIRECTIONS_BEYOND = 24, 8
 _STORED_AS = {"int8": "int8", "int8-weights": "int8", "int4": "int4", "fp8": "fp8"}
 NATIVE = ("int8", "fp8")
+OWN_METHOD = "handscroll"
+
+Shape = tuple[int, ...]
+# The matrices of a layer in their order, and what each is kept in.
+Layer = Sequence[tuple[Shape, Form | None]]
 
 # Matrices whose errors pictures bear: those of the blocks. Norms, modulation, the depthwise convolution, the embeddings
 # and the last layer stay as they are; docs/quantisation.md has the figures.
@@ -29,8 +40,10 @@ _MATRICES = {
     ),
     "text_encoder": re.compile(r"(model\.)?layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)\.weight"),
 }
-# Neighbours that share a scale in 4 bits. The text encoder's bytes count more, its errors less.
+# In 4 bits: neighbours that share a scale, and the rank of the correction. The text encoder's bytes count more, its
+# errors less.
 _GROUP = {"transformer": 32, "text_encoder": 128}
+_RANK = {"transformer": 32, "text_encoder": 0}
 
 
 def form_of(component: str, storage: str, name: str, shape: tuple[int, ...]) -> Form | None:
@@ -38,14 +51,19 @@ def form_of(component: str, storage: str, name: str, shape: tuple[int, ...]) -> 
 
     storage: one of STORAGES, or empty for none. A matrix whose rows no group divides stays as it is.
     """
-    pattern = _MATRICES.get(component)
-    if not storage or pattern is None or not pattern.fullmatch(name):
+    if not storage or not is_quantisable(component, name):
         return None
     stored = _STORED_AS[storage]
     if stored != "int4":
         return Form(stored)
     groups = [group for group in GROUPS if group <= _GROUP[component] and shape[1] % group == 0]
-    return Form("int4", max(groups)) if groups else None
+    return Form("int4", max(groups), min(_RANK[component], min(shape[:2]) // 4)) if groups else None
+
+
+def is_quantisable(component: str, name: str) -> bool:
+    """Whether a tensor is one of those that may be kept in 8 or 4 bits."""
+    pattern = _MATRICES.get(component)
+    return pattern is not None and pattern.fullmatch(name) is not None
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +71,9 @@ class WeightCost:
     """What the weights of a layer take: in files, resident, and while they are computed with, in bytes.
 
     widened_bytes: of working_bytes those of matrices that are made wide for it; 0 where all are used as they are kept.
-    plain_bytes: what all would take if nothing were quantised.
+    plain_bytes: what all would take if nothing were quantised. making_bytes: beside all these, while a matrix is
+    quantised or made wide. quantised, corrected: numbers that are quantised when they are read, and those of them
+    beside which a correction is looked for.
     """
 
     stored_bytes: int
@@ -61,6 +81,14 @@ class WeightCost:
     working_bytes: int
     widened_bytes: int = 0
     plain_bytes: int = 0
+    making_bytes: int = 0
+    quantised: int = 0
+    corrected: int = 0
+
+    @property
+    def making_seconds(self) -> float:
+        """About what quantising takes when it is read."""
+        return (self.quantised - self.corrected) / _QUANTISED_RATE + self.corrected / _CORRECTED_RATE
 
     @property
     def spared_bytes(self) -> int:
@@ -74,39 +102,77 @@ def weight_cost(
     matrices: Iterable[tuple[str, tuple[int, ...]]],
     parameters: int,
     element_bytes: int,
-    stored_so: bool,
+    stored: Quantisation | None = None,
 ) -> WeightCost:
     """Of a layer with so many parameters, `matrices` among them by name and shape, that computes in `element_bytes`.
 
-    stored_so: whether the files hold it in that storage; else they hold `element_bytes` a parameter.
+    stored: how the files hold it; None for plainly, `element_bytes` a parameter. Of layers that are not stored alike,
+    the most of any.
     """
-    plain, packed, wide = parameters, 0, 0
-    for name, shape in matrices:
-        form = form_of(component, storage, name, shape)
-        if form is not None:
-            plain -= math.prod(shape)
-            packed += packed_bytes(form, shape)
-            wide += math.prod(shape) * element_bytes
+    matrices = list(matrices)
+    layers: Iterable[Layer] = stored.layers if stored is not None else ()
+    costs = [
+        _cost(layer, parameters, element_bytes, stored is not None, is_native(component, storage))
+        for layer in layers or [[(shape, form_of(component, storage, name, shape)) for name, shape in matrices]]
+    ]
+    return WeightCost(*(max(getattr(cost, field.name) for cost in costs) for field in fields(WeightCost)))
+
+
+def is_native(component: str, storage: str) -> bool:
+    """Whether matrices that are kept in a storage are computed with as they are: a text encoder's are made wide."""
+    return component == "transformer" and storage in NATIVE
+
+
+def _cost(layer: Layer, parameters: int, element_bytes: int, stored_so: bool, native: bool) -> WeightCost:
+    plain, packed, wide, making, quantised, corrected = parameters, 0, 0, 0, 0, 0
+    for shape, form in layer:
+        if form is None:
+            continue
+        plain -= math.prod(shape)
+        packed += packed_bytes(form, shape)
+        wide += math.prod(shape) * element_bytes
+        quantised += math.prod(shape) * (not stored_so)
+        if form.rank and not stored_so:
+            corrected += math.prod(shape)
+            directions = _DIRECTION_BYTES * sum(shape[:2]) * (form.rank + _DIRECTIONS_BEYOND)
+            making = max(making, packed_bytes(form, shape) + directions)
+    making += QUANTISING_BYTES * bool(packed and not (native and stored_so))
     resident_bytes = plain * element_bytes + packed
     stored_bytes = resident_bytes if stored_so else parameters * element_bytes
-    if storage in NATIVE:
-        return WeightCost(stored_bytes, resident_bytes, resident_bytes, 0, parameters * element_bytes)
-    working_bytes = plain * element_bytes + wide
-    return WeightCost(stored_bytes, resident_bytes, working_bytes, wide, parameters * element_bytes)
+    working_bytes = resident_bytes if native else plain * element_bytes + wide
+    widened_bytes = 0 if native else wide
+    plain_bytes = parameters * element_bytes
+    return WeightCost(
+        stored_bytes=stored_bytes,
+        resident_bytes=resident_bytes,
+        working_bytes=working_bytes,
+        widened_bytes=widened_bytes,
+        plain_bytes=plain_bytes,
+        making_bytes=making,
+        quantised=quantised,
+        corrected=corrected,
+    )
 
 
 @dataclass(frozen=True, slots=True)
 class Quantisation:
-    """How a component is stored. `storage` is one of STORAGES; `dtype` what its other tensors are in, if it says so."""
+    """How a component is stored. `storage` is one of STORAGES; `dtype` what its other tensors are in, if it says so.
+
+    corrected: whether its config says that matrices have corrections. `layers`: how the matrices of its layers are
+    stored, by their headers, each way once; empty where these are not known.
+    """
 
     storage: str
     dtype: str = ""
+    corrected: bool = False
+    layers: tuple[Layer, ...] = ()
 
     @classmethod
     def from_config(cls, settings: object) -> Self | None:
         """From a config's `quantization_config`; None for one that is not read here."""
-        if not isinstance(settings, Mapping) or settings.get("quant_method") != "compressed-tensors":
+        if not isinstance(settings, Mapping) or settings.get("quant_method") not in ("compressed-tensors", OWN_METHOD):
             return None
+        corrected = settings["quant_method"] == OWN_METHOD
         groups = settings.get("config_groups")
         if not isinstance(groups, Mapping) or len(groups) != 1:
             return None
@@ -125,7 +191,28 @@ class Quantisation:
         dtype = said.get("dtype") if isinstance(said, Mapping) else None
         if storage is None or dtype not in (None, "fp32", "bf16", "fp16"):
             return None
-        return cls(storage, dtype or "")
+        if corrected and storage != "int4":
+            return None
+        return cls(storage, dtype or "", corrected)
+
+    def with_layers(self, matrices: Sequence[tuple[str, Shape]], layers: int, tensors: Iterable[TensorEntry]) -> Self:
+        """With what the headers say of its layers; `matrices` are those of the first, by name and shape.
+
+        What is of no form that is read is left to those who read it.
+        """
+        known = {entry.name.removeprefix("model."): (entry.dtype, entry.shape) for entry in tensors}
+        found: dict[Layer, None] = {}
+        for index in range(layers):
+            layer: list[tuple[Shape, Form | None]] = []
+            for name, shape in matrices:
+                owner = name.replace(".0.", f".{index}.", 1).removesuffix("weight")
+                parts = {suffix: known[owner + suffix] for suffix in PARTS if owner + suffix in known}
+                try:
+                    layer.append((shape, form_in(shape, parts)))
+                except (ValueError, KeyError):
+                    return self
+            found[tuple(layer)] = None
+        return replace(self, layers=tuple(found))
 
     def as_config(self, group: int = 0) -> dict[str, Any]:
         """The same for a config.json. group: of 4 bits."""
@@ -135,7 +222,7 @@ class Quantisation:
         weights |= {"strategy": "group", "group_size": group} if self.storage == "int4" else {"strategy": "channel"}
         activations = {"num_bits": 8, "type": kind, "symmetric": True, "strategy": "token", "dynamic": True}
         return {
-            "quant_method": "compressed-tensors",
+            "quant_method": OWN_METHOD if self.corrected else "compressed-tensors",
             "format": formats.get(self.storage, "float-quantized"),
             "quantization_status": "compressed",
             "config_groups": {

@@ -41,8 +41,8 @@ def _prompts(plan: Plan, spec: CheckpointSpec) -> int:
 def _text(plan: Plan, spec: CheckpointSpec, inputs: PlanInputs) -> Iterable[TextStage]:
     precision = plan.precision.text_encoder
     kept = TEXT_PART.module in plan.kept
-    storage, stored_so = plan.precision.text_encoder_storage, spec.quantisation_of("text_encoder") is not None
-    cost = layer_cost(spec.text_encoder, precision, storage, stored_so)
+    storage, stored = plan.precision.text_encoder_storage, spec.quantisation_of("text_encoder")
+    cost = layer_cost(spec.text_encoder, precision, storage, stored)
     return [text_stage(spec.text_encoder, inputs.tokens or 0, _prompts(plan, spec), precision, inputs, kept, cost)]
 
 
@@ -56,7 +56,7 @@ def _denoise(plan: Plan, spec: CheckpointSpec, inputs: PlanInputs, budget: PartB
         branches=_prompts(plan, spec),
         precision=plan.precision.transformer,
         storage=plan.precision.transformer_storage,
-        stored_so=spec.quantisation_of("transformer") is not None,
+        stored=spec.quantisation_of("transformer"),
     )
     kept = DENOISE_PART.module in plan.kept
     return denoise_stages(spec.transformer, sampling, inputs.hardware, budget.tensor_bytes, kept)

@@ -12,7 +12,7 @@ from functools import lru_cache
 from itertools import product
 
 from handscroll.limits import BAND_BYTES, CUDA_BAND_BYTES, CUDA_SLAB_CHANNELS, SLAB_CHANNELS, SLAB_MULTIPLE, SLOTS
-from handscroll.models.quantisation import NATIVE, QUANTISING_BYTES, WeightCost, weight_cost
+from handscroll.models.quantisation import NATIVE, Quantisation, WeightCost, weight_cost
 from handscroll.models.transformer import TransformerSpec
 from handscroll.plan.host import host_map_bytes, layers_on_host, staging_bytes
 from handscroll.plan.inputs import Hardware, heights_up_to
@@ -61,7 +61,7 @@ class Sampling:
     branches: int
     precision: str
     storage: str = ""  # what matrices are kept in
-    stored_so: bool = False  # whether the files hold them so
+    stored: Quantisation | None = None  # how the files hold them; None: plainly
 
     @property
     def positions(self) -> int:
@@ -81,7 +81,7 @@ def denoise_stages(
     fixed_bytes = (spec.parameter_count - spec.num_layers * spec.block_parameter_count) * element_bytes
     # A CUDA device is sent what is resident of a layer, and widens that there; on a CPU one buffer is filled.
     sent_bytes = layer.resident_bytes if hardware.is_cuda else layer.working_bytes
-    widened_bytes = (layer.widened_bytes and layer.working_bytes) + QUANTISING_BYTES * bool(job.storage)
+    widened_bytes = (layer.widened_bytes and layer.working_bytes) + layer.making_bytes
     slots, slab_channels = (SLOTS, CUDA_SLAB_CHANNELS) if hardware.is_cuda else (1, SLAB_CHANNELS)
     stream_bytes = job.positions * spec.width * element_bytes
     samples_bytes = 8 * 4 * job.positions * spec.patch_size**2 * max(spec.in_channels, spec.out_channels)
@@ -110,6 +110,7 @@ def denoise_stages(
             for resident in {spec.num_layers} if kept else {0, most}:
                 streamed = spec.num_layers - resident
                 read = _reading(streamed, layer, readings, busy_seconds, hardware, room_bytes)
+                made = resident + read.host_layers + readings * (streamed - read.host_layers)
                 slots_bytes = min(slots, streamed) * sent_bytes
                 if hardware.is_cuda or not layer.widened_bytes:
                     slots_bytes += widened_bytes
@@ -124,7 +125,7 @@ def denoise_stages(
                     host_layers=read.host_layers,
                     host_bytes=read.host_bytes,
                     peak_bytes=working + resident * layer.resident_bytes + slots_bytes,
-                    seconds=read.seconds + moving_seconds + calls * SECONDS_A_BAND,
+                    seconds=read.seconds + moving_seconds + calls * SECONDS_A_BAND + made * layer.making_seconds,
                 )
 
 
@@ -189,7 +190,7 @@ def native_bytes(spec: TransformerSpec, job: Sampling, band_rows: int) -> int:
 def layer_cost(spec: TransformerSpec, job: Sampling) -> WeightCost:
     """What one of its layers takes."""
     matrices, parameters = spec.block_matrices(), spec.block_parameter_count
-    return weight_cost("transformer", job.storage, matrices, parameters, BYTES[job.precision], job.stored_so)
+    return weight_cost("transformer", job.storage, matrices, parameters, BYTES[job.precision], job.stored)
 
 
 def band_heights(spec: TransformerSpec, job: Sampling, hardware: Hardware) -> list[int]:

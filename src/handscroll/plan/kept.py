@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator
 from itertools import combinations
 
 from handscroll.models.checkpoint import CheckpointSpec
+from handscroll.models.quantisation import WeightCost
 from handscroll.plan.denoise import Sampling
 from handscroll.plan.denoise import layer_cost as transformer_cost
 from handscroll.plan.plan import Plan
@@ -25,13 +26,10 @@ def module_bytes(part: Part, plan: Plan, spec: CheckpointSpec) -> int:
         DECODE_PART: spec.autoencoder.decoder_parameter_count,
     }
     n_bytes = parameters[part] * BYTES[getattr(plan.precision, part.component)]
-    storage = plan.precision.storage_of(part.component)
     if part is TEXT_PART:
-        text = text_cost(spec.text_encoder, plan.precision.text_encoder, storage)
-        n_bytes -= spec.text_encoder.num_hidden_layers * text.spared_bytes
+        n_bytes -= spec.text_encoder.num_hidden_layers * _text_cost(plan, spec).spared_bytes
     elif part is DENOISE_PART:
-        sampling = Sampling(1, 1, 0, 1, 1, plan.precision.transformer, storage)
-        n_bytes -= spec.transformer.num_layers * transformer_cost(spec.transformer, sampling).spared_bytes
+        n_bytes -= spec.transformer.num_layers * _layer_cost(plan, spec).spared_bytes
     return n_bytes
 
 
@@ -45,9 +43,34 @@ def kept_beside_bytes(part: Part, plan: Plan, spec: CheckpointSpec) -> int:
     return sum(kept_bytes(other, plan, spec) for other in PARTS if other is not part)
 
 
-def rereading_bytes(parts: Iterable[Part], plan: Plan, spec: CheckpointSpec) -> int:
-    """What has to be read anew at every job, of the modules that these parts run."""
-    return sum(module_bytes(part, plan, spec) for part in parts if part.module not in plan.kept)
+def rereading_seconds(parts: Iterable[Part], plan: Plan, spec: CheckpointSpec, weight_bytes: float) -> float:
+    """Reading anew at every job what is not kept, of the modules that these parts run, and quantising it again.
+
+    weight_bytes: what is read in a second.
+    """
+    return sum(
+        module_bytes(part, plan, spec) / weight_bytes + making_seconds(part, plan, spec)
+        for part in parts
+        if part.module not in plan.kept
+    )
+
+
+def making_seconds(part: Part, plan: Plan, spec: CheckpointSpec) -> float:
+    """What quantising all of a part's module takes while it is read."""
+    if part is TEXT_PART:
+        return spec.text_encoder.num_hidden_layers * _text_cost(plan, spec).making_seconds
+    return spec.transformer.num_layers * _layer_cost(plan, spec).making_seconds if part is DENOISE_PART else 0.0
+
+
+def _text_cost(plan: Plan, spec: CheckpointSpec) -> WeightCost:
+    storage, stored = plan.precision.text_encoder_storage, spec.quantisation_of("text_encoder")
+    return text_cost(spec.text_encoder, plan.precision.text_encoder, storage, stored)
+
+
+def _layer_cost(plan: Plan, spec: CheckpointSpec) -> WeightCost:
+    storage, stored = plan.precision.transformer_storage, spec.quantisation_of("transformer")
+    sampling = Sampling(1, 1, 0, 1, 1, plan.precision.transformer, storage, stored)
+    return transformer_cost(spec.transformer, sampling)
 
 
 def choices(parts: Iterable[Part]) -> Iterator[tuple[str, ...]]:

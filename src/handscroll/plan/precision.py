@@ -89,23 +89,22 @@ def resolve_precision(
     text_requested: str = "auto",
     has_fp8: bool = False,
 ) -> Precision:
-    """`requested` is auto, a precision, or what the transformer's weights are kept in, which then computes as auto
-    does; `text_requested` what the text encoder's are kept in, or auto; `device` a device name; `bf16_is_faster` what
-    was measured on a CPU; `has_fp8` whether the device multiplies fp8. Raises UsageError for a storage that it lacks,
-    or that is not the one of weights that are quantised already.
+    """`requested` is auto, a precision, what the transformer's weights are kept in, which then computes as auto does,
+    or both, as int8+bf16; `text_requested` what the text encoder's are kept in, or auto; `device` a device name;
+    `bf16_is_faster` what was measured on a CPU; `has_fp8` whether the device multiplies fp8. Raises UsageError for a
+    storage that it lacks, or that is not the one of weights that are quantised already.
 
     auto follows the checkpoint on an accelerator, and on a CPU computes in fp32 unless bf16 is faster there. What its
     publisher says comes before what its files are stored in, and a transformer in half precision takes with it what is
     stored in fp32: an official autoencoder always is, and its model card runs it in bf16. Text encoder and autoencoder
     are never fp16: their activations pass its 65,504 and the picture turns black.
     """
-    if "fp8" in (requested, getattr(spec.quantisation_of("transformer"), "storage", "")) and not has_fp8:
+    wanted_storage, requested = split(requested)
+    if "fp8" in (wanted_storage, getattr(spec.quantisation_of("transformer"), "storage", "")) and not has_fp8:
         raise UsageError("fp8 needs a CUDA device that multiplies it (compute capability 8.9); use int8 or int4")
     storage, text_storage = (
-        _storage(spec, *each) for each in (("transformer", requested), ("text_encoder", text_requested))
+        _storage(spec, *each) for each in (("transformer", wanted_storage), ("text_encoder", text_requested))
     )
-    if requested in STORAGES:
-        requested = "auto"
     stored = {name: spec.dtype_of(name) for name in ("text_encoder", "transformer", "vae")}
     published = spec.recommended or stored["transformer"]
     bf16_is_faster = bf16_is_faster and spec.transformer.width >= BF16_MIN_WIDTH
@@ -129,6 +128,12 @@ def resolve_precision(
         text_encoder_storage=text_storage,
         transformer_storage=storage,
     )
+
+
+def split(requested: str) -> tuple[str, str]:
+    """What weights are to be kept in, empty for as they are stored, and what is to be computed in, or auto."""
+    storage, _, computed = requested.partition("+")
+    return (storage, computed or "auto") if storage in STORAGES else ("", requested)
 
 
 def _storage(spec: CheckpointSpec, component: str, requested: str) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from handscroll.errors import BudgetError, SizeError, UsageError
@@ -22,6 +22,8 @@ from handscroll.units import MAX_SIDE_PX, budget_text
 
 # A stated minimum is rounded up, so that it still does when the process itself takes a little more the next time.
 MINIMUM_STEP_BYTES = 16 * MIB
+# Quantising while reading is worth a word from here on.
+NOTICED_SECONDS = 20
 # What a stage that ran out of memory may take of what it was planned to take, at its next try.
 SHRINKS_TO = 0.7
 
@@ -72,7 +74,21 @@ def make_plan(spec: CheckpointSpec, request: Request, inputs: PlanInputs, seed: 
     if uses_negative(spec, plan):
         plan = dataclasses.replace(plan, negative_read=inputs.negative_read)
     plan = dataclasses.replace(plan, notices=(*inputs.notices, *unused(request, spec, plan)))
-    return plan_stages(plan, spec, inputs)
+    plan = plan_stages(plan, spec, inputs)
+    return dataclasses.replace(plan, notices=(*plan.notices, *_made_anew(plan, spec)))
+
+
+def _made_anew(plan: Plan, spec: CheckpointSpec) -> Iterator[str]:
+    """What takes long because weights are quantised while they are read, and how to have it done once."""
+    seconds = kept_modules.making_seconds(DENOISE_PART, plan, spec) if plan.denoise is not None else 0.0
+    if seconds < NOTICED_SECONDS or plan.denoise is None:
+        return
+    when = "anew at every step" if plan.denoise.resident_layers < spec.transformer.num_layers else "before the first"
+    storage = plan.precision.transformer_storage
+    yield (
+        f"{storage} is made from the model's own weights {when}, which takes about {seconds:.0f} s; "
+        f"`handscroll quantize {spec.name} --precision {storage} -o FOLDER` makes it once"
+    )
 
 
 def plan_stages(plan: Plan, spec: CheckpointSpec, inputs: PlanInputs) -> Plan:
@@ -105,8 +121,8 @@ def _keeping(plan: Plan, spec: CheckpointSpec, inputs: PlanInputs, limit_bytes: 
         planned = _chosen(dataclasses.replace(plan, kept=kept), spec, inputs, stages, limit_bytes)
         if kept and limit_bytes is not None and max(planned.planned_bytes.values(), default=0) > limit_bytes:
             continue
-        read_bytes = kept_modules.rereading_bytes(parts, planned, spec)
-        seconds = sum(planned.planned_seconds.values()) + read_bytes / inputs.hardware.rates.weight_bytes
+        seconds = sum(planned.planned_seconds.values())
+        seconds += kept_modules.rereading_seconds(parts, planned, spec, inputs.hardware.rates.weight_bytes)
         found.append((seconds, planned))
     return min(found, key=lambda each: each[0])[1]
 

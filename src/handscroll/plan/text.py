@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from handscroll.limits import SLOTS
-from handscroll.models.quantisation import QUANTISING_BYTES, WeightCost, weight_cost
+from handscroll.models.quantisation import Quantisation, WeightCost, weight_cost
 from handscroll.models.text_encoder import TextEncoderSpec
 from handscroll.plan.inputs import PlanInputs
 from handscroll.plan.precision import BYTES
@@ -20,10 +20,12 @@ class TextStage:
     seconds: float
 
 
-def layer_cost(spec: TextEncoderSpec, precision: str, storage: str = "", stored_so: bool = False) -> WeightCost:
-    """What one of its layers takes."""
+def layer_cost(
+    spec: TextEncoderSpec, precision: str, storage: str = "", stored: Quantisation | None = None
+) -> WeightCost:
+    """What one of its layers takes; stored: how the files hold it, None for plainly."""
     matrices, parameters = spec.layer_matrices(), spec.layer_parameter_count
-    return weight_cost("text_encoder", storage, matrices, parameters, BYTES[precision], stored_so)
+    return weight_cost("text_encoder", storage, matrices, parameters, BYTES[precision], stored)
 
 
 def text_stage(
@@ -38,17 +40,19 @@ def text_stage(
     """Encoding `prompts` prompts of at most `tokens` tokens in `precision`; kept: by layers that are in memory."""
     hardware = inputs.hardware
     layer = layer_cost(spec, precision) if cost is None else cost
-    if hardware.is_cuda:
-        held = SLOTS * layer.resident_bytes + (layer.widened_bytes and layer.working_bytes)
-    else:
-        held = layer.working_bytes
+    working_bytes = layer.working_bytes
     if kept:
-        held = spec.num_hidden_layers * layer.resident_bytes + (layer.widened_bytes and layer.working_bytes)
-    held += activation_bytes(spec, tokens, precision) + QUANTISING_BYTES * bool(layer.widened_bytes)
+        held = spec.num_hidden_layers * layer.resident_bytes + (layer.widened_bytes and working_bytes)
+    elif hardware.is_cuda:
+        held = SLOTS * layer.resident_bytes + (layer.widened_bytes and working_bytes)
+    else:
+        held = working_bytes
+    held += activation_bytes(spec, tokens, precision) + layer.making_bytes
     if not hardware.is_cuda:
         held += inputs.tokenizer_bytes
     read_bytes = 0 if kept else prompts * spec.num_hidden_layers * layer.stored_bytes
     seconds = prompts * flops(spec, tokens) / hardware.rates.flops(precision) + read_bytes / hardware.rates.weight_bytes
+    seconds += (1 if kept else prompts) * spec.num_hidden_layers * layer.making_seconds
     return TextStage(tokens, held, seconds)
 
 

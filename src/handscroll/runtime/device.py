@@ -43,7 +43,7 @@ def find_hardware(device: str, precision: str, scratch: Path = Path()) -> Hardwa
     available, own_bytes = available_bytes(), own_resident_bytes()
     return Hardware(
         "cpu",
-        bf16_is_faster=precision not in ("fp32", "bf16", "fp16") and cpu_bf16_is_faster(),
+        bf16_is_faster=precision.rpartition("+")[2] not in ("fp32", "bf16", "fp16") and cpu_bf16_is_faster(),
         base_bytes=resident_bytes(),
         free_bytes=None if available is None else available + (own_bytes or 0),
         scratch_bytes=scratch_bytes,

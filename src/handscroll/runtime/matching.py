@@ -15,7 +15,7 @@ from handscroll.units import one_line
 from handscroll.weights.dtypes import DTYPES
 from handscroll.weights.folder import WeightFiles
 from handscroll.weights.foreign import FUSE_FIRST, USE_THE_ORIGINAL, has_both_factors, is_adapter, quantised_by_tensors
-from handscroll.weights.forms import PACKED, SCALE, SHAPE
+from handscroll.weights.forms import LOW_RANK, PACKED, SCALE, SHAPE
 from handscroll.weights.header import MAX_NAME, TensorEntry
 from handscroll.weights.sources import Source, stored_matrix
 
@@ -101,15 +101,17 @@ def match_tensors(
 
 def is_part(suffix: str, entry: TensorEntry) -> bool:
     """Whether a tensor is a part of a quantised matrix."""
-    return suffix in (PACKED, SCALE, SHAPE) or (suffix == "weight" and entry.dtype in ("int8", "fp8"))
+    return suffix in (PACKED, SCALE, SHAPE, *LOW_RANK) or (suffix == "weight" and entry.dtype in ("int8", "fp8"))
 
 
 def _matrix(name: str, parts: dict[str, TensorEntry], shape: tuple[int, ...]) -> Source:
     """A quantised matrix. Raises CheckpointError where a part is missing, or does not fit."""
     numbers = parts.get(PACKED) or parts.get("weight")
-    if numbers is None or SCALE not in parts:
+    lacking = [suffix for suffix in LOW_RANK if suffix not in parts] if parts.keys() & set(LOW_RANK) else []
+    if numbers is None or SCALE not in parts or lacking:
         there = next(iter(parts.values()))
-        missing = name if numbers is None else f"{name.removesuffix('weight')}{SCALE}"
+        needed = SCALE if SCALE not in parts else lacking[0] if lacking else ""
+        missing = name if numbers is None else f"{name.removesuffix('weight')}{needed}"
         raise CheckpointError(
             f"{there.file}: the tensor {one_line(missing, MAX_NAME)} is missing, to which {there.name} belongs"
         )

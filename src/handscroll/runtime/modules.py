@@ -20,7 +20,7 @@ from handscroll.errors import CheckpointError, is_out_of_memory
 from handscroll.events import OnEvent, ignore
 from handscroll.models.checkpoint import CheckpointSpec
 from handscroll.models.config import read_config
-from handscroll.models.quantisation import NATIVE, form_of
+from handscroll.models.quantisation import form_of, is_native, is_quantisable
 from handscroll.runtime.matching import check_amount, match_tensors, named
 from handscroll.runtime.tokenizer import read_tokenizer
 from handscroll.units import one_line
@@ -110,16 +110,21 @@ def open_module(
         if buffer.is_meta and name not in sources and name not in leave:
             raise CheckpointError(f"{spec.folder / component}: the tensor {name} is neither stored nor computable")
     module.eval().requires_grad_(False)
-    sources = {name: kept_in(storage, component, name, source) for name, source in sources.items() if name not in leave}
+    # What is stored so already is kept as it is, those of its matrices among it that were left in 16 bits.
+    quantising = "" if spec.quantisation_of(component) else storage
+    sources = {n: kept_in(quantising, component, n, source) for n, source in sources.items() if n not in leave}
     states = spec.weights_of(component).state_of
-    native = {storage} & set(NATIVE) if component == "transformer" else set()
+    native = {storage} if is_native(component, storage) else set()
     return module, WeightStream(module, sources, dtype, device, states=states, native=native)
 
 
 def kept_in(storage: str, component: Component, name: str, source: Source) -> Source:
-    """A parameter as it is kept in memory: as it is stored, or quantised while it is read."""
-    if source.form is not None:
-        return source
+    """A parameter as it is kept in memory: as it is stored, or quantised while it is read.
+
+    What others quantised beyond the layers' matrices is kept plainly.
+    """
+    if source.stored is not None:
+        return source if is_quantisable(component, name) else dataclasses.replace(source, form=None)
     return dataclasses.replace(source, form=form_of(component, storage, name, source.shape))
 
 

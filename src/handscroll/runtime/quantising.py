@@ -8,7 +8,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -275,7 +275,7 @@ class _Writer:
                 yield rows.to_bytes(8, "little") + columns.to_bytes(8, "little")
                 after += 16
             matrix = Matrix(f"{component}: {entry.name}", form, entry.shape, error, entry.n_bytes, after)
-            found["matrices"].append(matrix.as_dict() | {"group": form.group, "storage": form.storage})
+            found["matrices"].append(matrix.as_dict() | asdict(form))
 
     def _tell(self, component: str, tensors: int) -> None:
         self.tensors_done += tensors
@@ -283,7 +283,7 @@ class _Writer:
 
     def _take_report(self, found: Mapping[str, Any]) -> None:
         for each in found["matrices"]:
-            form = Form(each["storage"], each["group"])
+            form = Form(each["storage"], each["group"], each["rank"])
             sizes = each["bytes_before"], each["bytes_after"]
             self.matrices.append(Matrix(each["name"], form, tuple(each["shape"]), each["error"], *sizes))
         self.kept += found["kept"]
@@ -305,8 +305,9 @@ class _Writer:
 
     def _write_config(self, component: str, storage: str) -> None:
         config = json.loads((self.spec.folder / component / "config.json").read_text())
-        quantisation = Quantisation(storage, self.spec.dtype_of(component))
-        group = max((matrix.form.group for matrix in self.matrices if matrix.name.startswith(component)), default=0)
+        forms = [matrix.form for matrix in self.matrices if matrix.name.startswith(component)]
+        group = max((form.group for form in forms), default=0)
+        quantisation = Quantisation(storage, self.spec.dtype_of(component), any(form.rank for form in forms))
         config["quantization_config"] = quantisation.as_config(group)
         write_whole(self.part / component / "config.json", [json.dumps(config, indent=2).encode() + b"\n"])
 

@@ -106,6 +106,7 @@ class Session:
         self.spec, self.scratch, self.on_event = spec, scratch, on_event
         self._told: set[str] = set()
         self._untold: list[Progress] | None = None  # while a file is read: what is told after
+        self._raised: OSError | None = None  # by the listener, while a file is read
         self.opened: dict[OpenedAs, Opened] = {}
 
     def __enter__(self) -> Self:
@@ -165,9 +166,10 @@ class Session:
             module, stream = self._open_module("transformer", plan.precision.transformer, plan)
             blocks: Any = module.transformer_blocks
             if kept or plan.denoise is None:
-                stream.make_resident(module)
+                stream.make_resident(module, before_each=self._pulse_while_opening)
                 return Opened(module, stream, resident=True)
-            stream.make_resident(module, but=blocks[plan.denoise.resident_layers :])
+            passing = blocks[plan.denoise.resident_layers :]
+            stream.make_resident(module, but=passing, before_each=self._pulse_while_opening)
             layer_bytes = stream.sent_bytes_of(blocks[0]) if len(blocks) else 0
             stream.pin(layers_room_bytes(plan.denoise.host_layers, layer_bytes))
             return Opened(module, stream)
@@ -203,6 +205,14 @@ class Session:
             on_event=self._tell_once,
         )
 
+    def _pulse_while_opening(self) -> None:
+        """Quantising while reading takes long enough for somebody to want an end."""
+        try:
+            self.pulse(DENOISE.name)
+        except OSError as error:  # no fault of the file's
+            self._raised = error
+            raise
+
     def _tell_once(self, event: Progress) -> None:
         if event.detail not in self._told:
             self._told.add(event.detail)
@@ -226,6 +236,8 @@ class Session:
         try:
             self.opened[key] = opened(module in plan.kept)
         except OSError as error:
+            if error is self._raised:
+                raise
             raise HandscrollError(f"{self.spec.folder}: its {title} cannot be read: {error.strerror}") from error
         finally:
             self._untold = None

@@ -53,6 +53,10 @@ class TensorReader:
             packed = allocate_bytes(source.packed_bytes)
             source.fill_packed(self._files.read, packed)
             return packed.to(self.device)
+        if source.stored is not None:
+            wide = torch.empty(source.shape, dtype=self.dtype)
+            source.fill(self._files.read, wide)
+            return wide.to(self.device)
         entry = source.first
         dtype = wanted_dtype(entry, self.dtype)
         if self.maps and self.device.type == "cpu" and is_mappable(entry, dtype):

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor
 
 from handscroll.weights.dtypes import STORED_DTYPES
-from handscroll.weights.forms import PACKED, SCALE, Form, matrix_shape, parts_of
+from handscroll.weights.forms import (
+    LOW_RANK_IN,
+    LOW_RANK_OUT,
+    LOW_RANK_SCALE,
+    PACKED,
+    SCALE,
+    Form,
+    matrix_shape,
+    parts_of,
+)
 
 # Rows of a matrix that are made wide, or quantised, at a time: about this many numbers.
 PIECE_NUMBERS = 2**19
@@ -25,20 +34,20 @@ def views(form: Form, shape: tuple[int, ...], packed: Tensor) -> dict[str, Tenso
     }
 
 
-def quantise(form: Form, weight: Tensor, packed: Tensor) -> None:
-    """Writes a matrix `weight`, of any floating-point type on the CPU, into its bytes, a piece of rows at a time."""
-    shape = tuple(weight.shape)
-    rows, columns = matrix_shape(shape)
-    parts = {suffix: part.view(rows, -1) for suffix, part in views(form, shape, packed).items()}
+def pieces_of(rows: int, columns: int) -> Iterator[slice]:
+    """The rows of a matrix in pieces of about `PIECE_NUMBERS`."""
     step = max(1, PIECE_NUMBERS // columns)
-    flat = weight.reshape(rows, columns)
     for top in range(0, rows, step):
-        here = slice(top, top + step)
-        quantise_rows(form, flat[here].float(), {suffix: part[here] for suffix, part in parts.items()})
+        yield slice(top, min(top + step, rows))
+
+
+def rows_in(parts: Mapping[str, Tensor], here: slice) -> dict[str, Tensor]:
+    """The parts of some of a matrix's rows; what belongs to all rows is whole in it."""
+    return {suffix: part if suffix in (LOW_RANK_IN, LOW_RANK_SCALE) else part[here] for suffix, part in parts.items()}
 
 
 def quantise_rows(form: Form, rows: Tensor, parts: Mapping[str, Tensor]) -> None:
-    """Writes rows [n, K] fp32 into their parts. A row's numbers depend on that row alone."""
+    """Writes rows [n, K] fp32 into their numbers and scales. A row's depend on that row alone."""
     if form.storage == "int4":
         numbers, scale = _in_4_bits(rows, form.group)
         parts[PACKED].copy_(pack(numbers))
@@ -53,23 +62,34 @@ def quantise_rows(form: Form, rows: Tensor, parts: Mapping[str, Tensor]) -> None
 
 
 def widen(form: Form, parts: Mapping[str, Tensor], out: Tensor) -> None:
-    """Writes `scale * number` of a matrix into `out`, `[N, K]` or of the matrix's shape, in fp32, bf16 or fp16.
+    """Writes `scale * number` of a matrix, and its correction, into `out`, `[N, K]` or of the matrix's shape, in fp32,
+    bf16 or fp16.
 
-    Multiplied in fp32 and rounded once, so that the bits are the same on every device. A piece of rows at a time.
+    Multiplied in fp32 and rounded once. A piece of rows at a time.
     """
     rows, columns = matrix_shape(tuple(out.shape))
     out = out.view(rows, columns)
-    step = max(1, PIECE_NUMBERS // columns) if out.device.type == "cpu" else rows
     scale = parts[SCALE].view(rows, -1, 1)
-    for top in range(0, rows, step):
-        here = slice(top, top + step)
+    for here in pieces_of(rows, columns) if out.device.type == "cpu" else [slice(0, rows)]:
         is_packed = form.storage == "int4"
         numbers = unpack(parts[PACKED][here]) if is_packed else parts["weight"].view(rows, columns)[here]
         grouped = numbers.float().view(len(numbers), -1, columns // scale.shape[1])
-        out[here] = grouped.mul_(scale[here].float()).view(-1, columns)
+        wide = grouped.mul_(scale[here].float()).view(-1, columns)
+        if form.rank:
+            wide.addmm_(*_factors(rows_in(parts, here)))
+        out[here] = wide
 
 
-def row_scale(rows: Tensor, largest: float) -> Tensor:
+def correction(parts: Mapping[str, Tensor]) -> Tensor:
+    """[n, K] fp32: what is added to these rows."""
+    return torch.mm(*_factors(parts))
+
+
+def _factors(parts: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    return parts[LOW_RANK_OUT] * parts[LOW_RANK_SCALE].view(1, -1), parts[LOW_RANK_IN].float()
+
+
+def row_scale(rows: Tensor, largest: float = _LARGEST["int8"]) -> Tensor:
     """[N, K] fp32 -> [N, 1]: what a row is divided by, so that its largest number becomes `largest`; 1 for zeros."""
     # By a product: what divides by a number may do so by its reciprocal on a device and not on another.
     scale = rows.abs().amax(dim=1, keepdim=True).mul_(1 / largest)

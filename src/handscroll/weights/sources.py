@@ -18,9 +18,20 @@ from torch import Tensor
 from handscroll.errors import CheckpointError
 from handscroll.units import one_line
 from handscroll.weights.dtypes import DTYPES, STORED_DTYPES, wanted_dtype
-from handscroll.weights.forms import GROUPS, PACKED, SCALE, Form, matrix_shape, packed_bytes, parts_of
+from handscroll.weights.forms import (
+    LOW_RANK,
+    LOW_RANK_SCALE,
+    PACKED,
+    SCALE,
+    Form,
+    form_in,
+    matrix_shape,
+    packed_bytes,
+    parts_of,
+)
 from handscroll.weights.header import MAX_NAME, TensorEntry
-from handscroll.weights.quantised import PIECE_NUMBERS, quantise_rows, views, widen
+from handscroll.weights.low_rank import quantise_corrected
+from handscroll.weights.quantised import pieces_of, quantise_rows, rows_in, views, widen
 
 # Reads one stored tensor, or a part of it, into a flat tensor of any dtype.
 Read = Callable[[TensorEntry, Tensor], None]
@@ -28,15 +39,17 @@ Read = Callable[[TensorEntry, Tensor], None]
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """One parameter: `entries` are what is stored of it, `shape` is its own. form: how it is kept; None: plainly.
+    """One parameter: `entries` are what is stored of it, `shape` is its own.
 
-    Without a form there is one entry. With one, entries are the parts in their order, or one plain entry that is
-    quantised while it is read.
+    stored: the form in which the files hold it, its parts being the entries; None: plainly, as one entry. form: how it
+    is kept in memory; None: plainly. What is stored plainly and kept in a form is quantised while it is read; what is
+    stored in a form is kept in the same, or plainly.
     """
 
     shape: tuple[int, ...]
     entries: tuple[TensorEntry, ...]
     form: Form | None = None
+    stored: Form | None = None
 
     @classmethod
     def plain(cls, entry: TensorEntry) -> Source:
@@ -52,9 +65,9 @@ class Source:
         return self.first.file, self.first.start
 
     @property
-    def is_stored_so(self) -> bool:
-        """Whether the file holds it in its form."""
-        return self.form is None or len(self.entries) > 1
+    def is_plain(self) -> bool:
+        """Whether it is stored plainly and kept plainly."""
+        return self.form is None and self.stored is None
 
     @property
     def stored_bytes(self) -> int:
@@ -71,81 +84,100 @@ class Source:
         return math.prod(self.shape) * self.wide_dtype(dtype).itemsize
 
     def wide_dtype(self, dtype: torch.dtype) -> torch.dtype:
-        return dtype if self.form is not None else wanted_dtype(self.first, dtype)
+        return wanted_dtype(self.first, dtype) if self.is_plain else dtype
 
     def fill(self, read: Read, target: Tensor) -> None:
         """Reads it into one plain tensor of its shape, on the CPU where it has a form. Raises CheckpointError."""
-        if self.form is None:
+        form = self.stored or self.form
+        if form is None:
             read(self.first, target.view(-1))
             return
-        rows, columns = matrix_shape(self.shape)
-        flat = target.view(rows, columns)
-        for here, parts in self._pieces(read):
-            widen(self.form, parts, flat[here])
+        flat = target.view(matrix_shape(self.shape))
+        if form.rank:  # of which the correction is for all rows
+            packed = torch.empty(packed_bytes(form, self.shape), dtype=torch.uint8)
+            self._fill_parts(form, read, packed)
+            widen(form, views(form, self.shape, packed), flat)
+            return
+        for here, parts in self._pieces(form, read):
+            widen(form, parts, flat[here])
 
     def fill_packed(self, read: Read, packed: Tensor) -> None:
         """Reads it into the bytes of its parts, on the CPU. Raises CheckpointError."""
         assert self.form is not None
-        whole = views(self.form, self.shape, packed)
-        rows = matrix_shape(self.shape)[0]
-        if self.is_stored_so:
-            for entry, part in zip(self.entries, whole.values(), strict=True):
-                read(entry, part.view(-1))
-            self._check(whole)
-            return
-        for here, parts in self._pieces(read):
-            for suffix, part in parts.items():
-                whole[suffix].view(rows, -1)[here] = part.view(len(part), -1)
+        self._fill_parts(self.form, read, packed)
 
     def fill_packed_with_error(self, read: Read, packed: Tensor) -> float:
         """As `fill_packed`; gives by how much its numbers err, `|made wide - before| / |before|` over all of them."""
         assert self.form is not None
         self.fill_packed(read, packed)
-        rows, columns = matrix_shape(self.shape)
-        whole = {suffix: part.view(rows, -1) for suffix, part in views(self.form, self.shape, packed).items()}
-        step = max(1, PIECE_NUMBERS // columns)
+        whole = {suffix: part.view(len(part), -1) for suffix, part in views(self.form, self.shape, packed).items()}
         off = size = 0.0
-        for top in range(0, rows, step):
-            count = min(step, rows - top)
-            before = torch.empty(count, columns)
-            read(_rows_of(self.first, rows, top, count), before.view(-1))
-            made = torch.empty(count, columns)
-            widen(self.form, {suffix: part[top : top + count] for suffix, part in whole.items()}, made)
+        for here in pieces_of(*matrix_shape(self.shape)):
+            before = self._rows(read, here)
+            made = torch.empty_like(before)
+            widen(self.form, rows_in(whole, here), made)
             off += float((made - before).square().sum())
             size += float(before.square().sum())
         return math.sqrt(off / size) if size else 0.0
 
-    def _pieces(self, read: Read) -> Iterator[tuple[slice, dict[str, Tensor]]]:
-        """Some rows at a time, and their parts."""
-        assert self.form is not None
+    def _fill_parts(self, form: Form, read: Read, packed: Tensor) -> None:
+        whole = views(form, self.shape, packed)
+        by_rows = {suffix: part.view(len(part), -1) for suffix, part in whole.items()}
+        if self.stored is not None:
+            for entry, part in zip(self.entries, whole.values(), strict=True):
+                read(entry, part.view(-1))
+            self._check(whole)
+        elif form.rank:
+            try:
+                quantise_corrected(form, matrix_shape(self.shape)[1], lambda here: self._rows(read, here), by_rows)
+            except ArithmeticError as error:
+                raise self._not_finite() from error
+            self._check(whole)
+        else:
+            for here, parts in self._pieces(form, read):
+                for suffix, part in parts.items():
+                    by_rows[suffix][here] = part.view(len(part), -1)
+
+    def _pieces(self, form: Form, read: Read) -> Iterator[tuple[slice, dict[str, Tensor]]]:
+        """Some rows at a time, and their parts, of a form in which rows have nothing in common."""
         rows, columns = matrix_shape(self.shape)
-        step = max(1, PIECE_NUMBERS // columns)
-        for top in range(0, rows, step):
-            count = min(step, rows - top)
-            shape = (count, columns)
-            packed = torch.empty(packed_bytes(self.form, shape), dtype=torch.uint8)
-            parts = views(self.form, shape, packed)
-            if self.is_stored_so:
+        for here in pieces_of(rows, columns):
+            shape = (here.stop - here.start, columns)
+            packed = torch.empty(packed_bytes(form, shape), dtype=torch.uint8)
+            parts = views(form, shape, packed)
+            if self.stored is not None:
                 for entry, part in zip(self.entries, parts.values(), strict=True):
-                    read(_rows_of(entry, rows, top, count), part.view(-1))
-                self._check(parts)
+                    read(_rows_of(entry, rows, here), part.view(-1))
             else:
-                piece = torch.empty(count, columns, dtype=DTYPES[self.first.dtype])
-                read(_rows_of(self.first, rows, top, count), piece.view(-1))
-                quantise_rows(self.form, piece.float(), parts)
-                self._check(parts)
-            yield slice(top, top + count), parts
+                quantise_rows(form, self._rows(read, here), parts)
+            self._check(parts)
+            yield here, parts
+
+    def _rows(self, read: Read, here: slice) -> Tensor:
+        """Some rows of what is stored plainly, [n, K] fp32."""
+        entry = _rows_of(self.first, self.shape[0], here)
+        piece = torch.empty(entry.shape, dtype=DTYPES[entry.dtype])
+        read(entry, piece.view(-1))
+        return piece.float()
 
     def _check(self, parts: Mapping[str, Tensor]) -> None:
         """Raises CheckpointError where a scale is none: scales are few, and one of NaN blackens a picture."""
-        scale = parts[SCALE]
-        if bool((scale.isfinite() & (scale != 0)).all()):
+        wrong = [
+            index
+            for index, (suffix, part) in enumerate(parts.items())
+            if suffix in (SCALE, LOW_RANK_SCALE) and not bool((part.isfinite() & (part != 0)).all())
+        ]
+        if not wrong:
             return
-        entry = self.entries[-1]
+        if self.stored is None:
+            raise self._not_finite()
+        entry = self.entries[wrong[0]]
         name = one_line(entry.name, MAX_NAME)
-        if self.is_stored_so:
-            raise CheckpointError(f"{entry.file}: the tensor {name} holds a scale of zero, NaN or infinity")
-        raise CheckpointError(f"{entry.file}: the tensor {name} holds numbers that are not finite")
+        raise CheckpointError(f"{entry.file}: the tensor {name} holds a scale of zero, NaN or infinity")
+
+    def _not_finite(self) -> CheckpointError:
+        name = one_line(self.first.name, MAX_NAME)
+        return CheckpointError(f"{self.first.file}: the tensor {name} holds numbers that are not finite")
 
 
 def sources_of(entries: Mapping[str, TensorEntry | Source]) -> dict[str, Source]:
@@ -154,22 +186,20 @@ def sources_of(entries: Mapping[str, TensorEntry | Source]) -> dict[str, Source]
 
 
 def stored_matrix(shape: tuple[int, ...], parts: Mapping[str, TensorEntry]) -> Source:
-    """A matrix of this shape that is stored in parts, by their suffixes: `weight` or `weight_packed`, and their scales.
+    """A matrix of this shape that is stored in parts, by their suffixes: `weight` or `weight_packed`, its scales, and
+    all three parts of a correction or none.
 
     Its form is what the parts are. Raises CheckpointError where they do not fit the shape or each other.
     """
     scale = parts[SCALE]
     numbers = parts.get(PACKED) or parts["weight"]
-    form = Form(numbers.dtype)
-    if numbers.name.endswith(PACKED):
-        columns, groups = shape[1], scale.shape[-1] if scale.shape else 1
-        form = Form("int4", columns // groups if groups and not columns % groups else 0)
-        if form.group not in GROUPS:
-            raise CheckpointError(
-                f"{scale.file}: the tensor {one_line(scale.name, MAX_NAME)} has {groups} scales for rows of {columns}; "
-                f"handscroll reads groups of {', '.join(map(str, GROUPS))}"
-            )
-    for part, entry in zip(parts_of(form, shape), (numbers, scale), strict=True):
+    try:
+        form = form_in(shape, {suffix: (entry.dtype, entry.shape) for suffix, entry in parts.items()})
+    except ValueError as error:
+        raise CheckpointError(f"{scale.file}: the tensor {one_line(numbers.name, MAX_NAME)} {error}") from error
+    assert form is not None
+    entries = (numbers, scale, *(parts[suffix] for suffix in LOW_RANK if suffix in parts))
+    for part, entry in zip(parts_of(form, shape), entries, strict=True):
         stored = STORED_DTYPES.get(entry.dtype)
         # A scale may be of another type than ours, and is cast.
         fits = entry.dtype == part.dtype or (part.suffix == SCALE and stored is not None and stored.is_floating_point)
@@ -178,14 +208,15 @@ def stored_matrix(shape: tuple[int, ...], parts: Mapping[str, TensorEntry]) -> S
                 f"{entry.file}: the tensor {one_line(entry.name, MAX_NAME)} has shape {_text(entry.shape)} in "
                 f"{entry.dtype}, and of a matrix of {_text(shape)} in {form} it is {_text(part.shape)} in {part.dtype}"
             )
-    return Source(shape, (numbers, scale), form)
+    return Source(shape, entries, form, stored=form)
 
 
-def _rows_of(entry: TensorEntry, rows: int, top: int, count: int) -> TensorEntry:
+def _rows_of(entry: TensorEntry, rows: int, here: slice) -> TensorEntry:
     """Some of the rows of a stored matrix, as an entry of its own."""
-    row_bytes = entry.n_bytes // rows
+    row_bytes, count = entry.n_bytes // rows, here.stop - here.start
     shape = (count, math.prod(entry.shape) // rows)
-    return TensorEntry(entry.name, entry.file, entry.dtype, shape, entry.start + top * row_bytes, count * row_bytes)
+    start = entry.start + here.start * row_bytes
+    return TensorEntry(entry.name, entry.file, entry.dtype, shape, start, count * row_bytes)
 
 
 def _text(shape: tuple[int, ...]) -> str:

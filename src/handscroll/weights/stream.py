@@ -8,7 +8,7 @@ buffer.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -84,7 +84,7 @@ class WeightStream:
         )
         # Beside quantised matrices nothing lies as in its file, so that the bits do not depend on which file that is:
         # the one that was quantised, or the original.
-        self._maps = all(source.form is None for source in self.entries.values())
+        self._maps = all(source.is_plain for source in self.entries.values())
         self._as_in_the_file = isinstance(self._memory, InPlaceBuffer) and self._maps
 
     @contextmanager
@@ -101,14 +101,20 @@ class WeightStream:
         finally:
             self._give_back(sites)
 
-    def make_resident(self, *modules: nn.Module, but: Iterable[nn.Module] = ()) -> None:
+    def make_resident(
+        self, *modules: nn.Module, but: Iterable[nn.Module] = (), before_each: Callable[[], None] = lambda: None
+    ) -> None:
         """Makes `modules`, without those in `but`, real for good; to materialize them costs nothing from then on.
 
         On the CPU, tensors that the file holds in `dtype` already are the file's pages, as `TensorReader` says.
+        before_each: called before each tensor; what it raises ends this, and then nothing has been made real.
         """
         reader = TensorReader(self.dtype, self.device, self._promised, maps=self._maps)
         sites = [site for site in self._sites_of(modules, but) if not site.resident]
-        tensors = [reader.read(site.source) for site in sites]
+        tensors = []
+        for site in sites:
+            before_each()
+            tensors.append(reader.read(site.source))
         for site, tensor in zip(sites, tensors, strict=True):
             if site.is_widened:
                 site.kept = tensor
@@ -193,7 +199,7 @@ class WeightStream:
         places, end = [], 0
         for site in sorted(sites, key=lambda site: site.source.place):
             phase, source = 0, site.source
-            if self._as_in_the_file and source.form is None and is_mappable(source.first, site.dtype):
+            if self._as_in_the_file and source.is_plain and is_mappable(source.first, site.dtype):
                 phase = source.first.start % self._alignment_bytes
             start = end + (phase - end) % self._alignment_bytes
             end = start + size_of(site, packed)
