@@ -19,6 +19,7 @@ from transformers import Gemma2Model
 from handscroll.errors import CheckpointError
 from handscroll.limits import SLOTS
 from handscroll.models.checkpoint import CheckpointSpec
+from handscroll.models.text_encoder import LAYER_UNITS
 from handscroll.runtime.memory import trim
 from handscroll.runtime.modules import Component, load_module, load_tokenizer, open_module
 from handscroll.runtime.text import encode_prompt
@@ -558,7 +559,7 @@ def test_files_are_closed_with_their_stream(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
-def test_a_text_encoder_runs_in_the_memory_of_one_layer(
+def test_a_text_encoder_runs_in_the_memory_of_one_unit(
     miniature: Miniature, stored: torch.dtype, dtype: torch.dtype
 ) -> None:
     spec = CheckpointSpec.from_folder(miniature("1.6b", dtype=stored, text_encoder={"num_hidden_layers": 5}))
@@ -566,14 +567,17 @@ def test_a_text_encoder_runs_in_the_memory_of_one_layer(
     whole = load_module(spec, "text_encoder", dtype=dtype, device="cpu", leave={EMBEDDING_TABLE})
     encoder: Gemma2Model
     encoder, stream = open_text_encoder(spec, dtype=dtype, device="cpu")
-    assert is_empty(encoder.layers)
+    units = [layer.get_submodule(name) for layer in encoder.layers for name in LAYER_UNITS]
+    assert all(map(is_empty, units))
     for prompt, instruction in (("a lake", "paint: "), ("", ""), ("x" * 400, "")):
         with torch.inference_mode():
             expected = encode_prompt(spec, whole, tokenizer, prompt, instruction)
             ours = encode_prompt(spec, encoder, tokenizer, prompt, instruction)
         assert ours.embeddings.equal(expected.embeddings)
-        assert is_empty(encoder.layers)
-    assert 0 < stream.buffer_bytes < 1.1 * stream.bytes_of(encoder.layers[0])
+        assert all(map(is_empty, units))
+    largest_bytes = spec.text_encoder.unit_parameter_count * dtype.itemsize
+    assert max(map(stream.bytes_of, units)) == largest_bytes
+    assert 0 < stream.buffer_bytes < 1.1 * largest_bytes
     stream.close()
 
 
@@ -592,7 +596,7 @@ def test_a_layer_that_cannot_be_read_ends_the_run(miniature: Miniature, tmp_path
     os.utime(file, ns=(facts.st_atime_ns, facts.st_mtime_ns))
     with pytest.raises(RuntimeError):
         encoder(inputs_embeds=torch.zeros(1, 3, 47), use_cache=False)
-    assert is_empty(encoder.layers)
+    assert all(is_empty(layer.get_submodule(name)) for layer in encoder.layers for name in LAYER_UNITS)
     assert encoder(inputs_embeds=rows, use_cache=False).last_hidden_state.equal(good)
     stream.close()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -14,6 +15,9 @@ from handscroll.models.config import (
     spec_from_config,
 )
 from handscroll.models.parameters import linear_parameters
+
+# What of a layer runs one after the other: all of its matrices.
+LAYER_UNITS = ("self_attn", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +81,12 @@ class TextEncoderSpec:
             + linear_parameters(queries, hidden, bias)
         )
         return attention + 3 * hidden * self.intermediate_size + 4 * hidden
+
+    @property
+    def unit_parameter_count(self) -> int:
+        """Of the largest unit (`LAYER_UNITS`) of a layer."""
+        matrices = self.layer_matrices()
+        return max(sum(math.prod(shape) for name, shape in matrices if f".{unit}." in name) for unit in LAYER_UNITS)
 
     def layer_matrices(self) -> list[tuple[str, tuple[int, int]]]:
         """Names and shapes `[N, K]` of the first layer's matrices."""

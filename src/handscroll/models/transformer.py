@@ -15,6 +15,9 @@ from handscroll.models.config import (
 )
 from handscroll.models.parameters import convolution_parameters, linear_parameters
 
+# What a step calls once, before its layers.
+EMBEDDERS = ("time_embed", "caption_projection")
+
 
 @dataclass(frozen=True, slots=True)
 class TransformerSpec:
@@ -125,13 +128,17 @@ class TransformerSpec:
         return [(f"transformer_blocks.0.{name}.weight", shape) for name, shape in shapes.items()]
 
     @property
+    def embedder_units(self) -> list[int]:
+        """Parameters of each matrix of `EMBEDDERS`, with its bias."""
+        width = self.width
+        of_number = [linear_parameters(256, width), linear_parameters(width, width)]
+        time_embed = [*of_number * (2 if self.guidance_embeds else 1), linear_parameters(width, 6 * width)]
+        return [*time_embed, linear_parameters(self.caption_channels, width), linear_parameters(width, width)]
+
+    @property
     def parameter_count(self) -> int:
         width = self.width
         patch_embed = convolution_parameters(self.in_channels, width, self.patch_size)
-        embedders = 2 if self.guidance_embeds else 1
-        time_embed = embedders * (linear_parameters(256, width) + linear_parameters(width, width)) + linear_parameters(
-            width, 6 * width
-        )
-        caption = linear_parameters(self.caption_channels, width) + linear_parameters(width, width) + width
         output = 2 * width + linear_parameters(width, self.patch_size**2 * self.out_channels)
-        return patch_embed + time_embed + caption + self.num_layers * self.block_parameter_count + output
+        embedders = sum(self.embedder_units) + width  # the norm of the captions
+        return patch_embed + embedders + self.num_layers * self.block_parameter_count + output

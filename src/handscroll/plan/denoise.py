@@ -36,7 +36,8 @@ class DenoiseStage:
     forward follows the other, and one residual stream exists at a time. `residual` is where the streams live between
     row blocks. `lay_out`: a layer is laid out for the CPU's kernels, beside itself. Beside a CUDA device,
     `host_layers` of those that are read anew are kept in the host's memory, of which they take `host_bytes`.
-    `peak_bytes` of the whole stage; `seconds` by the hardware's rates.
+    `peak_bytes` of the whole stage; `seconds` by the hardware's rates. `embedders_pass`: what embeds a step's time and
+    the prompt is read anew at every step too, a matrix at a time.
     """
 
     band_rows: int
@@ -48,6 +49,7 @@ class DenoiseStage:
     peak_bytes: int
     seconds: float
     host_layers: int = 0
+    embedders_pass: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +81,7 @@ def denoise_stages(
     layer = layer_cost(spec, job)
     layer_bytes = layer.working_bytes
     fixed_bytes = (spec.parameter_count - spec.num_layers * spec.block_parameter_count) * element_bytes
+    embedder_units = [count * element_bytes for count in spec.embedder_units]
     # A CUDA device is sent what is resident of a layer, and widens that there; on a CPU one buffer is filled.
     sent_bytes = layer.resident_bytes if hardware.is_cuda else layer.working_bytes
     widened_bytes = (layer.widened_bytes and layer.working_bytes) + layer.making_bytes
@@ -116,6 +119,13 @@ def denoise_stages(
                     slots_bytes += widened_bytes
                 else:  # the same buffer is filled from a file, or from what is resident
                     slots_bytes = widened_bytes
+                # Where no layer stays, neither do they: a matrix of theirs at a time, before there is a layer.
+                embedders_pass = resident == 0 and not hardware.is_cuda
+                passing_bytes = sum(embedder_units) if embedders_pass else 0
+                peak_bytes = working - passing_bytes + resident * layer.resident_bytes + slots_bytes
+                if embedders_pass:
+                    peak_bytes = max(peak_bytes, held - passing_bytes + max(embedder_units))
+                passing_seconds = readings * passing_bytes / hardware.rates.weight_bytes
                 yield DenoiseStage(
                     band_rows=band_rows,
                     resident_layers=resident,
@@ -124,8 +134,17 @@ def denoise_stages(
                     lay_out=lay_out,
                     host_layers=read.host_layers,
                     host_bytes=read.host_bytes,
-                    peak_bytes=working + resident * layer.resident_bytes + slots_bytes,
-                    seconds=read.seconds + moving_seconds + calls * SECONDS_A_BAND + made * layer.making_seconds,
+                    embedders_pass=embedders_pass,
+                    peak_bytes=peak_bytes,
+                    seconds=sum(
+                        (
+                            read.seconds,
+                            moving_seconds,
+                            passing_seconds,
+                            calls * SECONDS_A_BAND,
+                            made * layer.making_seconds,
+                        )
+                    ),
                 )
 
 

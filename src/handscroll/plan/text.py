@@ -1,4 +1,4 @@
-"""The text stage: bytes and FLOPs of encoding a prompt, one layer's weights in memory at a time."""
+"""The text stage: bytes and FLOPs of encoding a prompt, a unit of a layer in memory at a time, on CUDA a layer."""
 
 from __future__ import annotations
 
@@ -40,13 +40,14 @@ def text_stage(
     """Encoding `prompts` prompts of at most `tokens` tokens in `precision`; kept: by layers that are in memory."""
     hardware = inputs.hardware
     layer = layer_cost(spec, precision) if cost is None else cost
-    working_bytes = layer.working_bytes
+    working_bytes = layer.working_bytes if hardware.is_cuda else spec.unit_parameter_count * BYTES[precision]
     if kept:
         held = spec.num_hidden_layers * layer.resident_bytes + (layer.widened_bytes and working_bytes)
     elif hardware.is_cuda:
         held = SLOTS * layer.resident_bytes + (layer.widened_bytes and working_bytes)
     else:
         held = working_bytes
+    held += 4 * spec.num_hidden_layers * spec.hidden_size * BYTES[precision]  # norms
     held += activation_bytes(spec, tokens, precision) + layer.making_bytes
     if not hardware.is_cuda:
         held += inputs.tokenizer_bytes

@@ -21,10 +21,12 @@ from handscroll.banded.transformer import Branch, predict
 from handscroll.errors import HandscrollError
 from handscroll.events import OnEvent, Progress, ignore, pulse
 from handscroll.models.checkpoint import CheckpointSpec
+from handscroll.models.transformer import EMBEDDERS
 from handscroll.plan.host import layers_room_bytes
 from handscroll.plan.plan import Plan
 from handscroll.plan.stages import DENOISE, DENOISE_PART, TEXT, TEXT_PART
 from handscroll.plan.store import Store
+from handscroll.runtime.lending import lend
 from handscroll.runtime.maps import new_map
 from handscroll.runtime.memory import release
 from handscroll.runtime.modules import Component, Half, open_module
@@ -90,6 +92,12 @@ class Transformer:
         with self.stream.materialize(blocks[index]):
             self.stream.prefetch(blocks[(index + 1) % len(blocks)])  # after the last, for the next step
             yield blocks[index]
+
+
+def embedder_units(transformer: Any) -> list[nn.Module]:
+    """Of what embeds a timestep and a prompt, the modules that run one after the other."""
+    within = [each for name in EMBEDDERS for each in transformer.get_submodule(name).modules()]
+    return [each for each in within if next(each.parameters(recurse=False), None) is not None]
 
 
 class Session:
@@ -168,8 +176,11 @@ class Session:
             if kept or plan.denoise is None:
                 stream.make_resident(module, before_each=self._pulse_while_opening)
                 return Opened(module, stream, resident=True)
-            passing = blocks[plan.denoise.resident_layers :]
+            units = embedder_units(module) if plan.denoise.embedders_pass else []
+            passing = [*blocks[plan.denoise.resident_layers :], *units]
             stream.make_resident(module, but=passing, before_each=self._pulse_while_opening)
+            for unit in units:
+                lend(unit, stream, frees=True)
             layer_bytes = stream.sent_bytes_of(blocks[0]) if len(blocks) else 0
             stream.pin(layers_room_bytes(plan.denoise.host_layers, layer_bytes))
             return Opened(module, stream)

@@ -1,9 +1,9 @@
-"""The text encoder in the memory of one of its layers."""
+"""The text encoder in the memory of a unit of a layer (its attention, a matrix), on a CUDA device of a layer."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
-from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -11,6 +11,8 @@ from torch import nn
 
 from handscroll.events import OnEvent, ignore
 from handscroll.models.checkpoint import CheckpointSpec
+from handscroll.models.text_encoder import LAYER_UNITS
+from handscroll.runtime.lending import lend
 from handscroll.runtime.modules import open_module
 from handscroll.weights.stream import WeightStream
 
@@ -26,13 +28,14 @@ def open_text_encoder(
     on_event: OnEvent = ignore,
     on_layer: Callable[[], None] = lambda: None,
 ) -> tuple[nn.Module, WeightStream]:
-    """A `Gemma2Model` that runs in the memory of one decoder layer, and the stream to close when it is done with.
+    """A `Gemma2Model` that runs in the memory of little of it, and the stream to close when it is done with.
 
-    Its own `forward` is what runs: each layer's weights are materialized just before it is called and given back right
-    after, while the next layer's are read ahead. The embedding table stays in the file, so the model takes
-    `inputs_embeds`, as `encode_prompt` gives them. Values are those of the loaded model, bit for bit.
+    Its own `forward` is what runs: the weights of each unit of a layer (models.text_encoder.LAYER_UNITS), on a CUDA
+    device of each layer, are materialized just before it is called and given back right after, while those of the next
+    layer are read ahead. The embedding table stays in the file, so the model takes `inputs_embeds`, as `encode_prompt`
+    gives them. Values are those of the loaded model, bit for bit.
 
-    Memory: a layer's weights in `dtype` (78 M of them for gemma-2-2b; twice that on a CUDA device), and 16 MiB where
+    Memory: a unit in `dtype` (21 M numbers for gemma-2-2b; on a CUDA device two layers of 78 M), and 16 MiB where
     dtypes are converted. `on_layer` is called before each layer. Raises CheckpointError as `load_module` does, and when
     a layer cannot be read.
     """
@@ -40,23 +43,13 @@ def open_text_encoder(
     encoder, stream = open_module(
         spec, "text_encoder", dtype=dtype, device=device, leave={EMBEDDING_TABLE}, storage=storage, on_event=on_event
     )
-    stream.make_resident(encoder, but=[encoder.layers])
-    _materialize_in_turn(stream, list(encoder.layers), on_layer)
+    # On a device many small copies take longer than a few large ones.
+    on_cuda = torch.device(device).type == "cuda"
+    layers = list(encoder.layers)
+    units = [[layer] if on_cuda else [layer.get_submodule(name) for name in LAYER_UNITS] for layer in layers]
+    stream.make_resident(encoder, but=itertools.chain(*units))
+    for layer, its, following in zip(layers, units, [*units[1:], []], strict=True):
+        layer.register_forward_pre_hook(lambda *_: on_layer())
+        for unit in its:
+            lend(unit, stream, following if unit is its[0] else [])
     return encoder, stream
-
-
-def _materialize_in_turn(stream: WeightStream, layers: list[nn.Module], on_layer: Callable[[], None]) -> None:
-    for index, layer in enumerate(layers):
-        held = ExitStack()
-        following = layers[index + 1 : index + 2]
-
-        def before(layer: nn.Module, _: Any, held: ExitStack = held, following: list[nn.Module] = following) -> None:
-            on_layer()
-            held.enter_context(stream.materialize(layer))
-            stream.prefetch(*following)
-
-        def after(_: nn.Module, __: Any, ___: Any, held: ExitStack = held) -> None:
-            held.close()
-
-        layer.register_forward_pre_hook(before)
-        layer.register_forward_hook(after, always_call=True)

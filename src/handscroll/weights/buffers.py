@@ -46,8 +46,11 @@ class InPlaceBuffer:
     def idle_bytes(self) -> int:
         return 0 if self._idle is None else self._idle.nbytes
 
-    def close(self) -> None:
+    def free(self) -> None:
         self._idle = None
+
+    def close(self) -> None:
+        self.free()
         self._files.close()
 
 

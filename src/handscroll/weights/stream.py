@@ -163,6 +163,11 @@ class WeightStream:
         """What the buffers hold that are not in use."""
         return self._memory.idle_bytes
 
+    def free_buffers(self) -> None:
+        """Frees the buffer of a CPU that is not in use."""
+        if isinstance(self._memory, InPlaceBuffer):
+            self._memory.free()
+
     def close(self) -> None:
         """Frees the buffers that are not in use, and closes the files; the next `materialize` opens them again."""
         self._memory.close()
