@@ -205,9 +205,12 @@ def test_a_folder_of_a_lora_adapter(folder: Path, name: str, place: str) -> None
 @pytest.mark.parametrize(
     ("settings", "says"),
     [
-        ({"quant_method": "bitsandbytes", "load_in_4bit": True, "load_in_8bit": False}, "bitsandbytes, 4 bits"),
-        ({"quant_method": "bitsandbytes", "load_in_8bit": True}, "bitsandbytes, 8 bits"),
-        ({"load_in_8bit": True}, "bitsandbytes, 8 bits"),
+        (
+            {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "int4"},
+            "bitsandbytes, 4 bits",
+        ),
+        ({"quant_method": "bitsandbytes", "load_in_8bit": "yes"}, "bitsandbytes, 8 bits"),
+        ({"load_in_8bit": 1}, "bitsandbytes, 8 bits"),
         ({"quant_method": "torchao", "quant_type": "int8wo"}, "torchao"),
         ({"quant_method": "gguf"}, "GGUF"),
         ({"quant_method": "quanto", "weights_dtype": "int8"}, "quanto"),

@@ -27,6 +27,8 @@ _DIRECTION_BYTES, _DIRECTIONS_BEYOND = 24, 8
 _STORED_AS = {"int8": "int8", "int8-weights": "int8", "int4": "int4", "fp8": "fp8"}
 NATIVE = ("int8", "fp8")
 OWN_METHOD = "handscroll"
+# What others keep weights in, which is made wide when it is read.
+OTHERS = ("nf4", "fp4")
 
 Shape = tuple[int, ...]
 # The matrices of a layer in their order, and what each is kept in.
@@ -158,18 +160,22 @@ def _cost(layer: Layer, parameters: int, element_bytes: int, stored_so: bool, na
 class Quantisation:
     """How a component is stored. `storage` is one of STORAGES; `dtype` what its other tensors are in, if it says so.
 
-    corrected: whether its config says that matrices have corrections. `layers`: how the matrices of its layers are
+    corrected: whether its config says that matrices have corrections. is_bitsandbytes: stored as that library does
+    (weights/bitsandbytes.py). `layers`: how the matrices of its layers are
     stored, by their headers, each way once; empty where these are not known.
     """
 
     storage: str
     dtype: str = ""
     corrected: bool = False
+    is_bitsandbytes: bool = False
     layers: tuple[Layer, ...] = ()
 
     @classmethod
     def from_config(cls, settings: object) -> Self | None:
         """From a config's `quantization_config`; None for one that is not read here."""
+        if isinstance(settings, Mapping) and settings.get("quant_method", "bitsandbytes") == "bitsandbytes":
+            return cls._of_bitsandbytes(settings)  # whose older configs name no method
         if not isinstance(settings, Mapping) or settings.get("quant_method") not in ("compressed-tensors", OWN_METHOD):
             return None
         corrected = settings["quant_method"] == OWN_METHOD
@@ -194,6 +200,15 @@ class Quantisation:
         if corrected and storage != "int4":
             return None
         return cls(storage, dtype or "", corrected)
+
+    @classmethod
+    def _of_bitsandbytes(cls, settings: Mapping[str, Any]) -> Self | None:
+        """As https://huggingface.co/docs/transformers/quantization/bitsandbytes: 8 bits by row, or nf4 or fp4."""
+        in_8_bits, in_4_bits = settings.get("load_in_8bit") is True, settings.get("load_in_4bit") is True
+        kind = settings.get("bnb_4bit_quant_type", "fp4")
+        if in_8_bits == in_4_bits or (in_4_bits and kind not in OTHERS):
+            return None
+        return cls(kind if in_4_bits else "int8-weights", is_bitsandbytes=True)
 
     def with_layers(self, matrices: Sequence[tuple[str, Shape]], layers: int, tensors: Iterable[TensorEntry]) -> Self:
         """With what the headers say of its layers; `matrices` are those of the first, by name and shape.
@@ -245,4 +260,4 @@ class Quantisation:
         )
 
     def is_stored_as(self, storage: str) -> bool:
-        return _STORED_AS[self.storage] == _STORED_AS.get(storage)
+        return _STORED_AS.get(self.storage, self.storage) == _STORED_AS.get(storage)

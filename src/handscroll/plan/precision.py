@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 from handscroll.errors import UsageError
 from handscroll.models.checkpoint import CheckpointSpec
-from handscroll.models.quantisation import STORAGES
+from handscroll.models.quantisation import OTHERS, STORAGES
 
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 
@@ -78,7 +78,7 @@ def precisions_before(made: str) -> tuple[str, str] | None:
 
 def _is_told(precision: str) -> bool:
     storage, _, computed = precision.rpartition("+")
-    return computed in BYTES and (storage in STORAGES or precision == computed)
+    return computed in BYTES and (storage in (*STORAGES, *OTHERS) or precision == computed)
 
 
 def resolve_precision(

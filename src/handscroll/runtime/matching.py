@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from torch import nn
@@ -12,6 +12,7 @@ from handscroll.errors import CheckpointError
 from handscroll.events import OnEvent, notice
 from handscroll.models.checkpoint import CheckpointSpec
 from handscroll.units import one_line
+from handscroll.weights import bitsandbytes
 from handscroll.weights.dtypes import DTYPES
 from handscroll.weights.folder import WeightFiles
 from handscroll.weights.foreign import FUSE_FIRST, USE_THE_ORIGINAL, has_both_factors, is_adapter, quantised_by_tensors
@@ -38,8 +39,8 @@ def check_amount(spec: CheckpointSpec, component: str, part: str | None) -> None
             described = spec.autoencoder.decoder_parameter_count
         case _:
             described = spec.autoencoder.encoder_parameter_count if part else spec.autoencoder.parameter_count
-    # Of 4 bits, eight numbers in each that is stored.
-    stored = sum(math.prod(entry.shape) * (8 if entry.name.endswith(PACKED) else 1) for _, entry in weights.named())
+    # Of 4 bits, eight numbers in an int32, two in a byte.
+    stored = sum(math.prod(entry.shape) * _numbers_in(entry) for _, entry in weights.named())
     if described > 2 * stored + SMALL:
         if said := _strange([entry.name for entry in weights.tensors]):
             raise CheckpointError(f"{spec.folder / component}: {said}")
@@ -47,6 +48,11 @@ def check_amount(spec: CheckpointSpec, component: str, part: str | None) -> None
             f"{spec.folder / component / 'config.json'}: describes {described:,} parameters, and the files beside it "
             f"hold {stored:,}; they do not belong together"
         )
+
+
+def _numbers_in(entry: TensorEntry) -> int:
+    """The most numbers of a matrix that stand in one that is stored."""
+    return 8 if entry.name.endswith(PACKED) else 2 if entry.dtype == "uint8" else 1
 
 
 def match_tensors(
@@ -63,13 +69,19 @@ def match_tensors(
     computed = {name for name, _ in module.named_buffers()} - wanted.keys()
     other_half = {"decoder": "encoder.", "encoder": "decoder."}.get(part or "")
 
-    quantised = spec.quantisation_of(component) is not None
+    quantisation = spec.quantisation_of(component)
+    quantised = quantisation is not None
     found: dict[str, TensorEntry] = {}
     parts: dict[str, dict[str, TensorEntry]] = {}
     extra: list[TensorEntry] = []
     for name, entry in named(component, weights):
         owner, _, suffix = name.rpartition(".")
-        if quantised and f"{owner}.weight" in wanted and is_part(suffix, entry):
+        if quantisation is not None and quantisation.is_bitsandbytes:
+            found_as = bitsandbytes.part_of(name) or ((name, "weight") if entry.dtype in ("int8", "uint8") else None)
+            if found_as is not None and found_as[0] in wanted:
+                parts.setdefault(found_as[0], {})[found_as[1]] = entry
+                continue
+        elif quantised and f"{owner}.weight" in wanted and is_part(suffix, entry):
             parts.setdefault(f"{owner}.weight", {})[suffix] = entry
             continue
         if name in computed or (other_half and name.startswith(other_half)):
@@ -85,7 +97,8 @@ def match_tensors(
     for name, its in parts.items():
         if name in found:
             raise CheckpointError(f"{found[name].file}: the tensor {name} is there twice, once quantised")
-        sources[name] = _matrix(name, its, tuple(wanted[name].shape))
+        make = bitsandbytes.matrix if quantisation is not None and quantisation.is_bitsandbytes else stored_matrix
+        sources[name] = _matrix(name, its, tuple(wanted[name].shape), make)
     if missing := [name for name in wanted if name not in sources]:
         raise CheckpointError(_missing(spec.folder / component, weights, missing))
     if extra:
@@ -104,8 +117,18 @@ def is_part(suffix: str, entry: TensorEntry) -> bool:
     return suffix in (PACKED, SCALE, SHAPE, *LOW_RANK) or (suffix == "weight" and entry.dtype in ("int8", "fp8"))
 
 
-def _matrix(name: str, parts: dict[str, TensorEntry], shape: tuple[int, ...]) -> Source:
+def _matrix(
+    name: str,
+    parts: dict[str, TensorEntry],
+    shape: tuple[int, ...],
+    make: Callable[[tuple[int, ...], dict[str, TensorEntry]], Source],
+) -> Source:
     """A quantised matrix. Raises CheckpointError where a part is missing, or does not fit."""
+    first = next(iter(parts.values()))
+    if len(shape) < 2 or any(size != 1 for size in shape[2:]):
+        raise CheckpointError(f"{first.file}: the tensor {one_line(first.name, MAX_NAME)} is quantised and no matrix")
+    if make is not stored_matrix:
+        return make(shape, parts)
     numbers = parts.get(PACKED) or parts.get("weight")
     lacking = [suffix for suffix in LOW_RANK if suffix not in parts] if parts.keys() & set(LOW_RANK) else []
     if numbers is None or SCALE not in parts or lacking:
@@ -115,11 +138,7 @@ def _matrix(name: str, parts: dict[str, TensorEntry], shape: tuple[int, ...]) ->
         raise CheckpointError(
             f"{there.file}: the tensor {one_line(missing, MAX_NAME)} is missing, to which {there.name} belongs"
         )
-    if len(shape) < 2 or any(size != 1 for size in shape[2:]):
-        raise CheckpointError(
-            f"{numbers.file}: the tensor {one_line(numbers.name, MAX_NAME)} is quantised and no matrix"
-        )
-    return stored_matrix(shape, parts)
+    return make(shape, parts)
 
 
 def named(component: str, weights: WeightFiles) -> Iterator[tuple[str, TensorEntry]]:

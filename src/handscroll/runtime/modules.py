@@ -123,7 +123,7 @@ def kept_in(storage: str, component: Component, name: str, source: Source) -> So
 
     What others quantised beyond the layers' matrices is kept plainly.
     """
-    if source.stored is not None:
+    if not source.is_plain:
         return source if is_quantisable(component, name) else dataclasses.replace(source, form=None)
     return dataclasses.replace(source, form=form_of(component, storage, name, source.shape))
 

@@ -53,7 +53,7 @@ class TensorReader:
             packed = allocate_bytes(source.packed_bytes)
             source.fill_packed(self._files.read, packed)
             return packed.to(self.device)
-        if source.stored is not None:
+        if not source.is_plain:
             wide = torch.empty(source.shape, dtype=self.dtype)
             source.fill(self._files.read, wide)
             return wide.to(self.device)

@@ -1,0 +1,182 @@
+"""Matrices as bitsandbytes stores them (https://github.com/bitsandbytes-foundation/bitsandbytes).
+
+8 bits  `weight` int8 [N, K] and beside it `SCB` fp32 [N]: `SCB / 127 * weight`, which is our own int8
+4 bits  `weight` uint8 [N * K / 2, 1]: two numbers in each, the first one high, in the order of the rows; each names an
+        entry of `weight.quant_map` [16], which `weight.absmax` multiplies, one for a block of neighbours. These are
+        fp32, or again uint8: entries of `weight.nested_quant_map` [256] times `weight.nested_absmax`, one for a block
+        of them, plus an offset. `weight.quant_state.bitsandbytes__nf4` (or fp4) is JSON with the sizes of the blocks
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from handscroll.errors import CheckpointError
+from handscroll.units import one_line
+from handscroll.weights.forms import Form, matrix_shape
+from handscroll.weights.header import MAX_NAME, TensorEntry
+from handscroll.weights.json_text import parse_json
+from handscroll.weights.quantised import pieces_of
+from handscroll.weights.sources import Read, Source
+
+SCB = "SCB"
+STATE = "quant_state"
+_FOUR_BITS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map")
+_PART = re.compile(rf"(?P<owner>.*)\.weight\.(?P<suffix>{'|'.join(_FOUR_BITS)}|{STATE}\.bitsandbytes__(nf4|fp4))")
+_STATE_BYTES = 4096  # at most; 167 as it is written
+
+
+def part_of(name: str) -> tuple[str, str] | None:
+    """The parameter that a tensor of this name is a part of, and which part; None for others.
+
+    `weight` itself is told by its type alone.
+    """
+    if found := _PART.fullmatch(name):
+        return f"{found['owner']}.weight", found["suffix"].partition(".")[0]
+    owner, _, leaf = name.rpartition(".")
+    return (f"{owner}.weight", leaf) if leaf in (SCB, "weight_format") else None
+
+
+def matrix(shape: tuple[int, ...], parts: Mapping[str, TensorEntry]) -> Source:
+    """A matrix by its parts' names. Raises CheckpointError where they do not fit each other."""
+    return in_8_bits(shape, parts) if SCB in parts else in_4_bits(shape, parts)
+
+
+def in_8_bits(shape: tuple[int, ...], parts: Mapping[str, TensorEntry]) -> Source:
+    """A matrix of 8 bits, by its parts' names. Raises CheckpointError where they do not fit."""
+    numbers, scale = _need(parts, "weight"), _need(parts, SCB)
+    rows = matrix_shape(shape)[0]
+    if numbers.dtype != "int8" or math.prod(numbers.shape) != math.prod(shape):
+        raise _misfit(numbers, f"a matrix of {_text(shape)} in int8")
+    if math.prod(scale.shape) != rows or scale.dtype != "fp32":
+        raise _misfit(scale, f"{rows} scales in fp32")
+    form = Form("int8")
+    return Source(shape, (numbers, scale), form, stored=form, scale_by=1 / 127)
+
+
+def in_4_bits(shape: tuple[int, ...], parts: Mapping[str, TensorEntry]) -> Source:
+    """A matrix of 4 bits, by its parts' names. Raises CheckpointError where they are missing or have other sizes."""
+    numbers = _need(parts, "weight")
+    names = ["absmax", "quant_map"]
+    if "nested_absmax" in parts or "nested_quant_map" in parts:
+        names += ["nested_absmax", "nested_quant_map"]
+    others = [_need(parts, name) for name in names]
+    count = math.prod(shape)
+    if numbers.dtype != "uint8" or math.prod(numbers.shape) != count // 2 or matrix_shape(shape)[1] % 2:
+        raise _misfit(numbers, f"a matrix of {_text(shape)} in 4 bits")
+    return FourBits(shape, (numbers, *others), state=_need(parts, STATE))
+
+
+@dataclass(frozen=True, slots=True)
+class FourBits(Source):
+    """Is made wide while it is read. state: where the sizes of its blocks are stored."""
+
+    state: TensorEntry | None = field(default=None, kw_only=True)
+
+    @property
+    def is_plain(self) -> bool:
+        return False
+
+    def fill(self, read: Read, target: Tensor) -> None:
+        rows, columns = matrix_shape(self.shape)
+        flat = target.view(rows, columns)
+        table = self._read(read, self.entries[2], 16)
+        block, scales = self._scales(read, rows * columns)
+        for here in pieces_of(rows, columns):
+            first, last = here.start * columns, here.stop * columns
+            packed = torch.empty((last - first) // 2, dtype=torch.uint8)
+            read(_stretch(self.first, first // 2, packed.numel()), packed)
+            indices = torch.stack([packed >> 4, packed & 15], dim=1).view(-1).int()
+            blocks = torch.arange(first, last).div_(block, rounding_mode="floor")
+            wide = table[indices].mul_(scales[blocks])
+            flat[here] = wide.view(-1, columns)
+
+    def _scales(self, read: Read, count: int) -> tuple[int, Tensor]:
+        """How many numbers share a scale, and the scales in fp32."""
+        state = self._state(read)
+        block = _size(state.get("blocksize"))
+        if not block or state.get("shape") != list(self.shape):
+            raise self._wrong("does not say the matrix's shape and its blocks")
+        needed = -(-count // block)
+        if len(self.entries) == 3:
+            scales = self._read(read, self.entries[1], needed)
+        else:
+            offset, nested_block = state.get("nested_offset"), _size(state.get("nested_blocksize"))
+            if not isinstance(offset, float | int) or not math.isfinite(offset) or not nested_block:
+                raise self._wrong("does not say how its scales are stored")
+            entry = self.entries[1]
+            if entry.dtype != "uint8" or math.prod(entry.shape) != needed:
+                raise _misfit(entry, f"{needed} scales in uint8")
+            indices = torch.empty(needed, dtype=torch.uint8)
+            read(entry, indices)
+            of_blocks = self._read(read, self.entries[3], -(-needed // nested_block))
+            table = self._read(read, self.entries[4], 256)
+            scales = table[indices.int()] * of_blocks.repeat_interleave(nested_block)[:needed] + offset
+        if not bool(scales.isfinite().all()):
+            name = one_line(self.entries[1].name, MAX_NAME)
+            raise CheckpointError(f"{self.first.file}: the tensor {name} holds numbers that are not finite")
+        return block, scales
+
+    def _state(self, read: Read) -> dict[str, Any]:
+        entry = self.state
+        assert entry is not None
+        if entry.dtype != "uint8" or not 0 < entry.n_bytes <= _STATE_BYTES:
+            raise self._wrong("is no JSON of a few hundred bytes")
+        text = torch.empty(entry.n_bytes, dtype=torch.uint8)
+        read(entry, text)
+        try:
+            found = parse_json(text.numpy().tobytes())
+        except (ValueError, CheckpointError) as error:
+            raise self._wrong(f"is no JSON: {one_line(error, MAX_NAME)}") from error
+        if not isinstance(found, dict):
+            raise self._wrong("is no JSON object")
+        return found
+
+    def _wrong(self, what: str) -> CheckpointError:
+        assert self.state is not None
+        return CheckpointError(f"{self.state.file}: the tensor {one_line(self.state.name, MAX_NAME)} {what}")
+
+    def _read(self, read: Read, entry: TensorEntry, count: int) -> Tensor:
+        """So many numbers of fp32."""
+        if entry.dtype != "fp32" or math.prod(entry.shape) != count:
+            raise _misfit(entry, f"{count} numbers in fp32")
+        found = torch.empty(count)
+        read(entry, found)
+        return found
+
+
+def _size(given: object) -> int:
+    """A power of two that blocks may have; 0 for other values."""
+    return given if isinstance(given, int) and not isinstance(given, bool) and given in _BLOCKS else 0
+
+
+_BLOCKS = tuple(2**power for power in range(5, 13))
+
+
+def _need(parts: Mapping[str, TensorEntry], suffix: str) -> TensorEntry:
+    if suffix in parts:
+        return parts[suffix]
+    there = next(iter(parts.values()))
+    name = one_line(there.name, MAX_NAME)
+    raise CheckpointError(f"{there.file}: the tensor {suffix} is missing, to which {name} belongs")
+
+
+def _misfit(entry: TensorEntry, wanted: str) -> CheckpointError:
+    name = one_line(entry.name, MAX_NAME)
+    return CheckpointError(f"{entry.file}: the tensor {name} is {_text(entry.shape)} in {entry.dtype}, not {wanted}")
+
+
+def _stretch(entry: TensorEntry, first: int, count: int) -> TensorEntry:
+    """Some of the bytes of a tensor."""
+    return TensorEntry(entry.name, entry.file, "uint8", (count,), entry.start + first, count)
+
+
+def _text(shape: tuple[int, ...]) -> str:
+    return "x".join(map(str, shape)) or "scalar"
