@@ -77,55 +77,35 @@ def denoise_stages(
 
     kept: all layers are in memory, whatever the limit.
     """
-    element_bytes = BYTES[job.precision]
-    layer = layer_cost(spec, job)
-    layer_bytes = layer.working_bytes
-    fixed_bytes = (spec.parameter_count - spec.num_layers * spec.block_parameter_count) * element_bytes
-    embedder_units = [count * element_bytes for count in spec.embedder_units]
-    # A CUDA device is sent what is resident of a layer, and widens that there; on a CPU one buffer is filled.
-    sent_bytes = layer.resident_bytes if hardware.is_cuda else layer.working_bytes
-    widened_bytes = (layer.widened_bytes and layer.working_bytes) + layer.making_bytes
-    slots, slab_channels = (SLOTS, CUDA_SLAB_CHANNELS) if hardware.is_cuda else (1, SLAB_CHANNELS)
-    stream_bytes = job.positions * spec.width * element_bytes
-    samples_bytes = 8 * 4 * job.positions * spec.patch_size**2 * max(spec.in_channels, spec.out_channels)
-    text_bytes = job.branches * job.tokens * (3 * spec.width + spec.caption_channels) * element_bytes
-    compute_seconds = job.steps * job.branches * forward_flops(spec, job) / hardware.rates.flops(job.precision)
-    for residual, together in _residuals(hardware, job, stream_bytes, 0 if kept else layer_bytes):
-        streams = job.branches if together else 1
-        held = fixed_bytes + text_bytes + samples_bytes
-        held += (streams - 1) * stored_bytes(stream_bytes, residual)
-        held += stored_bytes(stream_bytes, residual, rewritten=True)
-        moved_bytes = 0 if residual == "memory" else 3 * job.steps * job.branches * spec.num_layers * stream_bytes
+    sizes = _Sizes.of(spec, job, hardware)
+    for residual, together in _residuals(hardware, job, sizes.stream_bytes, 0 if kept else sizes.layer.working_bytes):
+        readings = job.steps * (1 if together else job.branches)
+        held = sizes.streams_bytes(job.branches if together else 1, residual)
+        moved_bytes = 0 if residual == "memory" else 3 * job.steps * job.branches * spec.num_layers * sizes.stream_bytes
         moving_seconds = moved_bytes / (hardware.rates.disk_bytes if residual == "disk" else hardware.rates.host_bytes)
         room_bytes = hardware.host_bytes
-        room_bytes -= (job.branches + 1) * host_map_bytes(stream_bytes, job.rows) if residual == "host" else 0
-        readings = job.steps * (1 if together else job.branches)
+        room_bytes -= (job.branches + 1) * host_map_bytes(sizes.stream_bytes, job.rows) if residual == "host" else 0
         layouts = (False,) if hardware.is_cuda else (True, False)
         for band_rows, lay_out in product(band_heights(spec, job, hardware), layouts):
-            row_blocks = -(-job.rows // band_rows)
-            calls = job.steps * job.branches * spec.num_layers * row_blocks
-            working = held + lay_out * layer_bytes
+            calls = job.steps * job.branches * spec.num_layers * -(-job.rows // band_rows)
+            working = held + sizes.weights_bytes + lay_out * sizes.layer.working_bytes
             working += native_bytes(spec, job, band_rows)
-            working += band_bytes(spec, job.columns, band_rows, job.tokens, element_bytes, slab_channels)
-            laying_seconds = lay_out * readings * spec.num_layers * layer_bytes / LAYING_OUT_BYTES
-            busy_seconds = compute_seconds * (1 - lay_out * LAID_OUT_GAIN) + laying_seconds
-            most = _resident_layers(spec.num_layers, layer, sent_bytes, slots, working + widened_bytes, limit_bytes)
+            working += band_bytes(spec, job.columns, band_rows, job.tokens, BYTES[job.precision], sizes.slab_channels)
+            laying_seconds = lay_out * readings * spec.num_layers * sizes.layer.working_bytes / LAYING_OUT_BYTES
+            busy_seconds = sizes.compute_seconds * (1 - lay_out * LAID_OUT_GAIN) + laying_seconds
+            most = _resident_layers(spec.num_layers, sizes, working, limit_bytes)
             for resident in {spec.num_layers} if kept else {0, most}:
                 streamed = spec.num_layers - resident
-                read = _reading(streamed, layer, readings, busy_seconds, hardware, room_bytes)
+                read = _reading(streamed, sizes.layer, readings, busy_seconds, hardware, room_bytes)
                 made = resident + read.host_layers + readings * (streamed - read.host_layers)
-                slots_bytes = min(slots, streamed) * sent_bytes
-                if hardware.is_cuda or not layer.widened_bytes:
-                    slots_bytes += widened_bytes
-                else:  # the same buffer is filled from a file, or from what is resident
-                    slots_bytes = widened_bytes
-                # Where no layer stays, neither do they: a matrix of theirs at a time, before there is a layer.
+                peak_bytes = working + resident * sizes.layer.resident_bytes + sizes.passing_bytes(streamed)
+                seconds = read.seconds + moving_seconds + calls * SECONDS_A_BAND + made * sizes.layer.making_seconds
+                # Where no layer stays, neither does what embeds: a unit of it at a time, before there is a layer.
                 embedders_pass = resident == 0 and not hardware.is_cuda
-                passing_bytes = sum(embedder_units) if embedders_pass else 0
-                peak_bytes = working - passing_bytes + resident * layer.resident_bytes + slots_bytes
                 if embedders_pass:
-                    peak_bytes = max(peak_bytes, held - passing_bytes + max(embedder_units))
-                passing_seconds = readings * passing_bytes / hardware.rates.weight_bytes
+                    before_bytes = held + sizes.weights_bytes + max(sizes.embedders_bytes)
+                    peak_bytes = max(peak_bytes, before_bytes) - sum(sizes.embedders_bytes)
+                    seconds += readings * sum(sizes.embedders_bytes) / hardware.rates.weight_bytes
                 yield DenoiseStage(
                     band_rows=band_rows,
                     resident_layers=resident,
@@ -136,16 +116,60 @@ def denoise_stages(
                     host_bytes=read.host_bytes,
                     embedders_pass=embedders_pass,
                     peak_bytes=peak_bytes,
-                    seconds=sum(
-                        (
-                            read.seconds,
-                            moving_seconds,
-                            passing_seconds,
-                            calls * SECONDS_A_BAND,
-                            made * layer.making_seconds,
-                        )
-                    ),
+                    seconds=seconds,
                 )
+
+
+@dataclass(frozen=True, slots=True)
+class _Sizes:
+    """What all ways to run it have in common.
+
+    layer: what one of them takes, of which those that do not stay pass through `slots` buffers. weights_bytes: all
+    other weights; embedders_bytes: of these each unit of what embeds. beside_bytes: the prompts' embeddings and the
+    sampler's maps. stream_bytes: a residual stream. compute_seconds: of all steps.
+    """
+
+    layer: WeightCost
+    slots: int
+    on_device: bool
+    slab_channels: int
+    weights_bytes: int
+    embedders_bytes: tuple[int, ...]
+    beside_bytes: int
+    stream_bytes: int
+    compute_seconds: float
+
+    @classmethod
+    def of(cls, spec: TransformerSpec, job: Sampling, hardware: Hardware) -> _Sizes:
+        element_bytes = BYTES[job.precision]
+        text_bytes = job.branches * job.tokens * (3 * spec.width + spec.caption_channels) * element_bytes
+        samples_bytes = 8 * 4 * job.positions * spec.patch_size**2 * max(spec.in_channels, spec.out_channels)
+        flops = job.steps * job.branches * forward_flops(spec, job)
+        return cls(
+            layer=layer_cost(spec, job),
+            slots=SLOTS if hardware.is_cuda else 1,
+            on_device=hardware.is_cuda,
+            slab_channels=CUDA_SLAB_CHANNELS if hardware.is_cuda else SLAB_CHANNELS,
+            weights_bytes=(spec.parameter_count - spec.num_layers * spec.block_parameter_count) * element_bytes,
+            embedders_bytes=tuple(count * element_bytes for count in spec.embedder_units),
+            beside_bytes=text_bytes + samples_bytes,
+            stream_bytes=job.positions * spec.width * element_bytes,
+            compute_seconds=flops / hardware.rates.flops(job.precision),
+        )
+
+    def streams_bytes(self, streams: int, residual: Store) -> int:
+        """What is held beside weights and row blocks, of so many residual streams that are kept there."""
+        held = self.beside_bytes + (streams - 1) * stored_bytes(self.stream_bytes, residual)
+        return held + stored_bytes(self.stream_bytes, residual, rewritten=True)
+
+    def passing_bytes(self, layers: int) -> int:
+        """What a layer takes at work beside what is resident, where so many of them pass through memory."""
+        layer, slots = self.layer, min(self.slots, layers)
+        making_bytes = (layer.widened_bytes and layer.working_bytes) + layer.making_bytes
+        if self.on_device:  # is sent what would be resident, and makes that wide
+            return slots * layer.resident_bytes + making_bytes
+        # On a CPU the buffer that is filled from a file is that in which a layer is wide.
+        return making_bytes if layer.widened_bytes else slots * layer.working_bytes + making_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,14 +213,13 @@ def _residuals(
         yield "disk", True
 
 
-def _resident_layers(
-    layers: int, layer: WeightCost, sent_bytes: int, slots: int, other_bytes: int, limit_bytes: int | None
-) -> int:
+def _resident_layers(layers: int, sizes: _Sizes, other_bytes: int, limit_bytes: int | None) -> int:
     """The most layers that stay in memory within the limit; all but the last need room for those that pass through."""
-    if limit_bytes is None or other_bytes + layers * layer.resident_bytes <= limit_bytes:
+    resident_bytes = sizes.layer.resident_bytes
+    if limit_bytes is None or other_bytes + sizes.passing_bytes(0) + layers * resident_bytes <= limit_bytes:
         return layers
-    passing_bytes = slots * sent_bytes
-    return max(0, min(layers - 1, (limit_bytes - other_bytes - passing_bytes) // layer.resident_bytes))
+    free_bytes = limit_bytes - other_bytes - sizes.passing_bytes(layers)
+    return max(0, min(layers - 1, free_bytes // resident_bytes))
 
 
 def native_bytes(spec: TransformerSpec, job: Sampling, band_rows: int) -> int:
