@@ -16,6 +16,7 @@ import pyvips
 from handscroll.cli.main import run as handscroll
 from handscroll.errors import FormatError, SizeError
 from handscroll.pictures.comparing import compare_pictures
+from handscroll.pictures.metadata import read_parameters
 
 
 def picture(path: Path, samples: Any) -> Path:
@@ -94,6 +95,57 @@ def test_the_command_and_its_page(tmp_path: Path, noise: Any, capsys: pytest.Cap
     assert "PSNR 48.13 dB" in capsys.readouterr().out
     assert handscroll(["compare", first, first]) == 0
     assert "equal in every sample" in capsys.readouterr().out
+
+
+def test_one_prompt_under_two_settings(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    asked = ["compare", "a quiet lake", "--size", "64", "--steps", "2", "--seed", "7", "--device", "cpu"]
+    settings = ["--with", "precision=fp32", "--with", "precision=int8, text-precision=int4"]
+    assert handscroll([*asked, *settings, "-o", "page.html", "--json", "--quiet"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    names = ["a-quiet-lake-7-precision-fp32.png", "a-quiet-lake-7-precision-int8-text-precision-int4.png"]
+    assert found["pictures"] == names
+    assert 20 < found["psnr"] < 100
+    assert "Precision: fp32" in read_parameters(tmp_path / names[0])
+    assert "int8+fp32" in read_parameters(tmp_path / names[1])
+    assert names[1] in (tmp_path / "page.html").read_text()
+    before = (tmp_path / names[0]).read_bytes()
+    assert handscroll([*asked, *settings, "--quiet"]) == 0  # a second run takes other names
+    assert (tmp_path / names[0]).read_bytes() == before
+    assert (tmp_path / "a-quiet-lake-7-precision-fp32-2.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["a"], "two pictures, or a prompt and --with twice"),
+        (["a.png", "b.png", "--steps", "3"], "--steps is for what is painted"),
+        (["a", "b.png", "--with", "steps=1", "--with", "steps=2"], "no second picture"),
+        (["a", "--with", "steps=1"], "given 1 times"),
+        (["a", "--with", "steps=1", "--with", "steps=1"], "ask for the same"),
+        (["a", "--with", "steps", "--with", "steps=1"], "is not understood"),
+        (["a", "--with", "steps=1,steps=2", "--with", "steps=1"], "says steps twice"),
+        (["a", "--with", "speed=1", "--with", "steps=1"], "no option 'speed'"),
+        (["a", "--with", "size=64", "--with", "size=96"], "of one size"),
+        (["a", "--with", "count=2", "--with", "steps=1"], "one picture each"),
+        (["a", "--with", "precision=int3", "--with", "steps=1"], "'int3' is not known"),
+    ],
+)
+def test_settings_that_cannot_be_compared(
+    arguments: list[str],
+    says: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert handscroll(["compare", *arguments]) == 2
+    said = capsys.readouterr()
+    assert says in said.err
+    assert said.err.count("\n") == 1
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_page_never_takes_the_place_of_a_picture(

@@ -36,6 +36,9 @@ TAKEN = {
     "decode": {"model", "revision", "precision", "device", "decode", "patches", "strip_rows", "memory"},
     "bench": {"model", "revision", "size", "precision", "device"},
     "resume": {"model", "device", "memory"},
+    "compare": OF_A_PICTURE
+    | {"model", "revision", "seed", "precision", "device", "decode", "patches", "strip_rows", "memory"}
+    | {"text_precision"},
     "scroll": OF_A_PICTURE | {"seed", "decode", "patches", "strip_rows"},
     "from_pretrained": {"revision", "precision", "text_precision", "device", "memory"},
 }
@@ -228,7 +231,9 @@ def test_errors_keep_their_kinds() -> None:
 
 def test_a_command_takes_its_own_options_alone() -> None:
     assert fields_of(Request, {"device": "cpu", "memory": None}, "resume") == {"device": "cpu"}
-    with pytest.raises(UsageError, match="size is no option of resume; it is one of generate, plan, scroll, bench"):
+    with pytest.raises(
+        UsageError, match="size is no option of resume; it is one of generate, plan, scroll, compare, bench"
+    ):
         fields_of(Request, {"size": "64"}, "resume")
 
 

@@ -23,7 +23,7 @@ from handscroll.units import check_range, shown
 Check = Callable[[str, Any], None]  # of an option's name and its value; raises UsageError
 
 # What takes an option that names no command. `scroll` is a call of the class, which has its model already.
-MAKING = ("generate", "plan", "scroll")
+MAKING = ("generate", "plan", "scroll", "compare")
 
 _KEY = "option"
 _KINDS = {
@@ -243,4 +243,6 @@ def _unknown(table: type, name: str, known: list[str], command: str | None) -> s
     if elsewhere is not None:
         return f"{name} is no option of {command}; it is one of {', '.join([*elsewhere.commands, *elsewhere.left_to])}"
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    return f"no option {name!r}; " + (f"did you mean {near[0]}?" if near else f"the options are {', '.join(known)}")
+    return f"no option {name!r}; " + (
+        f"did you mean {near[0]}?" if near else f"the options are {', '.join(dict.fromkeys(known))}"
+    )

@@ -88,8 +88,8 @@ def check_compose(name: str, side_px: int) -> None:
 
 
 # Beside those that make a picture (`MAKING`): what opens a model, and what turns a latent into a picture.
-OPENING = ("generate", "plan", "decode", "bench", "from_pretrained")
-DECODING = ("generate", "decode", "scroll")
+OPENING = ("generate", "plan", "compare", "decode", "bench", "from_pretrained")
+DECODING = ("generate", "compare", "decode", "scroll")
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,7 @@ class Request:
         DEFAULT_MODEL,
         "What `models` lists, or yours.",
         metavar="NAME|FOLDER|HUB_ID",
-        commands=("generate", "plan", "bench"),
+        commands=("generate", "plan", "compare", "bench"),
         left_to={
             "decode": "Whose autoencoder to use. Left out, the one in the file.",
             "resume": "The run's own, named again. Left out, the one in the folder.",
@@ -142,7 +142,7 @@ class Request:
         check=check_seed,
         understood=seed_of,
         hint=seed_hint,
-        commands=("generate", "scroll"),
+        commands=("generate", "compare", "scroll"),
     )
     count: int = option(
         1,
@@ -190,7 +190,7 @@ class Request:
         metavar="SIZE",
         check=within(1, 2**60),
         parse=parse_bytes,
-        commands=("generate", "plan", "decode", "from_pretrained"),
+        commands=("generate", "plan", "compare", "decode", "from_pretrained"),
         left_to={"resume": "Stay within it. Left out, as before."},
     )
     compose_px: int | None = option(
@@ -205,7 +205,9 @@ class Request:
     )
     revision: str | None = option(None, "Of a hub model: branch, tag or commit.", metavar="REV", commands=OPENING)
     text_precision: TextPrecisionName = option(
-        "auto", "What to keep the text encoder's weights in.", commands=("generate", "plan", "from_pretrained")
+        "auto",
+        "What to keep the text encoder's weights in.",
+        commands=("generate", "plan", "compare", "from_pretrained"),
     )
 
     @classmethod

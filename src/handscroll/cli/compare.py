@@ -1,37 +1,138 @@
-"""`handscroll compare`: how far two pictures are from each other."""
+"""`handscroll compare`: how far two pictures are from each other, or one request under two settings."""
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
+import re
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from handscroll.cli.options import Json, output_option
+from handscroll.cli import work
+from handscroll.cli.naming import words_of
+from handscroll.cli.options import Json, Quiet, output_option, takes_options
 from handscroll.cli.output import print_text, to_json
-from handscroll.errors import FormatError, OutputError
-from handscroll.units import first_line
+from handscroll.errors import FormatError, OutputError, UsageError
+from handscroll.options import options_of
+from handscroll.request import Request, random_seed
+from handscroll.units import first_line, shown
+
+if TYPE_CHECKING:
+    from handscroll.pictures.comparing import Comparison
+
+SETTINGS = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--with",
+        metavar="NAME=VALUE,...",
+        help="Twice: paint the prompt under these options, as precision=int8, and compare what comes out.",
+    ),
+]
 
 
+@takes_options("compare")
 def compare(
-    one: Annotated[Path, typer.Argument(metavar="PICTURE", help="The one to compare with.")],
-    other: Annotated[Path, typer.Argument(metavar="PICTURE", help="Another of the same size.")],
+    one: Annotated[str, typer.Argument(metavar="PICTURE|PROMPT", help="The one to compare with.")],
+    other: Annotated[Path | None, typer.Argument(metavar="PICTURE", help="Another of the same size.")] = None,
     *,
+    settings: SETTINGS = None,
     output: Annotated[Path | None, output_option("A page with both under a slider: FILE.html.")] = None,
     as_json: Json = False,
+    quiet: Quiet = False,
+    **options: Any,
 ) -> None:
-    """Say how far two pictures of one size are from each other.
+    """Say how far two pictures of one size are from each other, or one prompt under two settings.
 
     \b
-      handscroll compare lake.png lake-int8.png
       handscroll compare lake.png lake-int8.png -o lake.html
-    """
-    from handscroll.pictures.comparing import compare_pictures, write_page
+      handscroll compare "a quiet lake" --with precision=fp32 --with precision=int8,steps=10 --size 1024 -o lake.html
 
+    What is painted is kept, in files named after the prompt and the settings.
+    """
     if output is not None and output.suffix.lower() not in (".html", ".htm"):
         raise FormatError(f"{output}: a comparison is a page; give a name that ends in .html")
+    if settings is None:
+        if other is None:
+            raise UsageError("compare takes two pictures, or a prompt and --with twice")
+        given, plain = Request.of("a", **options), Request("a")
+        for each in options_of(Request):
+            if any(getattr(given, field) != getattr(plain, field) for field in each.fields):
+                raise UsageError(f"{each.flag} is for what is painted: two pictures are compared as they are")
+        pictures = Path(one), other
+    else:
+        if other is not None:
+            raise UsageError(f"{other}: with --with there is a prompt and no second picture")
+        requests = _requests(one, settings, options)
+        pictures = _painted(requests, settings, output, quiet)
+    _told(*pictures, output, as_json, settings)
+
+
+def _requests(prompt: str, settings: list[str], options: dict[str, Any]) -> list[Request]:
+    """The prompt's request under each of two settings, of one seed and size. Raises UsageError."""
+    if len(settings) != 2:
+        raise UsageError(f"--with is given twice, once for each picture; here it is given {len(settings)} times")
+    seed = options.get("seed")
+    if seed is None or seed == -1:
+        options = {**options, "seed": random_seed()}
+    requests = [Request.of(prompt, **{**options, **_values(each)}) for each in settings]
+    if requests[0] == requests[1]:
+        raise UsageError(f"both --with ask for the same, {shown(settings[0])}")
+    sizes = {(each.width, each.height) for each in requests}
+    if len(sizes) > 1 or {each.count for each in requests} != {1}:
+        raise UsageError("both --with must be of one size, and of one picture each")
+    return requests
+
+
+def _values(settings: str) -> dict[str, str]:
+    """`precision=int8, steps=10` -> a value for each name. Raises UsageError."""
+    found: dict[str, str] = {}
+    for each in settings.split(","):
+        name, equals, value = each.partition("=")
+        name = name.strip().removeprefix("--").replace("-", "_")
+        if not equals or not name or not value.strip():
+            raise UsageError(
+                f"--with {shown(settings)} is not understood; use NAME=VALUE,..., as precision=int8,steps=10"
+            )
+        if name in found:
+            raise UsageError(f"--with {shown(settings)} says {name} twice")
+        found[name] = value.strip()
+    return found
+
+
+def _painted(requests: list[Request], settings: list[str], output: Path | None, quiet: bool) -> tuple[Path, Path]:
+    """Both pictures, beside the page or in the current folder, in files that were not there."""
+    folder = Path() if output is None else output.parent
+    names = _free_names(folder, requests[0], settings)
+    for request, path in zip(requests, names, strict=True):
+        work.refuse_early(request.model, path, request.width, request.height)
+    for request, path in zip(requests, names, strict=True):
+        with work.watching(quiet) as on_event:
+            from handscroll import pipeline
+
+            with work.imports_set_aside():
+                pipeline.generate(request, path, on_event=on_event)
+    return names
+
+
+def _free_names(folder: Path, request: Request, settings: list[str]) -> tuple[Path, Path]:
+    """`a-quiet-lake-7-precision-int8.png`: names that no picture has yet."""
+    stem = f"{words_of(request.prompt) or 'picture'}-{request.seed}"
+    labels = [re.sub(r"[^a-z0-9.]+", "-", each.lower()).strip("-.")[:40] for each in settings]
+    if labels[0] == labels[1]:
+        labels = [f"{label}-{letter}" for label, letter in zip(labels, "ab", strict=True)]
+    for number in itertools.count(1):
+        names = [folder / f"{stem}-{label}{f'-{number}' if number > 1 else ''}.png" for label in labels]
+        if not any(name.exists() for name in names):
+            return names[0], names[1]
+    raise AssertionError
+
+
+def _told(one: Path, other: Path, output: Path | None, as_json: bool, settings: list[str] | None) -> None:
+    from handscroll.pictures.comparing import compare_pictures, write_page
+
     if output is not None and output.exists() and any(os.path.samefile(output, each) for each in (one, other)):
         raise OutputError(f"{output}: is one of the pictures")
     found = compare_pictures(one, other)
@@ -41,10 +142,16 @@ def compare(
         except OSError as error:
             raise OutputError(f"{output}: cannot be written: {error.strerror or first_line(error)}") from error
     if as_json:
-        print(to_json(found.as_dict() | {"page": None if output is None else str(output)}))
+        told = found.as_dict() | {"pictures": [str(one), str(other)], "page": None if output is None else str(output)}
+        print(to_json(told | {"with": settings}))
         return
+    painted = "" if settings is None else f"{one}\n{other}\n"
+    print_text(painted + _line(found))
+
+
+def _line(found: Comparison) -> str:
     psnr = "equal in every sample" if math.isinf(found.psnr) else f"PSNR {found.psnr:.2f} dB"
-    print_text(
+    return (
         f"{psnr}, SSIM {found.ssim:.4f}, largest difference {found.largest} of 255, "
         f"{found.differing:.1%} of samples differ"
     )
