@@ -535,6 +535,24 @@ def test_a_budget_that_is_too_small_names_what_would_do(capsys: pytest.CaptureFi
         capsys.readouterr()
 
 
+def test_a_plan_says_what_smaller_weights_would_take(capsys: pytest.CaptureFixture[str]) -> None:
+    asked = ["plan", "a", "--model", "sana-1.6b-4k", "--size", "2048", "--device", "cpu"]
+    assert handscroll([*asked, "--precision", "fp32", "--json"]) == 0
+    plain = json.loads(capsys.readouterr().out)
+    assert [each["storage"] for each in plain["smaller_weights"]] == ["int8", "int4"]
+    for each in plain["smaller_weights"]:
+        assert each["planned_peak_bytes"] < plain["memory"]["planned_peak_bytes"]
+        assert handscroll([*asked, "--precision", f"{each['storage']}+fp32", "--json"]) == 0
+        found = json.loads(capsys.readouterr().out)
+        # This process has grown meanwhile by what planning itself took.
+        assert found["memory"]["planned_peak_bytes"] == pytest.approx(each["planned_peak_bytes"], abs=2**27)
+        assert found["smaller_weights"] == []
+    assert handscroll([*asked, "--precision", "fp32"]) == 0
+    assert "with --precision int8, close to this picture: peak" in capsys.readouterr().out
+    assert handscroll(["plan", "a", "--size", "64", "--device", "cpu"]) == 0
+    assert "with --precision" not in capsys.readouterr().out
+
+
 def test_sources_count_what_they_read(tmp_path: Path) -> None:
     weight = torch.randn(6, 64)
     save_file({"weight": weight}, tmp_path / "w.safetensors")

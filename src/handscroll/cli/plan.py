@@ -18,6 +18,7 @@ from handscroll.units import budget_text, duration, gibibytes
 if TYPE_CHECKING:
     from handscroll.models.checkpoint import CheckpointSpec
     from handscroll.plan.plan import PartPlan, Plan
+    from handscroll.plan.search import SmallerWeights
 
 # A CPU's budget counts what is loaded. Triton is for development there, and diffusers imports it where it is.
 TRITON_COUNTS = ", of which some 70 MiB are Triton's, which a plain installation on a CPU does not load"
@@ -47,12 +48,14 @@ def plan(
         from handscroll import pipeline
         from handscroll.plan.table import plan_dict
 
-        spec, found, minimum_bytes = pipeline.plan_of(request, output, on_event)
+        spec, found, minimum_bytes, smaller = pipeline.plans_of(request, output, on_event)
     if as_json:
-        print(to_json(plan_dict(spec, found, minimum_bytes)))
+        print(to_json(plan_dict(spec, found, minimum_bytes, smaller)))
         return
     counts_triton = minimum_bytes is not None and found.device == "cpu" and "triton" in sys.modules
     print_text(plan_table(spec, found, minimum_bytes) + (TRITON_COUNTS if counts_triton else ""))
+    for each in smaller:
+        print_text(_offer(each))
 
 
 def plan_table(spec: CheckpointSpec, plan: Plan, minimum_bytes: int | None) -> str:
@@ -75,6 +78,14 @@ def plan_table(spec: CheckpointSpec, plan: Plan, minimum_bytes: int | None) -> s
     peak = "" if plan.planned_peak_bytes is None else f"peak {gibibytes(plan.planned_peak_bytes, decimals=2)}, "
     least = "" if minimum_bytes is None else f"; the least that would do is --memory {budget_text(minimum_bytes)}"
     return "\n".join([heading, "", *columns(rows), "", f"{peak}about {duration(total_seconds)} a picture{least}"])
+
+
+def _offer(smaller: SmallerWeights) -> str:
+    """What it would take with smaller weights."""
+    peak = "" if smaller.planned_peak_bytes is None else f"peak {gibibytes(smaller.planned_peak_bytes, decimals=2)}, "
+    least = "" if smaller.minimum_bytes is None else f"; at least --memory {budget_text(smaller.minimum_bytes)}"
+    about = f"about {duration(smaller.seconds)} a picture"
+    return f"with --precision {smaller.storage}, close to this picture: {peak}{about}{least}"
 
 
 def _steps(plan: Plan) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 from handscroll.errors import BudgetError, SizeError, UsageError
@@ -22,6 +23,8 @@ from handscroll.units import MAX_SIDE_PX, budget_text
 
 # A stated minimum is rounded up, so that it still does when the process itself takes a little more the next time.
 MINIMUM_STEP_BYTES = 16 * MIB
+# What smaller weights are offered in, and from what share of the memory on.
+OFFERED, WORTH_IT = ("int8", "int4"), 0.95
 # Quantising while reading is worth a word from here on.
 NOTICED_SECONDS = 20
 # What a stage that ran out of memory may take of what it was planned to take, at its next try.
@@ -186,6 +189,38 @@ def minimum_bytes(plan: Plan, spec: CheckpointSpec, inputs: PlanInputs) -> int |
     return -(-(least_bytes + MINIMUM_STEP_BYTES // 2) // MINIMUM_STEP_BYTES) * MINIMUM_STEP_BYTES
 
 
+@dataclass(frozen=True, slots=True)
+class SmallerWeights:
+    """The same job with the transformer's weights kept in `storage`, which changes the picture a little."""
+
+    storage: str
+    planned_peak_bytes: int | None
+    minimum_bytes: int | None
+    seconds: float
+
+
+def with_smaller_weights(plan: Plan, spec: CheckpointSpec, inputs: PlanInputs) -> Iterator[SmallerWeights]:
+    """What the job would take with smaller weights, where nothing is quantised yet and it would take less."""
+    peak_bytes, least_bytes = plan.planned_peak_bytes, minimum_bytes(plan, spec, inputs)
+    if plan.denoise is None or not plan.precision.exact or peak_bytes is None:
+        return
+    for storage in OFFERED:
+        precision = dataclasses.replace(plan.precision, transformer_storage=storage)
+        changed = dataclasses.replace(plan, precision=precision)
+        try:
+            planned = plan_stages(changed, spec, inputs)
+        except BudgetError:
+            continue
+        needed_bytes = minimum_bytes(planned, spec, inputs)
+        is_less = [
+            new is not None and old is not None and new < WORTH_IT * old
+            for new, old in ((planned.planned_peak_bytes, peak_bytes), (needed_bytes, least_bytes))
+        ]
+        if any(is_less):
+            seconds = sum(planned.planned_seconds.values())
+            yield SmallerWeights(storage, planned.planned_peak_bytes, needed_bytes, seconds)
+
+
 def _planned_stages(plan: Plan, inputs: PlanInputs) -> list[Stage]:
     stages = [] if inputs.tokens is None else [TEXT, DENOISE]
     return [*stages, DECODE] if plan.decode == "rows" else stages
@@ -226,7 +261,7 @@ def _too_small(plan: Plan, spec: CheckpointSpec, inputs: PlanInputs) -> BudgetEr
         if at_once_bytes <= allowed_bytes:
             line += ", which --compose off would do with"
     if plan.precision.exact:
-        for storage in ("int8", "int4"):
+        for storage in OFFERED:
             # As the option would have it, which leaves what is computed in to this machine.
             precision = resolve_precision(spec, storage, inputs.hardware.device, inputs.hardware.bf16_is_faster)
             needed_bytes = minimum_bytes(dataclasses.replace(plan, precision=precision), spec, inputs)

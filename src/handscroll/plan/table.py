@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 from typing import Any
 
 from handscroll.models.checkpoint import CheckpointSpec
 from handscroll.plan.plan import Plan
+from handscroll.plan.search import SmallerWeights
 from handscroll.plan.unused import guidance_used
 
 
-def plan_dict(spec: CheckpointSpec, plan: Plan, minimum_bytes: int | None) -> dict[str, Any]:
-    """JSON values: the request's numbers, the budget, and for each stage its bytes, seconds and choices."""
+def plan_dict(
+    spec: CheckpointSpec, plan: Plan, minimum_bytes: int | None, smaller: Iterable[SmallerWeights] = ()
+) -> dict[str, Any]:
+    """JSON values: the request's numbers, the budget, for each stage its bytes, seconds and choices, and what it would
+    take with smaller weights.
+    """
     stages = {name: dataclasses.asdict(stage) for name, stage in plan.own_parts.items()}
     growth = [
         {
@@ -41,6 +47,7 @@ def plan_dict(spec: CheckpointSpec, plan: Plan, minimum_bytes: int | None) -> di
         "stages": stages,
         "growth": growth,
         "seconds": round(sum(plan.planned_seconds.values()), 1),
+        "smaller_weights": [dataclasses.asdict(each) for each in smaller],
         "planned_from": "known figures" if spec.from_figures else "files",
         **_texts(plan),
         "notices": list(plan.notices),
