@@ -18,6 +18,8 @@ from handscroll import Request, generate
 from handscroll.errors import CheckpointError, UsageError
 from handscroll.models.checkpoint import CheckpointSpec
 from handscroll.models.quantisation import Quantisation, weight_cost
+from handscroll.plan.inputs import Hardware, PlanInputs
+from handscroll.plan.search import make_plan
 from handscroll.runtime.modules import load_module, open_module
 from handscroll.weights import quantised
 
@@ -196,6 +198,17 @@ def test_parts_that_are_missing(miniature: Miniature, tmp_path: Path, gone: str)
             ".quant_state.bitsandbytes__nf4",
             torch.tensor(list(b'{"blocksize": 64, "shape": [32, 32], "nested_offset": NaN}'), dtype=torch.uint8),
         ),
+        (
+            ".quant_state.bitsandbytes__nf4",
+            torch.tensor(
+                list(
+                    b'{"blocksize": 64, "shape": [32, 32], "nested_blocksize": 256, "nested_offset": 1'
+                    + b"0" * 350
+                    + b"}"
+                ),
+                dtype=torch.uint8,
+            ),
+        ),
     ],
 )
 def test_parts_that_do_not_fit(miniature: Miniature, tmp_path: Path, part: str, made: torch.Tensor) -> None:
@@ -205,7 +218,52 @@ def test_parts_that_do_not_fit(miniature: Miniature, tmp_path: Path, part: str, 
     assert "to_q" in said
 
 
-@pytest.mark.parametrize("value", [0.0, math.nan, math.inf])
+def test_a_row_of_zeros_has_no_scale(miniature: Miniature, tmp_path: Path) -> None:
+    model = shutil.copytree(miniature("1.6b"), tmp_path / "model")
+    tensors = load_file(model / WEIGHTS)
+    tensors[NAME][3] = 0
+    save_file(tensors, model / WEIGHTS)
+    stored(model, "transformer", "diffusion_pytorch_model.safetensors", "8")
+    tensors = load_file(model / WEIGHTS)
+    owner = NAME.removesuffix("weight")
+    assert tensors[f"{owner}SCB"][3] == 0
+    tensors[NAME][3] = 0
+    save_file(tensors, model / WEIGHTS)
+    spec = CheckpointSpec.from_folder(model)
+    module: Any = load_module(spec, "transformer", dtype=torch.float32, device="cpu")
+    assert module.transformer_blocks[0].attn1.to_q.weight.isfinite().all()
+
+
+@pytest.mark.parametrize("order", [torch.tensor(3, dtype=torch.uint8), torch.tensor(0.0), torch.zeros(2).byte()])
+def test_orders_of_older_versions(miniature: Miniature, tmp_path: Path, order: torch.Tensor) -> None:
+    model = shutil.copytree(miniature("1.6b"), tmp_path / "model")
+    stored(model, "transformer", "diffusion_pytorch_model.safetensors", "8")
+    owner = NAME.removesuffix("weight")
+    assert "older versions" in refused(model, lambda tensors: tensors.update({f"{owner}weight_format": order}))
+
+
+def test_rows_of_a_quantised_table_are_not_read(miniature: Miniature, tmp_path: Path) -> None:
+    model = shutil.copytree(miniature("1.6b"), tmp_path / "model")
+    file = model / "text_encoder" / "model.safetensors"
+    stored(model, "text_encoder", "model.safetensors", "8")
+    tensors = load_file(file)
+    (name,) = [each for each in tensors if each.endswith("embed_tokens.weight")]
+    parts, _ = in_8_bits(name, tensors.pop(name).float())
+    save_file(tensors | parts, file)
+    request = Request("a", model=str(model), width=64, height=64, steps=1, seed=1, device="cpu")
+    with pytest.raises(CheckpointError, match=r"embed_tokens\.weight is stored in int8, and its rows are read one by"):
+        generate(request, tmp_path / "p.png")
+
+
+def test_a_plan_needs_no_weights(miniature: Miniature, tmp_path: Path, kind: str) -> None:
+    model = shutil.copytree(miniature("1.6b"), tmp_path / "model")
+    stored(model, "transformer", "diffusion_pytorch_model.safetensors", kind)
+    spec = CheckpointSpec.from_configs(model)
+    request = Request("a", width=64, height=64, device="cpu")
+    assert make_plan(spec, request, PlanInputs(hardware=Hardware("cpu"), tokens=6), seed=1).denoise is not None
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_scales_that_are_none(miniature: Miniature, tmp_path: Path, value: float) -> None:
     model = shutil.copytree(miniature("1.6b"), tmp_path / "model")
     stored(model, "transformer", "diffusion_pytorch_model.safetensors", "8")

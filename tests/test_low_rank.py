@@ -86,7 +86,7 @@ def test_matrices_of_any_shape_err_little(rows: int, groups: int, rank: int, see
     assert views(form, shape, packed)["weight_low_rank_scale"].all()
 
 
-@pytest.mark.parametrize("size", [0.0, 1e-42, 1e-30, 1e30])
+@pytest.mark.parametrize("size", [0.0, 1e-42, 1e-35, 1e-30, 1e30])
 def test_zeros_and_sizes_at_the_ends(size: float) -> None:
     form = Form("int4", 32, 8)
     weight = torch.randn(48, 64) * size
@@ -175,7 +175,18 @@ def test_scales_that_are_none(small: Path, value: float) -> None:
     assert "a scale of zero, NaN or infinity" in said
 
 
-@pytest.mark.parametrize("shape", [(32,), (32, 0), (32, 33), (31, 8), (8, 32, 1)])
+def test_a_correction_of_8_bits_is_none(miniature: Miniature, tmp_path: Path) -> None:
+    quantise_folder(CheckpointSpec.from_folder(miniature("1.6b")), {"transformer": "int8"}, tmp_path / "small")
+    tensors = load_file(tmp_path / "small" / WEIGHTS)
+    owner = "transformer_blocks.0.attn1.to_q."
+    tensors[f"{owner}weight_low_rank_out"] = torch.ones(32, 4, dtype=torch.int8)
+    tensors[f"{owner}weight_low_rank_in"] = torch.ones(4, 32, dtype=torch.int8)
+    tensors[f"{owner}weight_low_rank_scale"] = torch.ones(4, 1)
+    save_file(tensors, tmp_path / "small" / WEIGHTS)
+    assert "a correction, which is for matrices in 4 bits" in refused(tmp_path / "small")
+
+
+@pytest.mark.parametrize("shape", [(32,), (32, 0), (32, 33), (32, 9), (31, 8), (8, 32, 1)])
 def test_shapes_that_do_not_fit(small: Path, shape: tuple[int, ...]) -> None:
     tensors = load_file(small / WEIGHTS)
     tensors["transformer_blocks.0.attn1.to_q.weight_low_rank_out"] = torch.ones(shape, dtype=torch.int8)

@@ -432,6 +432,7 @@ def test_parts_that_are_missing(small: Path, gone: str) -> None:
         {"config_groups": {}},
         {"config_groups": {"a": 3}},
         {"config_groups": None},
+        {"config_groups": {"group_0": {"weights": {"num_bits": 8, "type": [], "symmetric": True}}}},
         {"config_groups": {"group_0": {"weights": {"num_bits": 3, "type": "int", "symmetric": True}}}},
         {"handscroll": {"dtype": "fp64"}},
         {"quant_method": "bitsandbytes"},
@@ -539,16 +540,16 @@ def test_a_plan_says_what_smaller_weights_would_take(capsys: pytest.CaptureFixtu
     asked = ["plan", "a", "--model", "sana-1.6b-4k", "--size", "2048", "--device", "cpu"]
     assert handscroll([*asked, "--precision", "fp32", "--json"]) == 0
     plain = json.loads(capsys.readouterr().out)
-    assert [each["storage"] for each in plain["smaller_weights"]] == ["int8", "int4"]
+    assert [each["precision"] for each in plain["smaller_weights"]] == ["int8+fp32", "int4+fp32"]
     for each in plain["smaller_weights"]:
         assert each["planned_peak_bytes"] < plain["memory"]["planned_peak_bytes"]
-        assert handscroll([*asked, "--precision", f"{each['storage']}+fp32", "--json"]) == 0
+        assert handscroll([*asked, "--precision", each["precision"], "--json"]) == 0
         found = json.loads(capsys.readouterr().out)
         # This process has grown meanwhile by what planning itself took.
         assert found["memory"]["planned_peak_bytes"] == pytest.approx(each["planned_peak_bytes"], abs=2**27)
         assert found["smaller_weights"] == []
     assert handscroll([*asked, "--precision", "fp32"]) == 0
-    assert "with --precision int8, close to this picture: peak" in capsys.readouterr().out
+    assert "with --precision int8+fp32, close to this picture: peak" in capsys.readouterr().out
     assert handscroll(["plan", "a", "--size", "64", "--device", "cpu"]) == 0
     assert "with --precision" not in capsys.readouterr().out
 

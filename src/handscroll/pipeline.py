@@ -33,6 +33,7 @@ from handscroll.pictures.formats import check_quality
 from handscroll.pictures.metadata import not_in_file, parameters_text
 from handscroll.pictures.targets import Target, check_format, check_target
 from handscroll.pictures.writing import write_image
+from handscroll.plan.inputs import PlanInputs
 from handscroll.plan.plan import Plan
 from handscroll.plan.search import SmallerWeights, make_plan, minimum_bytes, with_smaller_weights
 from handscroll.plan.stages import DECODE, DENOISE, TEXT
@@ -224,13 +225,21 @@ def plan_of(
 
     No weight is read, or fetched. Raises as `generate` does before it begins, BudgetError included.
     """
-    return plans_of(request, path, on_event)[:3]
+    spec, plan, inputs, _ = _planned(request, path, on_event)
+    return spec, plan, minimum_bytes(plan, spec, inputs)
 
 
 def plans_of(
     request: Request, path: str | Path | None = None, on_event: OnEvent = ignore
 ) -> tuple[CheckpointSpec, Plan, int | None, list[SmallerWeights]]:
     """As `plan_of`, and what it would take with smaller weights."""
+    spec, plan, inputs, request = _planned(request, path, on_event)
+    return spec, plan, minimum_bytes(plan, spec, inputs), list(with_smaller_weights(plan, spec, inputs, request))
+
+
+def _planned(
+    request: Request, path: str | Path | None, on_event: OnEvent
+) -> tuple[CheckpointSpec, Plan, PlanInputs, Request]:
     request, on_event = as_request(request), listener(on_event)
     output = None if path is None else as_path("path", path)
     spec = open_checkpoint(request.model, request.revision, on_progress=on_fetch(on_event), weights_too=False)
@@ -238,7 +247,7 @@ def plans_of(
     plan = _told(make_plan(spec, request, inputs, random_seed()), (), on_event)
     if output is not None:
         check_format(output, plan.width, plan.height)
-    return spec, plan, minimum_bytes(plan, spec, inputs), list(with_smaller_weights(plan, spec, inputs))
+    return spec, plan, inputs, request
 
 
 # The stages, one function each. Each tries until it succeeds, and gives the plan that goes on from there.

@@ -17,12 +17,15 @@ from handscroll.cli.options import Json, Quiet, output_option, takes_options
 from handscroll.cli.output import print_text, to_json
 from handscroll.errors import FormatError, OutputError, UsageError
 from handscroll.options import options_of
-from handscroll.request import Request, random_seed
+from handscroll.request import RANDOM_SEED, Request, random_seed
 from handscroll.units import first_line, shown
 
 if TYPE_CHECKING:
     from handscroll.pictures.comparing import Comparison
+    from handscroll.plan.plan import Plan
 
+# Of a file's name: what file systems hold less a seed, settings and a suffix.
+MOST_NAME_BYTES, MOST_LABEL = 70, 40
 SETTINGS = Annotated[
     list[str] | None,
     typer.Option(
@@ -75,14 +78,11 @@ def _requests(prompt: str, settings: list[str], options: dict[str, Any]) -> list
     if len(settings) != 2:
         raise UsageError(f"--with is given twice, once for each picture; here it is given {len(settings)} times")
     seed = options.get("seed")
-    if seed is None or seed == -1:
+    if seed is None or seed == RANDOM_SEED:
         options = {**options, "seed": random_seed()}
     requests = [Request.of(prompt, **{**options, **_values(each)}) for each in settings]
     if requests[0] == requests[1]:
         raise UsageError(f"both --with ask for the same, {shown(settings[0])}")
-    sizes = {(each.width, each.height) for each in requests}
-    if len(sizes) > 1 or {each.count for each in requests} != {1}:
-        raise UsageError("both --with must be of one size, and of one picture each")
     return requests
 
 
@@ -96,6 +96,10 @@ def _values(settings: str) -> dict[str, str]:
             raise UsageError(
                 f"--with {shown(settings)} is not understood; use NAME=VALUE,..., as precision=int8,steps=10"
             )
+        if not any(each.is_for("compare") and name in (each.name, *each.fields) for each in options_of(Request)):
+            raise UsageError(f"--with {shown(settings)}: {shown(name)} is no option of compare")
+        if name == "seed":
+            raise UsageError("both pictures have one seed: say it outside --with, as --seed 7")
         if name in found:
             raise UsageError(f"--with {shown(settings)} says {name} twice")
         found[name] = value.strip()
@@ -104,30 +108,56 @@ def _values(settings: str) -> dict[str, str]:
 
 def _painted(requests: list[Request], settings: list[str], output: Path | None, quiet: bool) -> tuple[Path, Path]:
     """Both pictures, beside the page or in the current folder, in files that were not there."""
+    if output is not None and output.is_dir():
+        raise OutputError(f"{output}: is a folder; give the name of a page")
     folder = Path() if output is None else output.parent
-    names = _free_names(folder, requests[0], settings)
-    for request, path in zip(requests, names, strict=True):
-        work.refuse_early(request.model, path, request.width, request.height)
-    for request, path in zip(requests, names, strict=True):
-        with work.watching(quiet) as on_event:
-            from handscroll import pipeline
+    for request in requests:
+        work.refuse_early(request.model, folder / "p.png", request.width, request.height)
+    with work.watching(quiet) as on_event:
+        from handscroll import pipeline
 
-            with work.imports_set_aside():
-                pipeline.generate(request, path, on_event=on_event)
+        with work.imports_set_aside():
+            # What either would be refused for is said before the first is painted.
+            plans = [pipeline.plan_of(request)[1] for request in requests]
+    sizes = [f"{plan.width}x{plan.height}" for plan in plans]
+    if sizes[0] != sizes[1]:
+        raise UsageError(f"both pictures must be of one size, not {' and '.join(sizes)}; add --size")
+    names = _names(folder, requests[0], plans[0], settings)
+    for request, path in zip(requests, names, strict=True):
+        if path.exists():  # of a run that was interrupted in the second
+            continue
+        with work.watching(quiet) as on_event, work.imports_set_aside():
+            pipeline.generate(request, path, on_event=on_event)
     return names
 
 
-def _free_names(folder: Path, request: Request, settings: list[str]) -> tuple[Path, Path]:
-    """`a-quiet-lake-7-precision-int8.png`: names that no picture has yet."""
-    stem = f"{words_of(request.prompt) or 'picture'}-{request.seed}"
-    labels = [re.sub(r"[^a-z0-9.]+", "-", each.lower()).strip("-.")[:40] for each in settings]
+def _names(folder: Path, request: Request, plan: Plan, settings: list[str]) -> tuple[Path, Path]:
+    """`a-quiet-lake-7-precision-int8.png`: names that no picture has yet, or those of a run to go on with."""
+    words = words_of(request.prompt)
+    if len(words.encode()) > MOST_NAME_BYTES:  # settings and seed come behind them
+        words = ""
+    stem = f"{words or 'picture'}-{request.seed}"
+    labels = [re.sub(r"[^a-z0-9.]+", "-", each.lower()).strip("-.")[:MOST_LABEL] for each in settings]
     if labels[0] == labels[1]:
         labels = [f"{label}-{letter}" for label, letter in zip(labels, "ab", strict=True)]
     for number in itertools.count(1):
-        names = [folder / f"{stem}-{label}{f'-{number}' if number > 1 else ''}.png" for label in labels]
-        if not any(name.exists() for name in names):
-            return names[0], names[1]
+        suffix = f"-{number}.png" if number > 1 else ".png"
+        first, second = (folder / f"{stem}-{label}{suffix}" for label in labels)
+        if not second.exists() and (not first.exists() or _is_of(first, request, plan)):
+            return first, second
     raise AssertionError
+
+
+def _is_of(picture: Path, request: Request, plan: Plan) -> bool:
+    """Whether a picture that is there was painted by this request: by what its file says."""
+    from handscroll.pictures.metadata import read_parameters
+
+    try:
+        told = read_parameters(picture)
+    except (FormatError, OSError):
+        return False
+    facts = (f"Seed: {request.seed}", f"Size: {plan.width}x{plan.height}", f"Steps: {plan.steps}", str(plan.precision))
+    return told.startswith(request.prompt.strip()) and all(fact in told for fact in facts)
 
 
 def _told(one: Path, other: Path, output: Path | None, as_json: bool, settings: list[str] | None) -> None:

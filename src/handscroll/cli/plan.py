@@ -85,7 +85,7 @@ def _offer(smaller: SmallerWeights) -> str:
     peak = "" if smaller.planned_peak_bytes is None else f"peak {gibibytes(smaller.planned_peak_bytes, decimals=2)}, "
     least = "" if smaller.minimum_bytes is None else f"; at least --memory {budget_text(smaller.minimum_bytes)}"
     about = f"about {duration(smaller.seconds)} a picture"
-    return f"with --precision {smaller.storage}, close to this picture: {peak}{about}{least}"
+    return f"with --precision {smaller.precision}, close to this picture: {peak}{about}{least}"
 
 
 def _steps(plan: Plan) -> str:

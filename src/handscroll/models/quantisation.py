@@ -1,8 +1,8 @@
 """Which weights of a checkpoint are kept in 8 or 4 bits, and what that takes. No torch.
 
 A component that is stored so says it in its config.json: `quantization_config`, as compressed-tensors writes it with
-`quant_method`, `format` and `config_groups`. Where matrices have corrections, which other tools would leave out,
-`quant_method` is handscroll.
+`quant_method`, `format` and `config_groups`, or as bitsandbytes does. Where matrices have corrections, which other
+tools would leave out, `quant_method` is handscroll.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, Self
 
-from handscroll.weights.forms import GROUPS, PARTS, Form, form_in, packed_bytes
+from handscroll.weights.forms import BEYOND, GROUPS, PARTS, Form, form_in, most_rank, packed_bytes
 from handscroll.weights.header import TensorEntry
 
 # What weights may be kept in. int8 multiplies in 8 bits; int8-weights and int4 are made wide for their layer.
@@ -23,7 +23,7 @@ QUANTISING_BYTES = 24 * 2**20
 # Numbers quantised a second, and those beside which a correction is looked for, on two cores.
 _QUANTISED_RATE, _CORRECTED_RATE = 9e7, 1e7
 # Of a matrix whose correction is looked for, by direction and row or column: in fp64, twice.
-_DIRECTION_BYTES, _DIRECTIONS_BEYOND = 24, 8
+_DIRECTION_BYTES = 24
 _STORED_AS = {"int8": "int8", "int8-weights": "int8", "int4": "int4", "fp8": "fp8"}
 NATIVE = ("int8", "fp8")
 OWN_METHOD = "handscroll"
@@ -55,11 +55,13 @@ def form_of(component: str, storage: str, name: str, shape: tuple[int, ...]) -> 
     """
     if not storage or not is_quantisable(component, name):
         return None
-    stored = _STORED_AS[storage]
+    stored = _STORED_AS.get(storage)
+    if stored is None:  # one of OTHERS
+        return None
     if stored != "int4":
         return Form(stored)
     groups = [group for group in GROUPS if group <= _GROUP[component] and shape[1] % group == 0]
-    return Form("int4", max(groups), min(_RANK[component], min(shape[:2]) // 4)) if groups else None
+    return Form("int4", max(groups), min(_RANK[component], most_rank(shape))) if groups else None
 
 
 def is_quantisable(component: str, name: str) -> bool:
@@ -70,7 +72,8 @@ def is_quantisable(component: str, name: str) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class WeightCost:
-    """What the weights of a layer take: in files, resident, and while they are computed with, in bytes.
+    """What the weights of a layer take: in files (of OTHERS, at most), resident, and while they are computed with, in
+    bytes.
 
     widened_bytes: of working_bytes those of matrices that are made wide for it; 0 where all are used as they are kept.
     plain_bytes: what all would take if nothing were quantised. making_bytes: beside all these, while a matrix is
@@ -114,7 +117,7 @@ def weight_cost(
     matrices = list(matrices)
     layers: Iterable[Layer] = stored.layers if stored is not None else ()
     costs = [
-        _cost(layer, parameters, element_bytes, stored is not None, is_native(component, storage))
+        _cost(layer, parameters, element_bytes, stored, storage if is_native(component, storage) else "")
         for layer in layers or [[(shape, form_of(component, storage, name, shape)) for name, shape in matrices]]
     ]
     return WeightCost(*(max(getattr(cost, field.name) for cost in costs) for field in fields(WeightCost)))
@@ -125,32 +128,36 @@ def is_native(component: str, storage: str) -> bool:
     return component == "transformer" and storage in NATIVE
 
 
-def _cost(layer: Layer, parameters: int, element_bytes: int, stored_so: bool, native: bool) -> WeightCost:
-    plain, packed, wide, making, quantised, corrected = parameters, 0, 0, 0, 0, 0
+def _cost(layer: Layer, parameters: int, element_bytes: int, stored: Quantisation | None, native: str) -> WeightCost:
+    """native: the storage that is computed with as it is; empty for none."""
+    plain, packed, wide, used, quantised, corrected = parameters, 0, 0, 0, 0, 0
+    making, whole = stored is not None and stored.is_bitsandbytes, 0
     for shape, form in layer:
         if form is None:
             continue
-        plain -= math.prod(shape)
-        packed += packed_bytes(form, shape)
-        wide += math.prod(shape) * element_bytes
-        quantised += math.prod(shape) * (not stored_so)
-        if form.rank and not stored_so:
-            corrected += math.prod(shape)
-            directions = _DIRECTION_BYTES * sum(shape[:2]) * (form.rank + _DIRECTIONS_BEYOND)
-            making = max(making, packed_bytes(form, shape) + directions)
-    making += QUANTISING_BYTES * bool(packed and not (native and stored_so))
+        numbers, its_bytes = math.prod(shape), packed_bytes(form, shape)
+        plain -= numbers
+        packed += its_bytes
+        if form.storage == native:
+            used += its_bytes
+        else:
+            used += numbers * element_bytes
+            wide += numbers * element_bytes
+        making = making or stored is None or form.storage != native
+        its_whole = its_bytes if form.rank else 0  # the correction is for all rows
+        if stored is None:
+            quantised += numbers
+            corrected += numbers if form.rank else 0
+            its_whole += _DIRECTION_BYTES * sum(shape[:2]) * (form.rank + BEYOND) if form.rank else 0
+        whole = max(whole, its_whole)
     resident_bytes = plain * element_bytes + packed
-    stored_bytes = resident_bytes if stored_so else parameters * element_bytes
-    working_bytes = resident_bytes if native else plain * element_bytes + wide
-    widened_bytes = 0 if native else wide
-    plain_bytes = parameters * element_bytes
     return WeightCost(
-        stored_bytes=stored_bytes,
+        stored_bytes=parameters * element_bytes if stored is None else resident_bytes,
         resident_bytes=resident_bytes,
-        working_bytes=working_bytes,
-        widened_bytes=widened_bytes,
-        plain_bytes=plain_bytes,
-        making_bytes=making,
+        working_bytes=plain * element_bytes + used,
+        widened_bytes=wide,
+        plain_bytes=parameters * element_bytes,
+        making_bytes=QUANTISING_BYTES * making + whole,
         quantised=quantised,
         corrected=corrected,
     )
@@ -158,11 +165,12 @@ def _cost(layer: Layer, parameters: int, element_bytes: int, stored_so: bool, na
 
 @dataclass(frozen=True, slots=True)
 class Quantisation:
-    """How a component is stored. `storage` is one of STORAGES; `dtype` what its other tensors are in, if it says so.
+    """How a component is stored. `storage` is one of STORAGES or OTHERS; `dtype` what its other tensors are in, if it
+    says so.
 
     corrected: whether its config says that matrices have corrections. is_bitsandbytes: stored as that library does
-    (weights/bitsandbytes.py). `layers`: how the matrices of its layers are
-    stored, by their headers, each way once; empty where these are not known.
+    (weights/bitsandbytes.py). `layers`: how the matrices of its layers are stored, by their headers, each way once;
+    empty where these are not known.
     """
 
     storage: str
@@ -187,6 +195,8 @@ class Quantisation:
         if not isinstance(weights, Mapping) or weights.get("symmetric") is not True or weights.get("actorder"):
             return None
         known: Any = (settings.get("format"), weights.get("type"), weights.get("num_bits"), weights.get("strategy"))
+        if not all(isinstance(each, str | int) for each in known):
+            return None
         activations = group.get("input_activations") is not None
         storage = {
             ("int-quantized", "int", 8, "channel"): "int8" if activations else "int8-weights",

@@ -37,7 +37,7 @@ class DenoiseStage:
     row blocks. `lay_out`: a layer is laid out for the CPU's kernels, beside itself. Beside a CUDA device,
     `host_layers` of those that are read anew are kept in the host's memory, of which they take `host_bytes`.
     `peak_bytes` of the whole stage; `seconds` by the hardware's rates. `embedders_pass`: what embeds a step's time and
-    the prompt is read anew at every step too, a matrix at a time.
+    the prompt is read anew for every branch of a step, a matrix at a time.
     """
 
     band_rows: int
@@ -105,7 +105,7 @@ def denoise_stages(
                 if embedders_pass:
                     before_bytes = held + sizes.weights_bytes + max(sizes.embedders_bytes)
                     peak_bytes = max(peak_bytes, before_bytes) - sum(sizes.embedders_bytes)
-                    seconds += readings * sum(sizes.embedders_bytes) / hardware.rates.weight_bytes
+                    seconds += job.steps * job.branches * sum(sizes.embedders_bytes) / hardware.rates.weight_bytes
                 yield DenoiseStage(
                     band_rows=band_rows,
                     resident_layers=resident,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shlex
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +16,7 @@ from handscroll.plan.candidates import best_candidate
 from handscroll.plan.growth import with_smaller_sizes
 from handscroll.plan.inputs import MIB, PlanInputs
 from handscroll.plan.plan import Plan
-from handscroll.plan.precision import Precision, resolve_precision
+from handscroll.plan.precision import Precision, resolve_precision, split
 from handscroll.plan.stages import BY_NAME, DECODE, DENOISE, DENOISE_PART, ENCODE_PART, TEXT, Part, Stage
 from handscroll.plan.unused import unused, uses_negative
 from handscroll.request import DEFAULT_PATCHES, Request
@@ -78,19 +79,24 @@ def make_plan(spec: CheckpointSpec, request: Request, inputs: PlanInputs, seed: 
         plan = dataclasses.replace(plan, negative_read=inputs.negative_read)
     plan = dataclasses.replace(plan, notices=(*inputs.notices, *unused(request, spec, plan)))
     plan = plan_stages(plan, spec, inputs)
-    return dataclasses.replace(plan, notices=(*plan.notices, *_made_anew(plan, spec)))
+    return dataclasses.replace(plan, notices=(*plan.notices, *_made_anew(plan, spec, request.model)))
 
 
-def _made_anew(plan: Plan, spec: CheckpointSpec) -> Iterator[str]:
+def _made_anew(plan: Plan, spec: CheckpointSpec, model: str) -> Iterator[str]:
     """What takes long because weights are quantised while they are read, and how to have it done once."""
-    seconds = kept_modules.making_seconds(DENOISE_PART, plan, spec) if plan.denoise is not None else 0.0
-    if seconds < NOTICED_SECONDS or plan.denoise is None:
+    stage, layers = plan.denoise, spec.transformer.num_layers
+    if stage is None:
         return
-    when = "anew at every step" if plan.denoise.resident_layers < spec.transformer.num_layers else "before the first"
+    seconds = kept_modules.making_seconds(DENOISE_PART, plan, spec)
+    anew = (layers - stage.resident_layers - stage.host_layers) / layers
+    anew *= 1 if stage.together or not uses_negative(spec, plan) else 2
+    when, told = ("at every step", anew * seconds) if anew else ("before the first step", seconds)
+    if max(told, anew * seconds * plan.steps_here) < NOTICED_SECONDS:
+        return
     storage = plan.precision.transformer_storage
     yield (
-        f"{storage} is made from the model's own weights {when}, which takes about {seconds:.0f} s; "
-        f"`handscroll quantize {spec.name} --precision {storage} -o FOLDER` makes it once"
+        f"{storage} is made from the model's own weights {when}, which takes about {told:.0f} s; "
+        f"`handscroll quantize {shlex.quote(model)} --precision {storage} -o FOLDER` makes it once"
     )
 
 
@@ -191,21 +197,24 @@ def minimum_bytes(plan: Plan, spec: CheckpointSpec, inputs: PlanInputs) -> int |
 
 @dataclass(frozen=True, slots=True)
 class SmallerWeights:
-    """The same job with the transformer's weights kept in `storage`, which changes the picture a little."""
+    """The same job with the transformer's weights kept otherwise, as `--precision` says it."""
 
-    storage: str
+    precision: str
     planned_peak_bytes: int | None
     minimum_bytes: int | None
     seconds: float
 
 
-def with_smaller_weights(plan: Plan, spec: CheckpointSpec, inputs: PlanInputs) -> Iterator[SmallerWeights]:
-    """What the job would take with smaller weights, where nothing is quantised yet and it would take less."""
-    peak_bytes, least_bytes = plan.planned_peak_bytes, minimum_bytes(plan, spec, inputs)
+def with_smaller_weights(
+    plan: Plan, spec: CheckpointSpec, inputs: PlanInputs, request: Request
+) -> Iterator[SmallerWeights]:
+    """What the request's job would take with smaller weights, where nothing is quantised yet and it would take less."""
+    peak_bytes = plan.planned_peak_bytes
     if plan.denoise is None or not plan.precision.exact or peak_bytes is None:
         return
+    least_bytes = minimum_bytes(plan, spec, inputs)
     for storage in OFFERED:
-        precision = dataclasses.replace(plan.precision, transformer_storage=storage)
+        asked, precision = _kept_in(storage, request.precision, spec, inputs)
         changed = dataclasses.replace(plan, precision=precision)
         try:
             planned = plan_stages(changed, spec, inputs)
@@ -218,7 +227,15 @@ def with_smaller_weights(plan: Plan, spec: CheckpointSpec, inputs: PlanInputs) -
         ]
         if any(is_less):
             seconds = sum(planned.planned_seconds.values())
-            yield SmallerWeights(storage, planned.planned_peak_bytes, needed_bytes, seconds)
+            yield SmallerWeights(asked, planned.planned_peak_bytes, needed_bytes, seconds)
+
+
+def _kept_in(storage: str, asked: str, spec: CheckpointSpec, inputs: PlanInputs) -> tuple[str, Precision]:
+    """What keeps weights in a storage and computes as was asked for: the option's text, and what it comes to."""
+    computed = split(asked)[1]
+    option = storage if computed == "auto" else f"{storage}+{computed}"
+    hardware = inputs.hardware
+    return option, resolve_precision(spec, option, hardware.device, hardware.bf16_is_faster)
 
 
 def _planned_stages(plan: Plan, inputs: PlanInputs) -> list[Stage]:
@@ -262,8 +279,8 @@ def _too_small(plan: Plan, spec: CheckpointSpec, inputs: PlanInputs) -> BudgetEr
             line += ", which --compose off would do with"
     if plan.precision.exact:
         for storage in OFFERED:
-            # As the option would have it, which leaves what is computed in to this machine.
-            precision = resolve_precision(spec, storage, inputs.hardware.device, inputs.hardware.bf16_is_faster)
+            # As the option alone would have it, which leaves what is computed in to this machine.
+            _, precision = _kept_in(storage, "auto", spec, inputs)
             needed_bytes = minimum_bytes(dataclasses.replace(plan, precision=precision), spec, inputs)
             if needed_bytes is not None and needed_bytes <= allowed_bytes:
                 line += f"; it fits with --precision {storage}, which changes the picture a little"

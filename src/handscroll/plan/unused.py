@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from handscroll.models.checkpoint import CheckpointSpec
 from handscroll.plan.inputs import TextRead
 from handscroll.plan.plan import Plan
+from handscroll.plan.precision import split
 from handscroll.request import Request
 
 
@@ -46,7 +47,7 @@ def _of_decoding(request: Request) -> Iterator[str]:
         yield f"patches {request.patches} is not used: it is for --decode patch, not --decode {request.decode}"
     if request.strip_rows is not None and request.decode != "rows":
         yield f"strip rows {request.strip_rows} is not used: it is for --decode rows, not --decode {request.decode}"
-    if request.precision == "fp16":
+    if split(request.precision)[1] == "fp16":
         yield "fp16 is for the transformer alone: text encoder and autoencoder run in bf16, whose range they need"
 
 

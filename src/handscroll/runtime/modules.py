@@ -66,7 +66,9 @@ def load_module(
     Tensors that the module has no place for are not read, and `on_event` is told of them once. Raises CheckpointError,
     naming file and tensor, for a tensor that is missing or of another shape.
     """
-    module, stream = open_module(spec, component, dtype=dtype, device=device, part=part, leave=leave, on_event=on_event)
+    module, stream = open_module(
+        spec, component, dtype=dtype, device=device, part=part, leave=leave, wide=True, on_event=on_event
+    )
     stream.make_resident(module)
     return module
 
@@ -80,6 +82,7 @@ def open_module(
     part: Half | None = None,
     leave: Collection[str] = (),
     storage: str = "",
+    wide: bool = False,
     on_event: OnEvent = ignore,
 ) -> tuple[nn.Module, WeightStream]:
     """What `load_module` builds, before its weights are read, and the stream that fills it part by part.
@@ -89,7 +92,8 @@ def open_module(
     but for those named in `leave`, which are not computed either: `leave={"patch_embed.pos_embed"}` saves a
     transformer's position embedding of [1, sample_size**2, width] fp32 (and fp64 on the way). No stream fills what is
     named in `leave`. storage: what matrices are kept in (quantisation.STORAGES), quantised while they are read where
-    they are not stored so; a transformer's are computed with as they are kept where that can be.
+    they are not stored so; a transformer's are computed with as they are kept where that can be. wide: what is stored
+    in 8 or 4 bits is kept plainly, as other tools want it.
 
     Raises CheckpointError as `load_module` does.
     """
@@ -113,6 +117,8 @@ def open_module(
     # What is stored so already is kept as it is, those of its matrices among it that were left in 16 bits.
     quantising = "" if spec.quantisation_of(component) else storage
     sources = {n: kept_in(quantising, component, n, source) for n, source in sources.items() if n not in leave}
+    if wide:
+        sources = {name: dataclasses.replace(source, form=None) for name, source in sources.items()}
     states = spec.weights_of(component).state_of
     native = {storage} if is_native(component, storage) else set()
     return module, WeightStream(module, sources, dtype, device, states=states, native=native)
@@ -137,6 +143,11 @@ def load_rows(spec: CheckpointSpec, component: Component, name: str, rows: torch
     weights = spec.weights_of(component)
     for module_name, entry in named(component, weights):
         if module_name == name:
+            if entry.dtype not in ("fp32", "bf16", "fp16") or len(entry.shape) != 2:
+                raise CheckpointError(
+                    f"{entry.file}: the tensor {one_line(entry.name, MAX_MESSAGE)} is stored in {entry.dtype}, and its "
+                    "rows are read one by one, in a floating-point type alone; leave it out when quantising"
+                )
             return read_rows(entry, rows, promises_of([entry], weights.state_of))
     raise CheckpointError(f"{spec.folder / component}: the tensor {name} is missing")
 

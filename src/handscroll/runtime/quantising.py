@@ -224,17 +224,17 @@ class _Writer:
     def _write_file(self, component: str, storage: str, file: Path) -> None:
         weights = self.spec.weights_of(component)
         entries = [entry for entry in weights.tensors if entry.file == file]
-        made_from = _made_from(file, weights.state_of.get(file), storage)
+        layout = [each for entry in entries for each in _stored(component, storage, entry)]
+        made_from = _made_from(file, weights.state_of.get(file), storage, layout)
         target = self.part / component / file.name
         report = target.with_suffix(".report.json")
         if target.exists() and report.exists() and read_metadata(target).get(SOURCE) == made_from:
             self._take_report(json.loads(report.read_text()))
             self._tell(component, len(entries))
             return
-        stored = [each for entry in entries for each in _stored(component, storage, entry)]
         header: dict[str, Any] = {}
         end = 0
-        for each in stored:
+        for each in layout:
             start, end = end, end + each.n_bytes
             header[each.name] = {
                 "dtype": _STORED_NAMES[each.dtype],
@@ -312,8 +312,10 @@ class _Writer:
         write_whole(self.part / component / "config.json", [json.dumps(config, indent=2).encode() + b"\n"])
 
 
-def _made_from(file: Path, state: FileState | None, storage: str) -> str:
-    facts = [file.name, state and (state.n_bytes, state.modified_ns), storage, __version__]
+def _made_from(file: Path, state: FileState | None, storage: str, layout: list[_Stored]) -> str:
+    """What a file is made from, and into what: the next run takes one that is whole only where both are the same."""
+    facts: list[object] = [file.name, state and (state.n_bytes, state.modified_ns), storage, __version__]
+    facts += [(each.name, each.dtype, each.shape) for each in layout]
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
 

@@ -1,6 +1,7 @@
 """Matrices as bitsandbytes stores them (https://github.com/bitsandbytes-foundation/bitsandbytes).
 
-8 bits  `weight` int8 [N, K] and beside it `SCB` fp32 [N]: `SCB / 127 * weight`, which is our own int8
+8 bits  `weight` int8 [N, K] and beside it `SCB` fp32 [N]: `SCB / 127 * weight`, which is our own int8. `weight_format`
+        is 0; older versions wrote the numbers in orders of their own, which it says
 4 bits  `weight` uint8 [N * K / 2, 1]: two numbers in each, the first one high, in the order of the rows; each names an
         entry of `weight.quant_map` [16], which `weight.absmax` multiplies, one for a block of neighbours. These are
         fp32, or again uint8: entries of `weight.nested_quant_map` [256] times `weight.nested_absmax`, one for a block
@@ -20,13 +21,13 @@ from torch import Tensor
 
 from handscroll.errors import CheckpointError
 from handscroll.units import one_line
-from handscroll.weights.forms import Form, matrix_shape
+from handscroll.weights.forms import SCALE, Form, matrix_shape
 from handscroll.weights.header import MAX_NAME, TensorEntry
 from handscroll.weights.json_text import parse_json
 from handscroll.weights.quantised import pieces_of
 from handscroll.weights.sources import Read, Source
 
-SCB = "SCB"
+SCB, ORDER = "SCB", "weight_format"
 STATE = "quant_state"
 _FOUR_BITS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map")
 _PART = re.compile(rf"(?P<owner>.*)\.weight\.(?P<suffix>{'|'.join(_FOUR_BITS)}|{STATE}\.bitsandbytes__(nf4|fp4))")
@@ -41,7 +42,7 @@ def part_of(name: str) -> tuple[str, str] | None:
     if found := _PART.fullmatch(name):
         return f"{found['owner']}.weight", found["suffix"].partition(".")[0]
     owner, _, leaf = name.rpartition(".")
-    return (f"{owner}.weight", leaf) if leaf in (SCB, "weight_format") else None
+    return (f"{owner}.weight", leaf) if leaf in (SCB, ORDER) else None
 
 
 def matrix(shape: tuple[int, ...], parts: Mapping[str, TensorEntry]) -> Source:
@@ -58,7 +59,7 @@ def in_8_bits(shape: tuple[int, ...], parts: Mapping[str, TensorEntry]) -> Sourc
     if math.prod(scale.shape) != rows or scale.dtype != "fp32":
         raise _misfit(scale, f"{rows} scales in fp32")
     form = Form("int8")
-    return Source(shape, (numbers, scale), form, stored=form, scale_by=1 / 127)
+    return EightBits(shape, (numbers, scale), form, stored=form, order=parts.get(ORDER))
 
 
 def in_4_bits(shape: tuple[int, ...], parts: Mapping[str, TensorEntry]) -> Source:
@@ -72,6 +73,39 @@ def in_4_bits(shape: tuple[int, ...], parts: Mapping[str, TensorEntry]) -> Sourc
     if numbers.dtype != "uint8" or math.prod(numbers.shape) != count // 2 or matrix_shape(shape)[1] % 2:
         raise _misfit(numbers, f"a matrix of {_text(shape)} in 4 bits")
     return FourBits(shape, (numbers, *others), state=_need(parts, STATE))
+
+
+@dataclass(frozen=True, slots=True)
+class EightBits(Source):
+    """order: where it is stored in which order the numbers lie; None for that of the rows."""
+
+    order: TensorEntry | None = field(default=None, kw_only=True)
+
+    def fill(self, read: Read, target: Tensor) -> None:
+        self._check_order(read)
+        Source.fill(self, read, target)
+
+    def fill_packed(self, read: Read, packed: Tensor) -> None:
+        self._check_order(read)
+        Source.fill_packed(self, read, packed)
+
+    def _adapt(self, parts: Mapping[str, Tensor]) -> None:
+        scale = parts[SCALE]
+        scale.mul_(1 / 127)
+        scale[scale == 0] = 1  # of a row of zeros
+
+    def _check_order(self, read: Read) -> None:
+        if self.order is None:
+            return
+        order = torch.empty(1, dtype=torch.uint8)
+        if self.order.dtype == "uint8" and math.prod(self.order.shape) == 1:
+            read(self.order, order)
+            if not order:
+                return
+        raise CheckpointError(
+            f"{self.order.file}: the tensor {one_line(self.order.name, MAX_NAME)} says that numbers lie in an order of "
+            "older versions of bitsandbytes, which is not read; store it anew with version 0.45 or later"
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +143,7 @@ class FourBits(Source):
             scales = self._read(read, self.entries[1], needed)
         else:
             offset, nested_block = state.get("nested_offset"), _size(state.get("nested_blocksize"))
-            if not isinstance(offset, float | int) or not math.isfinite(offset) or not nested_block:
+            if not isinstance(offset, float) or not math.isfinite(offset) or not nested_block:
                 raise self._wrong("does not say how its scales are stored")
             entry = self.entries[1]
             if entry.dtype != "uint8" or math.prod(entry.shape) != needed:

@@ -26,6 +26,7 @@ GROUPS = (128, 64, 32)
 SCALE, PACKED, SHAPE = "weight_scale", "weight_packed", "weight_shape"
 LOW_RANK_OUT, LOW_RANK_IN, LOW_RANK_SCALE = "weight_low_rank_out", "weight_low_rank_in", "weight_low_rank_scale"
 LOW_RANK = (LOW_RANK_OUT, LOW_RANK_IN, LOW_RANK_SCALE)
+BEYOND = 8  # directions that are looked for beyond the rank, so that its last ones are found as well as its first
 PARTS = ("weight", SCALE, PACKED, *LOW_RANK)  # what follows a module's name, of all forms
 ITEM_BYTES = {"int8": 1, "fp8": 1, "int32": 4, "fp32": 4, "bf16": 2}
 PARTS_ALIGNMENT_BYTES = 4
@@ -116,11 +117,20 @@ def form_in(shape: tuple[int, ...], parts: Mapping[str, tuple[str, tuple[int, ..
         if LOW_RANK_OUT in parts:
             out_shape = parts[LOW_RANK_OUT][1]
             rank = out_shape[1] if len(out_shape) == 2 else 0
-            if not 0 < rank <= min(matrix_shape(shape)):
-                raise ValueError("has a correction of no rank that such a matrix can have")
+            if not 0 < rank <= most_rank(shape):
+                raise ValueError(f"has a correction of no rank that is read, which is {most_rank(shape)} at most")
+        elif set(LOW_RANK) & parts.keys():
+            raise ValueError("has parts of a correction without the others")
         return Form("int4", group, rank)
     dtype = parts["weight"][0] if "weight" in parts else ""
+    if dtype in STORED and set(LOW_RANK) & parts.keys():
+        raise ValueError("has parts of a correction, which is for matrices in 4 bits")
     return Form(dtype) if dtype in STORED else None
+
+
+def most_rank(shape: tuple[int, ...]) -> int:
+    """The largest rank of a correction that is made, or read: beyond it, it would save nothing."""
+    return min(matrix_shape(shape)) // 4
 
 
 def matrix_shape(shape: tuple[int, ...]) -> tuple[int, int]:

@@ -13,12 +13,10 @@ from collections.abc import Callable, Iterator, Mapping
 import torch
 from torch import Tensor
 
-from handscroll.weights.forms import LOW_RANK_IN, LOW_RANK_OUT, LOW_RANK_SCALE, Form
+from handscroll.weights.forms import BEYOND, LOW_RANK_IN, LOW_RANK_OUT, LOW_RANK_SCALE, Form
 from handscroll.weights.quantised import correction, pieces_of, quantise_rows, row_scale, rows_in, views, widen
 
 ROUNDS = 5
-# Directions beyond the rank, so that the last ones of it are found as well as the first.
-BEYOND = 8
 # Readings of all rows for directions: from random ones, and from those of the round before.
 _FIRST_PASSES, _LATER_PASSES = 3, 1
 _SEED = 0
@@ -84,6 +82,7 @@ def _write_factors(outs: Tensor, basis: Tensor, rank: int, parts: Mapping[str, T
     ins, outs = (each * farthest.sign() for each in (ins, outs))
     in_scale, out_scale = row_scale(ins), row_scale(outs)
     scale = (in_scale * out_scale).float()
-    parts[LOW_RANK_IN].copy_((ins / in_scale).round_())
-    parts[LOW_RANK_OUT].copy_((outs / out_scale).round_().t())
-    parts[LOW_RANK_SCALE].copy_(torch.where(scale < torch.finfo(torch.float32).tiny, torch.ones_like(scale), scale))
+    is_none = scale < torch.finfo(torch.float32).tiny  # a direction of nothing
+    parts[LOW_RANK_IN].copy_((ins / in_scale).round_().masked_fill_(is_none, 0))
+    parts[LOW_RANK_OUT].copy_((outs / out_scale).round_().masked_fill_(is_none, 0).t())
+    parts[LOW_RANK_SCALE].copy_(scale.masked_fill(is_none, 1))

@@ -43,14 +43,13 @@ class Source:
 
     stored: the form in which the files hold it, its parts being the entries; None: plainly, as one entry. form: how it
     is kept in memory; None: plainly. What is stored plainly and kept in a form is quantised while it is read; what is
-    stored in a form is kept in the same, or plainly. scale_by: what stored scales are multiplied by.
+    stored in a form is kept in the same, or plainly. What others store otherwise is a class of its own.
     """
 
     shape: tuple[int, ...]
     entries: tuple[TensorEntry, ...]
     form: Form | None = None
     stored: Form | None = None
-    scale_by: float = 1.0
 
     @classmethod
     def plain(cls, entry: TensorEntry) -> Source:
@@ -127,7 +126,7 @@ class Source:
         if self.stored is not None:
             for entry, part in zip(self.entries, whole.values(), strict=True):
                 read(entry, part.view(-1))
-            self._rescale(whole)
+            self._adapt(whole)
             self._check(whole)
         elif form.rank:
             try:
@@ -150,7 +149,7 @@ class Source:
             if self.stored is not None:
                 for entry, part in zip(self.entries, parts.values(), strict=True):
                     read(_rows_of(entry, rows, here), part.view(-1))
-                self._rescale(parts)
+                self._adapt(parts)
             else:
                 quantise_rows(form, self._rows(read, here), parts)
             self._check(parts)
@@ -163,9 +162,8 @@ class Source:
         read(entry, piece.view(-1))
         return piece.float()
 
-    def _rescale(self, parts: Mapping[str, Tensor]) -> None:
-        if self.scale_by != 1:
-            parts[SCALE].mul_(self.scale_by)
+    def _adapt(self, parts: Mapping[str, Tensor]) -> None:
+        """Makes what was read ours, where others store the same numbers otherwise."""
 
     def _check(self, parts: Mapping[str, Tensor]) -> None:
         """Raises CheckpointError where a scale is none: scales are few, and one of NaN blackens a picture."""

@@ -33,8 +33,9 @@ def predict(
 ) -> list[Tensor]:
     """What `SanaTransformer2DModel` gives for each branch, [B, C', H, W] in the dtype of its latent.
 
-    transformer: diffusers' module in eval mode. All but `transformer_blocks` must be in memory, and of that all but
-    `patch_embed.pos_embed`, which is computed row block by row block. layer: called once for each layer, from the first
+    transformer: diffusers' module in eval mode. All but `transformer_blocks` must be in memory, or come by hooks of the
+    modules that are called, but for `patch_embed.pos_embed`, which is computed row block by row block. layer: called
+    once for each layer, from the first
     to the last; materializes that layer's block. None stands for the transformer's own. band_rows: rows of the token
     map at a time; None lets the size decide. new_map: makes the map, given its height, that holds a branch's residual
     stream. lay_out: each layer's matrices are reordered for the CPU's kernels, once for all branches, which takes a
