@@ -19,8 +19,8 @@ from handscroll.weights.forms import (
     parts_of,
 )
 
-# Rows of a matrix that are made wide, or quantised, at a time: about this many numbers.
-PIECE_NUMBERS = 2**19
+# Rows of a matrix that are read or quantised, and made wide, at a time: about this many numbers.
+PIECE_NUMBERS, WIDENED_NUMBERS = 2**19, 2**20
 # Of an int4 group's scale, as shares of the one that its largest number would need: which errs least is taken.
 _SHARES = (1.0, 0.96, 0.92, 0.88, 0.84, 0.8, 0.76, 0.72)
 _LARGEST = {"int8": 127.0, "fp8": 448.0}
@@ -34,9 +34,9 @@ def views(form: Form, shape: tuple[int, ...], packed: Tensor) -> dict[str, Tenso
     }
 
 
-def pieces_of(rows: int, columns: int) -> Iterator[slice]:
-    """The rows of a matrix in pieces of about `PIECE_NUMBERS`."""
-    step = max(1, PIECE_NUMBERS // columns)
+def pieces_of(rows: int, columns: int, numbers: int | None = None) -> Iterator[slice]:
+    """The rows of a matrix in pieces of about so many numbers, `PIECE_NUMBERS` if None."""
+    step = max(1, (numbers or PIECE_NUMBERS) // columns)
     for top in range(0, rows, step):
         yield slice(top, min(top + step, rows))
 
@@ -70,11 +70,10 @@ def widen(form: Form, parts: Mapping[str, Tensor], out: Tensor) -> None:
     rows, columns = matrix_shape(tuple(out.shape))
     out = out.view(rows, columns)
     scale = parts[SCALE].view(rows, -1, 1)
-    for here in pieces_of(rows, columns) if out.device.type == "cpu" else [slice(0, rows)]:
+    for here in pieces_of(rows, columns, WIDENED_NUMBERS) if out.device.type == "cpu" else [slice(0, rows)]:
         is_packed = form.storage == "int4"
-        numbers = unpack(parts[PACKED][here]) if is_packed else parts["weight"].view(rows, columns)[here]
-        grouped = numbers.float().view(len(numbers), -1, columns // scale.shape[1])
-        wide = grouped.mul_(scale[here].float()).view(-1, columns)
+        wide = unpack(parts[PACKED][here]) if is_packed else parts["weight"].view(rows, columns)[here].float()
+        wide.view(len(wide), -1, columns // scale.shape[1]).mul_(scale[here].float())
         if form.rank:
             wide.addmm_(*_factors(rows_in(parts, here)))
         out[here] = wide
@@ -126,6 +125,9 @@ def pack(numbers: Tensor) -> Tensor:
 
 
 def unpack(packed: Tensor) -> Tensor:
-    """int32 [N, K / 8] -> int8 [N, K] from -8 to 7."""
+    """int32 [N, K / 8] -> fp32 [N, K], whole numbers from -8 to 7."""
     pairs = packed.contiguous().view(torch.uint8)
-    return torch.stack([pairs & 15, pairs >> 4], dim=-1).view(len(packed), -1).to(torch.int8).sub_(8)
+    numbers = torch.empty(*pairs.shape, 2, device=packed.device)
+    numbers[..., 0] = pairs & 15
+    numbers[..., 1] = pairs >> 4
+    return numbers.sub_(8).view(len(packed), -1)
