@@ -101,11 +101,11 @@ def test_a_wrong_option_is_still_one(asked: Asked, capsys: pytest.CaptureFixture
 def test_a_plan_takes_them_too(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[str] = []
 
-    def plan_of(request: Request, *arguments: Any) -> None:
+    def plans_of(request: Request, *arguments: Any) -> None:
         seen.append(request.prompt)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(pipeline, "plan_of", plan_of)
+    monkeypatch.setattr(pipeline, "plans_of", plans_of)
     assert cli.run(["plan", "- a list", "--size", "64"]) == 130
     assert seen == ["- a list"]
 

@@ -85,7 +85,8 @@ def denoise_stages(
         moving_seconds = moved_bytes / (hardware.rates.disk_bytes if residual == "disk" else hardware.rates.host_bytes)
         room_bytes = hardware.host_bytes
         room_bytes -= (job.branches + 1) * host_map_bytes(sizes.stream_bytes, job.rows) if residual == "host" else 0
-        layouts = (False,) if hardware.is_cuda else (True, False)
+        # What is multiplied in 8 bits has no other layout.
+        layouts = (False,) if hardware.is_cuda or job.storage in NATIVE else (True, False)
         for band_rows, lay_out in product(band_heights(spec, job, hardware), layouts):
             calls = job.steps * job.branches * spec.num_layers * -(-job.rows // band_rows)
             working = held + sizes.weights_bytes + lay_out * sizes.layer.working_bytes
