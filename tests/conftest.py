@@ -94,3 +94,13 @@ def miniature(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
         return made[key]
 
     return folder_of
+
+
+@pytest.fixture
+def small(miniature: Callable[..., Path], tmp_path: Path) -> Path:
+    """A tiny checkpoint of its own whose transformer is in int4."""
+    from handscroll.models.checkpoint import CheckpointSpec
+    from handscroll.runtime.quantising import quantise_folder
+
+    quantise_folder(CheckpointSpec.from_folder(miniature("1.6b")), {"transformer": "int4"}, tmp_path / "small")
+    return tmp_path / "small"

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
+from handscroll import Request, generate
 from handscroll.banded.transformer import Branch
+from handscroll.errors import CheckpointError, HandscrollError, UsageError
 from handscroll.models.known import known_specs
 from handscroll.models.text_encoder import TextEncoderSpec
 from handscroll.models.transformer import TransformerSpec
@@ -31,6 +35,18 @@ def widened(form: Form, shape: tuple[int, ...], packed: torch.Tensor, dtype: tor
 
 def true_transformer(name: str) -> TransformerSpec:
     return known_specs()[name].transformer
+
+
+def refused(
+    folder: Path, kinds: tuple[type[HandscrollError], ...] = (CheckpointError, UsageError), **options: Any
+) -> str:
+    """What is said of a folder that no picture is made of; one line, and nothing is written."""
+    request = Request("a", model=str(folder), width=64, height=64, steps=1, seed=1, device="cpu", **options)
+    with pytest.raises(kinds) as error:
+        generate(request, folder.parent / "p.png")
+    assert "\n" not in str(error.value)
+    assert not (folder.parent / "p.png").exists()
+    return str(error.value)
 
 
 def true_text() -> TextEncoderSpec:

@@ -6,6 +6,7 @@ import json
 import math
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
+import quantised_cases
 from handscroll import Request, generate
 from handscroll.errors import CheckpointError
 from handscroll.models.checkpoint import CheckpointSpec
@@ -133,19 +135,7 @@ def test_bytes_are_the_closed_form(rows: int, groups: int, rank: int) -> None:
 # Folders
 
 
-@pytest.fixture
-def small(miniature: Miniature, tmp_path: Path) -> Path:
-    quantise_folder(CheckpointSpec.from_folder(miniature("1.6b")), {"transformer": "int4"}, tmp_path / "small")
-    return tmp_path / "small"
-
-
-def refused(folder: Path, **options: Any) -> str:
-    request = Request("a", model=str(folder), width=64, height=64, steps=1, seed=1, device="cpu", **options)
-    with pytest.raises(CheckpointError) as error:
-        generate(request, folder.parent / "p.png")
-    assert "\n" not in str(error.value)
-    assert not (folder.parent / "p.png").exists()
-    return str(error.value)
+refused = partial(quantised_cases.refused, kinds=(CheckpointError,))
 
 
 def test_a_folder_with_corrections_says_that_it_is_ours(small: Path) -> None:

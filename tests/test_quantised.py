@@ -23,7 +23,7 @@ from handscroll import Handscroll, Request, generate
 from handscroll.banded import quantised as products
 from handscroll.banded.transformer import predict
 from handscroll.cli.main import run as handscroll
-from handscroll.errors import CheckpointError, OutputError, UsageError
+from handscroll.errors import OutputError, UsageError
 from handscroll.events import Progress
 from handscroll.files import write_whole
 from handscroll.models.autoencoder import F32C32_SANA
@@ -40,7 +40,7 @@ from handscroll.weights.header import read_header
 from handscroll.weights.quantised import pack, unpack, views
 from handscroll.weights.sources import Source
 from handscroll.weights.stream import WeightStream
-from quantised_cases import branches_of, packed_of, true_text, true_transformer, widened
+from quantised_cases import branches_of, packed_of, refused, true_text, true_transformer, widened
 
 Miniature = Callable[..., Path]
 FORMS = [Form("int8"), Form("fp8"), *(Form("int4", group) for group in GROUPS)]
@@ -363,21 +363,6 @@ def test_precisions_are_told_and_read_again() -> None:
 
 
 # What cannot be
-
-
-@pytest.fixture
-def small(miniature: Miniature, tmp_path: Path) -> Path:
-    quantise_folder(CheckpointSpec.from_folder(miniature("1.6b")), {"transformer": "int4"}, tmp_path / "small")
-    return tmp_path / "small"
-
-
-def refused(folder: Path, **options: Any) -> str:
-    request = Request("a", model=str(folder), width=64, height=64, steps=1, seed=1, device="cpu", **options)
-    with pytest.raises((CheckpointError, UsageError)) as error:
-        generate(request, folder.parent / "p.png")
-    assert "\n" not in str(error.value)
-    assert not (folder.parent / "p.png").exists()
-    return str(error.value)
 
 
 def test_what_is_quantised_is_not_quantised_again(small: Path, tmp_path: Path) -> None:

@@ -29,6 +29,9 @@ SLOTS = 2
 # Of fp32 pixels, converted to or from 8 bits at a time.
 PIXEL_PIECE_BYTES = 2**20
 
+# The largest number of 8 bits: of int8 as it is used, whose -128 is left out, and of fp8 (e4m3).
+LARGEST = {"int8": 127.0, "fp8": 448.0}
+
 
 def few_heights(rows: int) -> int:
     """The next of 4, 6, 8, 12, 16, 24, 32, ...: rows that a convolution makes on a CUDA device, some to be cut off.

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from handscroll.banded import triton
+from handscroll.limits import LARGEST
 
 Function = Callable[[Tensor], Tensor]
 
@@ -25,7 +26,7 @@ FEWEST_ROWS = 32
 MOST_EXACT = 2**24 // 127**2
 _TINY = torch.finfo(torch.float32).tiny
 DTYPES = (torch.int8, torch.float8_e4m3fn)
-_LARGEST = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
+_LARGEST = {torch.int8: LARGEST["int8"], torch.float8_e4m3fn: LARGEST["fp8"]}
 
 
 class Quantiser:

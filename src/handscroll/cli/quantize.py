@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, get_args
 
 import typer
 
@@ -13,10 +13,13 @@ from handscroll.cli.options import Json, Quiet
 from handscroll.cli.output import columns, print_text, to_json
 from handscroll.errors import UsageError
 from handscroll.models.quantisation import STORAGES
+from handscroll.request import TextPrecisionName
 from handscroll.units import gibibytes, shown
 
 if TYPE_CHECKING:
     from handscroll.runtime.quantising import Report
+
+TEXT_STORED = tuple(each for each in get_args(TextPrecisionName) if each != "auto")
 
 
 def quantize(
@@ -27,7 +30,7 @@ def quantize(
         str, typer.Option(metavar="|".join(STORAGES), help="What to keep the transformer's weights in.")
     ] = "",
     text_precision: Annotated[
-        str, typer.Option(metavar="int8-weights|int4", help="What to keep the text encoder's weights in.")
+        str, typer.Option(metavar="|".join(TEXT_STORED), help="What to keep the text encoder's weights in.")
     ] = "",
     revision: Annotated[str | None, typer.Option(metavar="REV", help="Branch, tag or commit of the hub's.")] = None,
     as_json: Json = False,
@@ -47,7 +50,7 @@ def quantize(
     if not storages:
         raise UsageError(f"say what to make smaller: --precision {', '.join(STORAGES)}, or --text-precision")
     for component, storage in storages.items():
-        known = STORAGES if component == "transformer" else ("int8-weights", "int4")
+        known = STORAGES if component == "transformer" else TEXT_STORED
         if storage not in known:
             name = "precision" if component == "transformer" else "text precision"
             raise UsageError(f"{name} {shown(storage)} is not known; use {', '.join(known)}")

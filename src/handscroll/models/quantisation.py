@@ -13,11 +13,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, Self
 
+from handscroll.request import STORED
 from handscroll.weights.forms import BEYOND, GROUPS, PARTS, Form, form_in, most_rank, packed_bytes
 from handscroll.weights.header import TensorEntry
 
 # What weights may be kept in. int8 multiplies in 8 bits; int8-weights and int4 are made wide for their layer.
-STORAGES = ("int8", "int8-weights", "int4", "fp8")
+STORAGES = STORED
 # While a matrix is quantised or made wide, a piece at a time.
 QUANTISING_BYTES = 24 * 2**20
 # Numbers quantised a second, and those beside which a correction is looked for, on two cores.

@@ -12,11 +12,11 @@ from handscroll.plan.decoder_shape import DecoderShape
 from handscroll.plan.denoise import DenoiseStage, Sampling, denoise_stages
 from handscroll.plan.encoder_shape import EncoderShape
 from handscroll.plan.inputs import PlanInputs
-from handscroll.plan.kept import kept_bytes
+from handscroll.plan.kept import kept_bytes, text_cost
 from handscroll.plan.plan import PartPlan, Plan
 from handscroll.plan.precision import BYTES
 from handscroll.plan.stages import DECODE_PART, DENOISE_PART, ENCODE_PART, TEXT_PART, Part
-from handscroll.plan.text import TextStage, layer_cost, text_stage
+from handscroll.plan.text import TextStage, text_stage
 from handscroll.plan.writer import writer_bytes
 
 
@@ -41,9 +41,8 @@ def _prompts(plan: Plan, spec: CheckpointSpec) -> int:
 def _text(plan: Plan, spec: CheckpointSpec, inputs: PlanInputs) -> Iterable[TextStage]:
     precision = plan.precision.text_encoder
     kept = TEXT_PART.module in plan.kept
-    storage, stored = plan.precision.text_encoder_storage, spec.quantisation_of("text_encoder")
-    cost = layer_cost(spec.text_encoder, precision, storage, stored)
-    return [text_stage(spec.text_encoder, inputs.tokens or 0, _prompts(plan, spec), precision, inputs, kept, cost)]
+    tokens, cost = inputs.tokens or 0, text_cost(plan, spec)
+    return [text_stage(spec.text_encoder, tokens, _prompts(plan, spec), precision, inputs, kept, cost)]
 
 
 def _denoise(plan: Plan, spec: CheckpointSpec, inputs: PlanInputs, budget: PartBudget) -> Iterable[DenoiseStage]:

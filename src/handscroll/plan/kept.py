@@ -12,7 +12,7 @@ from handscroll.plan.denoise import layer_cost as transformer_cost
 from handscroll.plan.plan import Plan
 from handscroll.plan.precision import BYTES
 from handscroll.plan.stages import DECODE_PART, DENOISE_PART, ENCODE_PART, TEXT_PART, Part
-from handscroll.plan.text import layer_cost as text_cost
+from handscroll.plan.text import layer_cost
 
 PARTS = (TEXT_PART, ENCODE_PART, DENOISE_PART, DECODE_PART)
 
@@ -27,7 +27,7 @@ def module_bytes(part: Part, plan: Plan, spec: CheckpointSpec) -> int:
     }
     n_bytes = parameters[part] * BYTES[getattr(plan.precision, part.component)]
     if part is TEXT_PART:
-        n_bytes -= spec.text_encoder.num_hidden_layers * _text_cost(plan, spec).spared_bytes
+        n_bytes -= spec.text_encoder.num_hidden_layers * text_cost(plan, spec).spared_bytes
     elif part is DENOISE_PART:
         n_bytes -= spec.transformer.num_layers * _layer_cost(plan, spec).spared_bytes
     return n_bytes
@@ -58,13 +58,14 @@ def rereading_seconds(parts: Iterable[Part], plan: Plan, spec: CheckpointSpec, w
 def making_seconds(part: Part, plan: Plan, spec: CheckpointSpec) -> float:
     """What quantising all of a part's module takes while it is read."""
     if part is TEXT_PART:
-        return spec.text_encoder.num_hidden_layers * _text_cost(plan, spec).making_seconds
+        return spec.text_encoder.num_hidden_layers * text_cost(plan, spec).making_seconds
     return spec.transformer.num_layers * _layer_cost(plan, spec).making_seconds if part is DENOISE_PART else 0.0
 
 
-def _text_cost(plan: Plan, spec: CheckpointSpec) -> WeightCost:
+def text_cost(plan: Plan, spec: CheckpointSpec) -> WeightCost:
+    """What a layer of the text encoder takes in this plan."""
     storage, stored = plan.precision.text_encoder_storage, spec.quantisation_of("text_encoder")
-    return text_cost(spec.text_encoder, plan.precision.text_encoder, storage, stored)
+    return layer_cost(spec.text_encoder, plan.precision.text_encoder, storage, stored)
 
 
 def _layer_cost(plan: Plan, spec: CheckpointSpec) -> WeightCost:

@@ -11,6 +11,7 @@ import torch
 
 from handscroll.errors import UsageError
 from handscroll.plan.inputs import Hardware
+from handscroll.plan.precision import split
 from handscroll.runtime.rates import cpu_bf16_is_faster, rates_of
 from handscroll.system import available_bytes, free_disk_bytes, own_resident_bytes, resident_bytes
 
@@ -43,7 +44,7 @@ def find_hardware(device: str, precision: str, scratch: Path = Path()) -> Hardwa
     available, own_bytes = available_bytes(), own_resident_bytes()
     return Hardware(
         "cpu",
-        bf16_is_faster=precision.rpartition("+")[2] not in ("fp32", "bf16", "fp16") and cpu_bf16_is_faster(),
+        bf16_is_faster=split(precision)[1] == "auto" and cpu_bf16_is_faster(),
         base_bytes=resident_bytes(),
         free_bytes=None if available is None else available + (own_bytes or 0),
         scratch_bytes=scratch_bytes,

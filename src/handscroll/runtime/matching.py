@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from torch import nn
@@ -17,7 +17,7 @@ from handscroll.weights.dtypes import DTYPES
 from handscroll.weights.folder import WeightFiles
 from handscroll.weights.foreign import FUSE_FIRST, USE_THE_ORIGINAL, has_both_factors, is_adapter, quantised_by_tensors
 from handscroll.weights.forms import LOW_RANK, PACKED, SCALE, SHAPE
-from handscroll.weights.header import MAX_NAME, TensorEntry
+from handscroll.weights.header import MAX_NAME, TensorEntry, shape_text
 from handscroll.weights.sources import Source, stored_matrix
 
 SMALL = 2**20  # parameters, which take no time to be looked for one by one
@@ -70,19 +70,16 @@ def match_tensors(
     other_half = {"decoder": "encoder.", "encoder": "decoder."}.get(part or "")
 
     quantisation = spec.quantisation_of(component)
-    quantised = quantisation is not None
+    part_of, matrix = part_in_form, matrix_in_form
+    if quantisation is not None and quantisation.is_bitsandbytes:
+        part_of, matrix = bitsandbytes.part_of, bitsandbytes.matrix
     found: dict[str, TensorEntry] = {}
     parts: dict[str, dict[str, TensorEntry]] = {}
     extra: list[TensorEntry] = []
     for name, entry in named(component, weights):
-        owner, _, suffix = name.rpartition(".")
-        if quantisation is not None and quantisation.is_bitsandbytes:
-            found_as = bitsandbytes.part_of(name) or ((name, "weight") if entry.dtype in ("int8", "uint8") else None)
-            if found_as is not None and found_as[0] in wanted:
-                parts.setdefault(found_as[0], {})[found_as[1]] = entry
-                continue
-        elif quantised and f"{owner}.weight" in wanted and is_part(suffix, entry):
-            parts.setdefault(f"{owner}.weight", {})[suffix] = entry
+        a_part = part_of(name, entry.dtype) if quantisation is not None else None
+        if a_part is not None and a_part[0] in wanted:
+            parts.setdefault(a_part[0], {})[a_part[1]] = entry
             continue
         if name in computed or (other_half and name.startswith(other_half)):
             continue
@@ -97,8 +94,11 @@ def match_tensors(
     for name, its in parts.items():
         if name in found:
             raise CheckpointError(f"{found[name].file}: the tensor {name} is there twice, once quantised")
-        make = bitsandbytes.matrix if quantisation is not None and quantisation.is_bitsandbytes else stored_matrix
-        sources[name] = _matrix(name, its, tuple(wanted[name].shape), make)
+        shape, first = tuple(wanted[name].shape), next(iter(its.values()))
+        if len(shape) < 2 or any(size != 1 for size in shape[2:]):
+            told = one_line(first.name, MAX_NAME)
+            raise CheckpointError(f"{first.file}: the tensor {told} is quantised and no matrix")
+        sources[name] = matrix(shape, its)
     if missing := [name for name in wanted if name not in sources]:
         raise CheckpointError(_missing(spec.folder / component, weights, missing))
     if extra:
@@ -112,33 +112,24 @@ def match_tensors(
     return sources
 
 
-def is_part(suffix: str, entry: TensorEntry) -> bool:
-    """Whether a tensor is a part of a quantised matrix."""
-    return suffix in (PACKED, SCALE, SHAPE, *LOW_RANK) or (suffix == "weight" and entry.dtype in ("int8", "fp8"))
+def part_in_form(name: str, dtype: str) -> tuple[str, str] | None:
+    """The parameter that a tensor is a part of, and which part (weights/forms.py); None for others."""
+    owner, _, suffix = name.rpartition(".")
+    is_part = suffix in (PACKED, SCALE, SHAPE, *LOW_RANK) or (suffix == "weight" and dtype in ("int8", "fp8"))
+    return (f"{owner}.weight", suffix) if is_part else None
 
 
-def _matrix(
-    name: str,
-    parts: dict[str, TensorEntry],
-    shape: tuple[int, ...],
-    make: Callable[[tuple[int, ...], dict[str, TensorEntry]], Source],
-) -> Source:
+def matrix_in_form(shape: tuple[int, ...], parts: Mapping[str, TensorEntry]) -> Source:
     """A quantised matrix. Raises CheckpointError where a part is missing, or does not fit."""
-    first = next(iter(parts.values()))
-    if len(shape) < 2 or any(size != 1 for size in shape[2:]):
-        raise CheckpointError(f"{first.file}: the tensor {one_line(first.name, MAX_NAME)} is quantised and no matrix")
-    if make is not stored_matrix:
-        return make(shape, parts)
-    numbers = parts.get(PACKED) or parts.get("weight")
-    lacking = [suffix for suffix in LOW_RANK if suffix not in parts] if parts.keys() & set(LOW_RANK) else []
-    if numbers is None or SCALE not in parts or lacking:
+    needed = [PACKED if PACKED in parts else "weight", SCALE]
+    needed += LOW_RANK if parts.keys() & set(LOW_RANK) else ()
+    if lacking := [suffix for suffix in needed if suffix not in parts]:
         there = next(iter(parts.values()))
-        needed = SCALE if SCALE not in parts else lacking[0] if lacking else ""
-        missing = name if numbers is None else f"{name.removesuffix('weight')}{needed}"
+        missing = f"{there.name.rpartition('.')[0]}.{lacking[0]}"
         raise CheckpointError(
             f"{there.file}: the tensor {one_line(missing, MAX_NAME)} is missing, to which {there.name} belongs"
         )
-    return make(shape, parts)
+    return stored_matrix(shape, parts)
 
 
 def named(component: str, weights: WeightFiles) -> Iterator[tuple[str, TensorEntry]]:
@@ -169,7 +160,7 @@ def _check(weights: WeightFiles, entry: TensorEntry, shape: tuple[int, ...], is_
             f"{USE_THE_ORIGINAL}"
         )
     raise CheckpointError(
-        f"{entry.file}: the tensor {name} has shape {_shape(entry.shape)}, the config asks for {_shape(shape)}"
+        f"{entry.file}: the tensor {name} has shape {_told(entry.shape)}, the config asks for {_told(shape)}"
     )
 
 
@@ -197,5 +188,5 @@ def _left_out(extra: list[TensorEntry]) -> str:
     )
 
 
-def _shape(shape: tuple[int, ...]) -> str:
-    return one_line("x".join(map(str, shape)) or "scalar", MAX_NAME)
+def _told(shape: tuple[int, ...]) -> str:
+    return one_line(shape_text(shape), MAX_NAME)

@@ -325,5 +325,5 @@ def _copied(files: OpenFiles, entry: TensorEntry) -> Iterator[memoryview]:
     for first in range(0, count, PIECE_BYTES):
         size = min(PIECE_BYTES, count - first)
         piece = torch.empty(size, dtype=torch.uint8)
-        files.read(TensorEntry(entry.name, entry.file, "uint8", (size,), entry.start + first, size), piece)
+        files.read(entry.part(first, size, (size,), "uint8"), piece)
         yield piece.numpy().data

@@ -20,12 +20,13 @@ import torch
 from torch import Tensor
 
 from handscroll.errors import CheckpointError
+from handscroll.limits import LARGEST
 from handscroll.units import one_line
 from handscroll.weights.forms import SCALE, Form, matrix_shape
-from handscroll.weights.header import MAX_NAME, TensorEntry
+from handscroll.weights.header import MAX_NAME, TensorEntry, shape_text
 from handscroll.weights.json_text import parse_json
 from handscroll.weights.quantised import pieces_of
-from handscroll.weights.sources import Read, Source
+from handscroll.weights.sources import Read, Source, not_finite
 
 SCB, ORDER = "SCB", "weight_format"
 STATE = "quant_state"
@@ -34,15 +35,14 @@ _PART = re.compile(rf"(?P<owner>.*)\.weight\.(?P<suffix>{'|'.join(_FOUR_BITS)}|{
 _STATE_BYTES = 4096  # at most; 167 as it is written
 
 
-def part_of(name: str) -> tuple[str, str] | None:
-    """The parameter that a tensor of this name is a part of, and which part; None for others.
-
-    `weight` itself is told by its type alone.
-    """
+def part_of(name: str, dtype: str) -> tuple[str, str] | None:
+    """The parameter that a tensor is a part of, and which part; None for others."""
     if found := _PART.fullmatch(name):
         return f"{found['owner']}.weight", found["suffix"].partition(".")[0]
     owner, _, leaf = name.rpartition(".")
-    return (f"{owner}.weight", leaf) if leaf in (SCB, ORDER) else None
+    if leaf in (SCB, ORDER):
+        return f"{owner}.weight", leaf
+    return (name, "weight") if dtype in ("int8", "uint8") else None
 
 
 def matrix(shape: tuple[int, ...], parts: Mapping[str, TensorEntry]) -> Source:
@@ -55,7 +55,7 @@ def in_8_bits(shape: tuple[int, ...], parts: Mapping[str, TensorEntry]) -> Sourc
     numbers, scale = _need(parts, "weight"), _need(parts, SCB)
     rows = matrix_shape(shape)[0]
     if numbers.dtype != "int8" or math.prod(numbers.shape) != math.prod(shape):
-        raise _misfit(numbers, f"a matrix of {_text(shape)} in int8")
+        raise _misfit(numbers, f"a matrix of {shape_text(shape)} in int8")
     if math.prod(scale.shape) != rows or scale.dtype != "fp32":
         raise _misfit(scale, f"{rows} scales in fp32")
     form = Form("int8")
@@ -71,7 +71,7 @@ def in_4_bits(shape: tuple[int, ...], parts: Mapping[str, TensorEntry]) -> Sourc
     others = [_need(parts, name) for name in names]
     count = math.prod(shape)
     if numbers.dtype != "uint8" or math.prod(numbers.shape) != count // 2 or matrix_shape(shape)[1] % 2:
-        raise _misfit(numbers, f"a matrix of {_text(shape)} in 4 bits")
+        raise _misfit(numbers, f"a matrix of {shape_text(shape)} in 4 bits")
     return FourBits(shape, (numbers, *others), state=_need(parts, STATE))
 
 
@@ -91,7 +91,7 @@ class EightBits(Source):
 
     def _adapt(self, parts: Mapping[str, Tensor]) -> None:
         scale = parts[SCALE]
-        scale.mul_(1 / 127)
+        scale.mul_(1 / LARGEST["int8"])
         scale[scale == 0] = 1  # of a row of zeros
 
     def _check_order(self, read: Read) -> None:
@@ -126,7 +126,7 @@ class FourBits(Source):
         for here in pieces_of(rows, columns):
             first, last = here.start * columns, here.stop * columns
             packed = torch.empty((last - first) // 2, dtype=torch.uint8)
-            read(_stretch(self.first, first // 2, packed.numel()), packed)
+            read(self.first.part(first // 2, packed.numel(), (packed.numel(),)), packed)
             indices = torch.stack([packed >> 4, packed & 15], dim=1).view(-1).int()
             blocks = torch.arange(first, last).div_(block, rounding_mode="floor")
             wide = table[indices].mul_(scales[blocks])
@@ -154,8 +154,7 @@ class FourBits(Source):
             table = self._read(read, self.entries[4], 256)
             scales = table[indices.int()] * of_blocks.repeat_interleave(nested_block)[:needed] + offset
         if not bool(scales.isfinite().all()):
-            name = one_line(self.entries[1].name, MAX_NAME)
-            raise CheckpointError(f"{self.first.file}: the tensor {name} holds numbers that are not finite")
+            raise not_finite(self.entries[1])
         return block, scales
 
     def _state(self, read: Read) -> dict[str, Any]:
@@ -204,13 +203,6 @@ def _need(parts: Mapping[str, TensorEntry], suffix: str) -> TensorEntry:
 
 def _misfit(entry: TensorEntry, wanted: str) -> CheckpointError:
     name = one_line(entry.name, MAX_NAME)
-    return CheckpointError(f"{entry.file}: the tensor {name} is {_text(entry.shape)} in {entry.dtype}, not {wanted}")
-
-
-def _stretch(entry: TensorEntry, first: int, count: int) -> TensorEntry:
-    """Some of the bytes of a tensor."""
-    return TensorEntry(entry.name, entry.file, "uint8", (count,), entry.start + first, count)
-
-
-def _text(shape: tuple[int, ...]) -> str:
-    return "x".join(map(str, shape)) or "scalar"
+    return CheckpointError(
+        f"{entry.file}: the tensor {name} is {shape_text(entry.shape)} in {entry.dtype}, not {wanted}"
+    )

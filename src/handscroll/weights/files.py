@@ -103,8 +103,7 @@ def read_rows(entry: TensorEntry, rows: Tensor, promised: Mapping[Path, Promise]
     for row, target in zip(rows.flatten().tolist(), filled, strict=True):
         if not 0 <= row < count:
             raise CheckpointError(f"{entry.file}: the tensor {entry.name} has {count} rows, and row {row} is asked for")
-        one = TensorEntry(entry.name, entry.file, entry.dtype, (channels,), entry.start + row * row_bytes, row_bytes)
-        files.read(one, target)
+        files.read(entry.part(row * row_bytes, row_bytes, (channels,)), target)
     return filled.view(*rows.shape, channels)
 
 
@@ -121,8 +120,7 @@ def first_not_finite(entries: Iterable[TensorEntry]) -> TensorEntry | None:
         for first in range(0, entry.n_bytes, STAGING_BYTES):
             count = min(STAGING_BYTES, entry.n_bytes - first) // stored.itemsize
             piece = torch.empty(count, dtype=stored)
-            part = TensorEntry(entry.name, entry.file, entry.dtype, (count,), entry.start + first, piece.nbytes)
-            files.read(part, piece)
+            files.read(entry.part(first, piece.nbytes, (count,)), piece)
             if not torch.isfinite(piece).all():
                 return entry
     return None

@@ -61,6 +61,15 @@ class TensorEntry:
     start: int
     n_bytes: int
 
+    def part(self, first_byte: int, n_bytes: int, shape: tuple[int, ...], dtype: str | None = None) -> TensorEntry:
+        """Some of its bytes, as an entry of their own; in its dtype, if no other is given."""
+        return TensorEntry(self.name, self.file, dtype or self.dtype, shape, self.start + first_byte, n_bytes)
+
+
+def shape_text(shape: tuple[int, ...]) -> str:
+    """`2240x5600`, as messages say it."""
+    return "x".join(map(str, shape)) or "scalar"
+
 
 def read_header(file: Path) -> tuple[TensorEntry, ...]:
     """Every tensor that a safetensors file holds, in file order. Raises CheckpointError as `read_all`."""

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor
 
+from handscroll.limits import LARGEST
 from handscroll.weights.dtypes import STORED_DTYPES
 from handscroll.weights.forms import (
     LOW_RANK_IN,
@@ -23,7 +24,6 @@ from handscroll.weights.forms import (
 PIECE_NUMBERS, WIDENED_NUMBERS = 2**19, 2**20
 # Of an int4 group's scale, as shares of the one that its largest number would need: which errs least is taken.
 _SHARES = (1.0, 0.96, 0.92, 0.88, 0.84, 0.8, 0.76, 0.72)
-_LARGEST = {"int8": 127.0, "fp8": 448.0}
 
 
 def views(form: Form, shape: tuple[int, ...], packed: Tensor) -> dict[str, Tensor]:
@@ -53,7 +53,7 @@ def quantise_rows(form: Form, rows: Tensor, parts: Mapping[str, Tensor]) -> None
         parts[PACKED].copy_(pack(numbers))
         parts[SCALE].copy_(scale)
         return
-    scale = row_scale(rows, _LARGEST[form.storage])
+    scale = row_scale(rows, LARGEST[form.storage])
     numbers = rows / scale
     if form.storage == "int8":
         numbers.round_().clamp_(-127, 127)
@@ -88,7 +88,7 @@ def _factors(parts: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
     return parts[LOW_RANK_OUT] * parts[LOW_RANK_SCALE].view(1, -1), parts[LOW_RANK_IN].float()
 
 
-def row_scale(rows: Tensor, largest: float = _LARGEST["int8"]) -> Tensor:
+def row_scale(rows: Tensor, largest: float = LARGEST["int8"]) -> Tensor:
     """[N, K] fp32 -> [N, 1]: what a row is divided by, so that its largest number becomes `largest`; 1 for zeros."""
     # By a product: what divides by a number may do so by its reciprocal on a device and not on another.
     scale = rows.abs().amax(dim=1, keepdim=True).mul_(1 / largest)

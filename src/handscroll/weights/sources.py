@@ -29,7 +29,7 @@ from handscroll.weights.forms import (
     packed_bytes,
     parts_of,
 )
-from handscroll.weights.header import MAX_NAME, TensorEntry
+from handscroll.weights.header import MAX_NAME, TensorEntry, shape_text
 from handscroll.weights.low_rank import quantise_corrected
 from handscroll.weights.quantised import pieces_of, quantise_rows, rows_in, views, widen
 
@@ -132,7 +132,7 @@ class Source:
             try:
                 quantise_corrected(form, matrix_shape(self.shape)[1], lambda here: self._rows(read, here), by_rows)
             except ArithmeticError as error:
-                raise self._not_finite() from error
+                raise not_finite(self.first) from error
             self._check(whole)
         else:
             for here, parts in self._pieces(form, read):
@@ -175,14 +175,10 @@ class Source:
         if not wrong:
             return
         if self.stored is None:
-            raise self._not_finite()
+            raise not_finite(self.first)
         entry = self.entries[wrong[0]]
         name = one_line(entry.name, MAX_NAME)
         raise CheckpointError(f"{entry.file}: the tensor {name} holds a scale of zero, NaN or infinity")
-
-    def _not_finite(self) -> CheckpointError:
-        name = one_line(self.first.name, MAX_NAME)
-        return CheckpointError(f"{self.first.file}: the tensor {name} holds numbers that are not finite")
 
 
 def sources_of(entries: Mapping[str, TensorEntry | Source]) -> dict[str, Source]:
@@ -209,20 +205,21 @@ def stored_matrix(shape: tuple[int, ...], parts: Mapping[str, TensorEntry]) -> S
         # A scale may be of another type than ours, and is cast.
         fits = entry.dtype == part.dtype or (part.suffix == SCALE and stored is not None and stored.is_floating_point)
         if math.prod(entry.shape) != math.prod(part.shape) or not fits:
+            there, wanted = (f"{shape_text(each.shape)} in {each.dtype}" for each in (entry, part))
             raise CheckpointError(
-                f"{entry.file}: the tensor {one_line(entry.name, MAX_NAME)} has shape {_text(entry.shape)} in "
-                f"{entry.dtype}, and of a matrix of {_text(shape)} in {form} it is {_text(part.shape)} in {part.dtype}"
+                f"{entry.file}: the tensor {one_line(entry.name, MAX_NAME)} has shape {there}, and of a matrix of "
+                f"{shape_text(shape)} in {form} it is {wanted}"
             )
     return Source(shape, entries, form, stored=form)
+
+
+def not_finite(entry: TensorEntry) -> CheckpointError:
+    return CheckpointError(
+        f"{entry.file}: the tensor {one_line(entry.name, MAX_NAME)} holds numbers that are not finite"
+    )
 
 
 def _rows_of(entry: TensorEntry, rows: int, here: slice) -> TensorEntry:
     """Some of the rows of a stored matrix, as an entry of its own."""
     row_bytes, count = entry.n_bytes // rows, here.stop - here.start
-    shape = (count, math.prod(entry.shape) // rows)
-    start = entry.start + here.start * row_bytes
-    return TensorEntry(entry.name, entry.file, entry.dtype, shape, start, count * row_bytes)
-
-
-def _text(shape: tuple[int, ...]) -> str:
-    return "x".join(map(str, shape)) or "scalar"
+    return entry.part(here.start * row_bytes, count * row_bytes, (count, math.prod(entry.shape) // rows))

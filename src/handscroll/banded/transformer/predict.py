@@ -35,12 +35,11 @@ def predict(
 
     transformer: diffusers' module in eval mode. All but `transformer_blocks` must be in memory, or come by hooks of the
     modules that are called, but for `patch_embed.pos_embed`, which is computed row block by row block. layer: called
-    once for each layer, from the first
-    to the last; materializes that layer's block. None stands for the transformer's own. band_rows: rows of the token
-    map at a time; None lets the size decide. new_map: makes the map, given its height, that holds a branch's residual
-    stream. lay_out: each layer's matrices are reordered for the CPU's kernels, once for all branches, which takes a
-    layer's memory again and saves a twentieth of the time; it changes no bit. plain: by `torch.nn.functional` alone,
-    but for norms and sums where Triton is asked for (triton.in_use).
+    once for each layer, from the first to the last; materializes that layer's block. None stands for the transformer's
+    own. band_rows: rows of the token map at a time; None lets the size decide. new_map: makes the map, given its
+    height, that holds a branch's residual stream. lay_out: each layer's matrices are reordered for the CPU's kernels,
+    once for all branches, which takes a layer's memory again and saves a twentieth of the time; it changes no bit.
+    plain: by `torch.nn.functional` alone, but for norms and sums where Triton is asked for (triton.in_use).
 
     Raises TypeError for a module that cannot be run in row blocks, ValueError for a latent that does not fit.
     """
