@@ -400,9 +400,9 @@ def test_an_attached_autoencoder_keeps_its_memory(place: str, dtype: torch.dtype
 
 
 def test_hardware_counts_what_this_process_reserves(place: str) -> None:
-    free_bytes = device.find_hardware(place, "fp32").free_bytes
+    free_bytes = device.find_hardware(place).free_bytes
     held = torch.empty(256 * MIB, dtype=torch.uint8, device=place)
-    found = device.find_hardware(place, "fp32")
+    found = device.find_hardware(place)
     assert found.base_bytes is not None
     assert found.base_bytes >= held.nbytes
     assert free_bytes is not None

@@ -27,11 +27,12 @@ from handscroll.models.autoencoder import F32C32_SANA, AutoencoderSpec
 from handscroll.models.checkpoint import CheckpointSpec
 from handscroll.models.text_encoder import TextEncoderSpec
 from handscroll.models.transformer import TransformerSpec
-from handscroll.plan.decoder_shape import DecoderShape, decoder_units
+from handscroll.plan.decoder_shape import DecoderShape
 from handscroll.plan.denoise import band_bytes
 from handscroll.plan.encoder_shape import EncoderShape, encoder_units
 from handscroll.plan.store import stored_bytes
 from handscroll.plan.text import activation_bytes
+from handscroll.plan.unit_shape import decoder_units
 from live_bytes import LiveBytes
 
 NewMap = Callable[[int, int], RowMap]

@@ -302,7 +302,7 @@ def test_a_second_call_on_a_small_card_gets_the_plan_of_the_first(monkeypatch: p
     own = Holdings()
     plans = []
     for _ in range(5):
-        inputs = PlanInputs(find_hardware("cuda", "bf16"), tokens=300, keeps_modules=True)
+        inputs = PlanInputs(find_hardware("cuda"), tokens=300, keeps_modules=True)
         inputs = own.without(inputs, card.ours)
         assert inputs.hardware.free_bytes == card.total
         plans.append(make_plan(spec, Request("a", width=1024, steps=20, seed=0, precision="bf16"), inputs, 0))
@@ -320,7 +320,7 @@ def test_a_second_call_on_a_small_card_gets_the_plan_of_the_first(monkeypatch: p
 def test_what_others_allocated_on_the_card_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     card = FakeCuda(theirs=5 * GIB, ours=2 * GIB, cached=GIB)
     card.install(monkeypatch)
-    found = find_hardware("cuda:0", "bf16")
+    found = find_hardware("cuda:0")
     assert found.free_bytes == card.total
     assert Holdings().without(PlanInputs(found), 2 * GIB).hardware.base_bytes == 5 * GIB
 

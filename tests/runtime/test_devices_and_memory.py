@@ -33,11 +33,11 @@ def test_without_a_cache_folder_it_is_measured_again(tmp_path: Path, monkeypatch
 
 
 def test_devices(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert find_hardware("cpu", "fp32").device == "cpu"
+    assert find_hardware("cpu").device == "cpu"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert find_hardware("auto", "fp32").device == "cpu"
+    assert find_hardware("auto").device == "cpu"
     with pytest.raises(UsageError, match="--device cpu"):
-        find_hardware("cuda:1", "auto")
+        find_hardware("cuda:1")
 
 
 def test_a_stage_is_measured_by_itself() -> None:

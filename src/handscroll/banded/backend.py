@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from handscroll.banded import triton
+from handscroll.banded import kernels, triton
 from handscroll.limits import few_heights
 
 Function = Callable[[Tensor], Tensor]
@@ -65,6 +65,7 @@ class Conv:
     ) -> None:
         self.weight, self.bias = weight.detach(), None if bias is None else bias.detach()
         self.stride, self.groups, self.activation = stride, groups, activation
+        self._operator = (weight.shape[1] * groups, weight.shape[0], groups, weight.shape[2])
         self.padding = [0, weight.shape[-1] // 2 if pad_columns is None else pad_columns]
         self.is_pointwise = stride == 1 and tuple(weight.shape[2:]) == (1, 1)
         self.plain, self.onednn = plain, not plain and has_onednn(weight)
@@ -135,6 +136,7 @@ class Conv:
 
     def _onednn(self, row_block: Tensor, fused: str) -> Tensor:
         if self.is_linear:
+            self._meets(fused, row_block.shape[:-1].numel(), 1, row_block)
             return torch.ops.mkldnn._linear_pointwise(row_block, self.weight, self.bias, fused, [], "")
         out = torch.ops.mkldnn._convolution_pointwise(
             row_block.permute(0, 3, 1, 2),
@@ -148,7 +150,11 @@ class Conv:
             [],
             "",
         )
+        self._meets(fused, out.shape[2], out.shape[0] * out.shape[3], row_block)
         return out.permute(0, 2, 3, 1).contiguous()
+
+    def _meets(self, fused: str, rows: int, columns: int, row_block: Tensor) -> None:
+        kernels.MET.add((*self._operator, fused != "none", rows, columns, row_block.element_size()))
 
 
 def row_by_row(function: Function, row_block: Tensor, size: int = 1, step: int = 1) -> Tensor:

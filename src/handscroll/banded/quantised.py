@@ -18,6 +18,8 @@ from handscroll.banded import triton
 from handscroll.limits import LARGEST
 
 Function = Callable[[Tensor], Tensor]
+# Memory of a type and shape.
+Piece = Callable[..., Tensor]
 
 # Positions are multiplied in pieces whose results in 32 bits are about this big.
 PIECE_BYTES = 2**23
@@ -29,13 +31,19 @@ DTYPES = (torch.int8, torch.float8_e4m3fn)
 _LARGEST = {torch.int8: LARGEST["int8"], torch.float8_e4m3fn: LARGEST["fp8"]}
 
 
+def _new(dtype: torch.dtype, *shape: int) -> Tensor:
+    return torch.empty(shape, dtype=dtype)
+
+
 class Quantiser:
     """Positions in 8 bits, made once for all products with the same row block, one after the other.
 
-    A row block that was given must not be written to until another is.
+    A row block that was given must not be written to until another is. On a CPU it also has the memory that products
+    are made in, which would else be new to the process for each of them.
     """
 
     def __init__(self) -> None:
+        self._pieces: dict[torch.dtype, Tensor] = {}
         self._of: weakref.ref[Tensor] | None = None
         self._made: tuple[torch.dtype, Tensor, Tensor] | None = None
 
@@ -43,9 +51,18 @@ class Quantiser:
         """[..., C] -> numbers [M, C] in int8 or fp8, and what each position's are to be multiplied by, [M, 1] fp32."""
         if self._of is None or self._of() is not positions or self._made is None or self._made[0] != dtype:
             self._made = None
-            self._made = dtype, *quantised(positions.reshape(-1, positions.shape[-1]), dtype)
+            self._made = dtype, *quantised(positions.reshape(-1, positions.shape[-1]), dtype, self.piece)
             self._of = weakref.ref(positions)
         return self._made[1:]
+
+    def piece(self, dtype: torch.dtype, *shape: int) -> Tensor:
+        """Memory that is valid until the same type is asked for again."""
+        count = torch.Size(shape).numel()
+        memory = self._pieces.get(dtype)
+        if memory is None or memory.numel() < count:
+            self._pieces.pop(dtype, None)
+            memory = self._pieces[dtype] = torch.empty(count, dtype=dtype)
+        return memory[:count].view(shape)
 
 
 def matrix(
@@ -74,7 +91,10 @@ def matrix(
         step = max(1, PIECE_BYTES // (4 * len(weight)))
         for top in range(0, len(numbers), step):
             here = slice(top, top + step)
-            out[here] = multiply(numbers[here], weight, scales[here], scale, bias, positions.dtype)
+            if multiply is _int8:
+                _int8_into(out[here], numbers[here], weight, scales[here], scale, bias, in_8_bits.piece)
+            else:
+                out[here] = multiply(numbers[here], weight, scales[here], scale, bias, positions.dtype)
         if silu:
             # Exponentials of the last few elements of a stretch of memory may be made by other code.
             for row in out.view(-1, shape[-2] if positions.ndim > 2 else len(out), shape[-1]):
@@ -84,7 +104,7 @@ def matrix(
     return product
 
 
-def quantised(positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def quantised(positions: Tensor, dtype: torch.dtype, piece: Piece = _new) -> tuple[Tensor, Tensor]:
     """[M, C] -> numbers [M, C] in int8 or fp8, and scales [M, 1] fp32, the largest of each being the type's."""
     largest = _LARGEST[dtype]
     if triton.in_use(positions):
@@ -93,12 +113,14 @@ def quantised(positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     scales = positions.new_empty(len(positions), 1, dtype=torch.float32)
     step = len(positions) if positions.is_cuda else max(1, PIECE_BYTES // (4 * positions.shape[1]))
     for top in range(0, len(positions), max(1, step)):
+        some = positions[top : top + step]
         here = slice(top, top + step)
-        wide = positions[here].float()
         # By a product: what divides by a number may do so by its reciprocal on a device and not on another.
-        scales[here] = wide.abs().amax(dim=1, keepdim=True).mul_(1 / largest).clamp_(min=_TINY)
-        wide = wide / scales[here]
-        numbers[here] = (wide.round_() if dtype == torch.int8 else wide).to(dtype)
+        scales[here] = some.abs().amax(dim=1, keepdim=True)
+        scales[here].mul_(1 / largest).clamp_(min=_TINY)
+        wide = torch.empty_like(some, dtype=torch.float32) if some.is_cuda else piece(torch.float32, *some.shape)
+        wide.copy_(some).div_(scales[here])
+        numbers[here] = wide.round_() if dtype == torch.int8 else wide
     return numbers, scales
 
 
@@ -106,6 +128,22 @@ def _int8(
     numbers: Tensor, weight: Tensor, scales: Tensor, scale: Tensor, bias: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
     return _scaled(whole_sums(numbers, weight), scales, scale, bias, dtype)
+
+
+def _int8_into(
+    out: Tensor, numbers: Tensor, weight: Tensor, scales: Tensor, scale: Tensor, bias: Tensor | None, piece: Piece
+) -> None:
+    """The same on a CPU, into `out`, and in memory that is there."""
+    if _multiplies_int8():
+        sums = torch._int_mm(numbers, weight.t(), out=piece(torch.int32, *out.shape))
+    else:
+        sums = sums_by_fp32(numbers, weight)
+    wide = out if out.dtype == torch.float32 else piece(torch.float32, *out.shape)
+    wide.copy_(sums).mul_(scales).mul_(scale.view(1, -1))
+    if bias is not None:
+        wide.add_(bias)
+    if wide is not out:
+        out.copy_(wide)
 
 
 def whole_sums(numbers: Tensor, weight: Tensor) -> Tensor:

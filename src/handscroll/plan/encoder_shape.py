@@ -9,7 +9,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from handscroll.models.autoencoder import AutoencoderSpec
-from handscroll.plan.decoder_shape import DecoderShape, UnitShape, conv, efficient_vit, res_block
+from handscroll.plan.decoder_shape import DecoderShape
+from handscroll.plan.unit_shape import UnitShape, conv, efficient_vit, res_block
 
 
 def encoder_units(spec: AutoencoderSpec) -> Iterator[UnitShape]:

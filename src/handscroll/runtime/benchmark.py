@@ -123,7 +123,7 @@ def measure(
     way where it would not. Raises HandscrollError.
     """
     spec = open_checkpoint(model, revision, on_progress=on_fetch(on_event))
-    hardware = find_hardware(device, precision)
+    hardware = find_hardware(device)
     precisions = resolve_precision(spec, precision, hardware.device, hardware.bf16_is_faster)
     if not precisions.exact:
         raise UsageError("quantised weights are not measured by bench yet; use fp32, bf16 or fp16 and plain weights")

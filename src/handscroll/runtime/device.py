@@ -11,7 +11,6 @@ import torch
 
 from handscroll.errors import UsageError
 from handscroll.plan.inputs import Hardware
-from handscroll.plan.precision import split
 from handscroll.runtime.rates import cpu_bf16_is_faster, rates_of
 from handscroll.system import available_bytes, free_disk_bytes, own_resident_bytes, resident_bytes
 
@@ -29,11 +28,11 @@ LIBRARIES = (
 )
 
 
-def find_hardware(device: str, precision: str, scratch: Path = Path()) -> Hardware:
+def find_hardware(device: str, scratch: Path = Path()) -> Hardware:
     """Resolves `auto`, `cpu`, `cuda` or `cuda:N`. Raises UsageError for a device that is not here.
 
-    bf16 is timed against fp32 only where the answer matters: `precision` auto, on a CPU with bf16 instructions. Speeds
-    are measured once per device and remembered. `scratch` is the folder where maps may be put.
+    Speeds are measured once per device and remembered, bf16's against fp32's on a CPU with instructions for it among
+    them. `scratch` is the folder where maps may be put.
     """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -44,7 +43,7 @@ def find_hardware(device: str, precision: str, scratch: Path = Path()) -> Hardwa
     available, own_bytes = available_bytes(), own_resident_bytes()
     return Hardware(
         "cpu",
-        bf16_is_faster=split(precision)[1] == "auto" and cpu_bf16_is_faster(),
+        bf16_is_faster=cpu_bf16_is_faster(),
         base_bytes=resident_bytes(),
         free_bytes=None if available is None else available + (own_bytes or 0),
         scratch_bytes=scratch_bytes,

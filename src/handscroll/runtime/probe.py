@@ -48,7 +48,7 @@ def probe(spec: CheckpointSpec, request: Request, output: Path | None = None, *,
     else:
         notices += settings_not_taken(spec, "vae")
     folder = scratch_folder(None if output is None else output.absolute().parent)
-    hardware = find_hardware(request.device, request.precision, folder or Path(tempfile.gettempdir()))
+    hardware = find_hardware(request.device, folder or Path(tempfile.gettempdir()))
     suffix = ".png" if output is None else output.suffix
     return PlanInputs(
         hardware,

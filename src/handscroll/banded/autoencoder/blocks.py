@@ -59,7 +59,11 @@ def _repeat_channels(row_block: Tensor, repeats: int) -> Tensor:
 
 
 def _mean_of_groups(row_block: Tensor, group_size: int) -> Tensor:
-    return row_block.unflatten(-1, (-1, group_size)).mean(dim=-1)
+    def mean(rows: Tensor) -> Tensor:
+        return rows.unflatten(-1, (-1, group_size)).mean(dim=-1)
+
+    # PyTorch converts all that it is given of half precision to fp32.
+    return mean(row_block) if row_block.dtype == torch.float32 else backend.row_by_row(mean, row_block)
 
 
 def conv_with_repeat(conv: nn.Conv2d, repeats: int, this: Pass) -> RowOp:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
 import torch
 
+from handscroll.banded import kernels
 from handscroll.banded.backend import has_onednn
 from handscroll.errors import BudgetError, UsageError
 from handscroll.models.autoencoder import AutoencoderSpec
@@ -17,14 +18,15 @@ from handscroll.plan.decode import DecodeStage, decode_stages, taller
 from handscroll.plan.decoder_shape import DecoderShape
 from handscroll.plan.encoder_shape import EncoderShape
 from handscroll.plan.inputs import MIB, Hardware
+from handscroll.plan.kernels import Kernel, compiled_bytes
 from handscroll.runtime import heap
 from handscroll.units import allowance_text, budget_text
 
-# In a process that already works a call takes little beside its tensors: small blocks, scratch, and where fused kernels
-# are used those that oneDNN compiles for shapes that it has not met: 38 MiB were seen in decoders and 56 in encoders, 3
-# when they come again.
-CPU_FUSED_EXTRA_BYTES = {"decoder": 42 * MIB, "encoder": 60 * MIB}
-CPU_EXTRA_BYTES, CPU_EXTRA_SHARE = 16 * MIB, 0.02
+# In a process that already works a call takes little beside its tensors: small blocks and scratch, and where fused
+# kernels are used those that oneDNN compiles for shapes that it has not met (plan/kernels.py).
+CPU_FUSED_EXTRA_BYTES, CPU_EXTRA_BYTES, CPU_EXTRA_SHARE = 6 * MIB, 16 * MIB, 0.02
+# Tried in steps: how much of the memory kernels take, which depends on the row blocks that are chosen beside them.
+KERNEL_STEP_BYTES, MOST_KERNEL_BYTES = 2 * MIB, 96 * MIB
 # On a CUDA device, beside the share of all jobs there: blocks of 2 and 20 MiB that are in part empty. cuDNN's scratch
 # is not in it, since the allocator's limit makes cuDNN find a way with less.
 CUDA_EXTRA_BYTES = 48 * MIB
@@ -93,20 +95,48 @@ def route_within(spec: AutoencoderSpec, job: Job, memory_bytes: int) -> DecodeSt
 
 @lru_cache(maxsize=16)
 def _planned(spec: AutoencoderSpec, job: Job, memory_bytes: int) -> tuple[DecodeStage | None, int]:
-    """The fastest way that fits, or None; and the least that would do."""
-    half = DecoderShape if job.half == "decoder" else EncoderShape
+    """The fastest way that fits, or None; and the least that would do.
+
+    It stays as it was planned first: other row blocks would make oneDNN compile more kernels.
+    """
     fused = job.device.type != "cpu" or has_onednn(torch.empty(0, dtype=job.dtype))
+    half = DecoderShape if job.half == "decoder" else EncoderShape
     shape = half(spec, job.rows, job.columns * job.batch, job.dtype.itemsize, job.batch, fused, job.resident)
-    on_cuda = job.device.type == "cuda"
     hardware, precision = Hardware(str(job.device), scratch_bytes=0), _PRECISIONS[job.dtype]
-    cpu_extra_bytes = CPU_FUSED_EXTRA_BYTES[job.half] if fused else CPU_EXTRA_BYTES
-    extra_bytes, extra_share = (CUDA_EXTRA_BYTES, CUDA_EXTRA_SHARE) if on_cuda else (cpu_extra_bytes, CPU_EXTRA_SHARE)
+    extra_bytes, extra_share = CPU_EXTRA_BYTES, CPU_EXTRA_SHARE
+    if job.device.type != "cpu":
+        extra_bytes, extra_share = CUDA_EXTRA_BYTES, CUDA_EXTRA_SHARE
+    elif fused:
+        extra_bytes = CPU_FUSED_EXTRA_BYTES
     budget = PartBudget(0, extra_bytes, extra_share, memory_bytes)
-    stages = list(decode_stages(shape, precision, hardware, budget.tensor_bytes, held_bytes=job.held_bytes))
-    best = budget.choose(stages)
-    least_bytes = min(budget.total_bytes(stage.peak_bytes) for stage in stages)
-    if best.peak_bytes > memory_bytes:
-        return None, least_bytes
     assert budget.tensor_bytes is not None
-    filled = taller(shape, precision, hardware, best, budget.tensor_bytes, job.held_bytes)
-    return replace(filled, peak_bytes=budget.total_bytes(filled.peak_bytes)), least_bytes
+    compiles = fused and job.device.type == "cpu"
+    met = [Kernel(*kernel) for kernel in kernels.MET.all()] if compiles else []
+
+    def whole(stage: DecodeStage, met: Sequence[Kernel] = met) -> DecodeStage:
+        """With all that is taken of the memory, the kernels that are compiled by then among it."""
+        compiled = compiled_bytes(shape, stage, met) if compiles else [0] * len(stage.sweeps)
+        sweeps = zip(stage.sweeps, compiled, strict=True)
+        return replace(stage, peak_bytes=max(budget.total_bytes(sweep.peak_bytes) + taken for sweep, taken in sweeps))
+
+    def stages(tensor_bytes: int) -> list[DecodeStage]:
+        return list(decode_stages(shape, precision, hardware, tensor_bytes, held_bytes=job.held_bytes))
+
+    # Whatever has run here: what is refused once is always refused.
+    least_bytes = min(whole(stage, met=[]).peak_bytes for stage in stages(0))
+    if memory_bytes < least_bytes:
+        return None, least_bytes
+    fitting = [stage for stage in map(whole, stages(0)) if stage.peak_bytes <= memory_bytes]
+    # What kernels take is known of row blocks, and row blocks of what is left to tensors: so several shares are tried.
+    kernel_bytes = range(0, 1 if not compiles else min(MOST_KERNEL_BYTES, budget.tensor_bytes), KERNEL_STEP_BYTES)
+    for tensor_bytes in (budget.tensor_bytes - taken for taken in kernel_bytes):
+        for stage in sorted(stages(tensor_bytes), key=_by_seconds):
+            if stage.peak_bytes <= tensor_bytes and whole(stage).peak_bytes <= memory_bytes:
+                filled = taller(shape, precision, hardware, stage, tensor_bytes, job.held_bytes)
+                fitting += [each for each in (whole(stage), whole(filled)) if each.peak_bytes <= memory_bytes]
+                break
+    return min(fitting, key=_by_seconds), least_bytes
+
+
+def _by_seconds(stage: DecodeStage) -> tuple[float, int]:
+    return stage.seconds, stage.peak_bytes
