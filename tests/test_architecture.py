@@ -49,9 +49,10 @@ BANDED = {
     "kernels": set(),
     "backend": {"kernels", "triton"},
     "quantised": {"triton"},
+    "sums": {"triton"},
     "layers": {"backend", "modules", "quantised", "rows", "triton"},
-    "autoencoder": {"backend", "layers", "modules", "rows", "triton"},
-    "transformer": {"backend", "layers", "modules", "rows", "triton"},
+    "autoencoder": {"backend", "layers", "modules", "rows", "sums", "triton"},
+    "transformer": {"backend", "layers", "modules", "rows", "sums", "triton"},
 }
 
 

@@ -47,3 +47,8 @@ def few_heights_below(rows: int) -> int:
     """The last of 1, 2, 3, 4, 6, 8, 12, ... that is not above `rows`: row blocks of it are never cut off."""
     step = 1 << max(0, rows.bit_length() - 2)
     return rows // step * step
+
+
+def tree_nodes(rows: int) -> int:
+    """How many sums exist at a time, at most, while those of so many rows are added in pairs, pairs in pairs, ..."""
+    return rows.bit_length() + 1

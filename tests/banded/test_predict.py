@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import miniatures
-from handscroll.banded.backend import LinearAttentionSums
+from handscroll.banded.sums import LinearAttentionSums
 from handscroll.banded.layers import LayerPass
 from handscroll.banded.rows import RowMap
 from handscroll.banded.transformer import Branch, mix_ffn, predict

@@ -407,7 +407,7 @@ def test_a_layer_of_the_transformer_holds_what_is_planned(name: str, branches: i
             predict(transformer, inputs, band_rows=band_rows)
         stream_bytes = rows * columns * spec.width * dtype.itemsize
         held = (branches - 1) * stored_bytes(stream_bytes, "memory") + branches * tokens * spec.width * dtype.itemsize
-        working = band_bytes(spec, columns, band_rows, tokens, dtype.itemsize)
+        working = band_bytes(spec, rows, columns, band_rows, tokens, dtype.itemsize)
         planned = held + stored_bytes(stream_bytes, "memory", rewritten=True) + working
         check_bytes(planned, live.peak_bytes, f"{rows}x{columns} in row blocks of {band_rows}, {tokens} tokens")
 

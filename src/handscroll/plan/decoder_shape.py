@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 
+from handscroll.limits import tree_nodes
 from handscroll.models.autoencoder import AutoencoderSpec
 from handscroll.plan.inputs import MIB
 from handscroll.plan.unit_shape import UnitShape, decoder_units
@@ -121,15 +122,17 @@ class DecoderShape:
                 # What comes out is cut to fewer rows; the others wait above the units that follow.
                 waiting += int(rows * unit.out_channels * columns * unit.factor**2) * element_bytes
         attentions = [sweep[0] for sweep in self.sweeps[1 : index + 2]]
-        sums = sum(4 * unit.inner * (unit.head_dim + 1) * (1 + len(unit.scales)) for unit in attentions)
+        sums = [4 * unit.inner * (unit.head_dim + 1) * (1 + len(unit.scales)) for unit in attentions]
+        # The last are being made, for the next sweep.
+        tree = 0 if side is None else (tree_nodes(self.rows * attentions[-1].scale) - 1) * sums[-1]
         if element_bytes == 2 and self.fused:
             working += min(FP32_PIECES_BYTES, working)
         held = sum(part.held_channels for part in parts) * self.columns * element_bytes
         return PassShape(
-            running_bytes=held + workspace + sums + working,
+            running_bytes=held + workspace + sum(sums) + tree + working,
             scratch_bytes=max(part.called_row_bytes * self.rows * part.unit.scale * self.batch for part in parts),
             weight_bytes=sum(part.laid_out_bytes for part in parts),
-            layout_bytes=max(part.layout_bytes for part in parts) + sums,
+            layout_bytes=max(part.layout_bytes for part in parts) + sum(sums),
             flops=2.0 * self.rows * self.columns * sum(part.macs for part in parts),
             calls=8 * len(parts),
         )

@@ -11,7 +11,15 @@ from dataclasses import dataclass
 from functools import lru_cache
 from itertools import product
 
-from handscroll.limits import BAND_BYTES, CUDA_BAND_BYTES, CUDA_SLAB_CHANNELS, SLAB_CHANNELS, SLAB_MULTIPLE, SLOTS
+from handscroll.limits import (
+    BAND_BYTES,
+    CUDA_BAND_BYTES,
+    CUDA_SLAB_CHANNELS,
+    SLAB_CHANNELS,
+    SLAB_MULTIPLE,
+    SLOTS,
+    tree_nodes,
+)
 from handscroll.models.quantisation import NATIVE, Quantisation, WeightCost, weight_cost
 from handscroll.models.transformer import TransformerSpec
 from handscroll.plan.host import host_map_bytes, layers_on_host, staging_bytes
@@ -91,7 +99,9 @@ def denoise_stages(
             calls = job.steps * job.branches * spec.num_layers * -(-job.rows // band_rows)
             working = held + sizes.weights_bytes + lay_out * sizes.layer.working_bytes
             working += native_bytes(spec, job, band_rows)
-            working += band_bytes(spec, job.columns, band_rows, job.tokens, BYTES[job.precision], sizes.slab_channels)
+            working += band_bytes(
+                spec, job.rows, job.columns, band_rows, job.tokens, BYTES[job.precision], sizes.slab_channels
+            )
             laying_seconds = lay_out * readings * spec.num_layers * sizes.layer.working_bytes / LAYING_OUT_BYTES
             busy_seconds = sizes.compute_seconds * (1 - lay_out * LAID_OUT_GAIN) + laying_seconds
             most = _resident_layers(spec.num_layers, sizes, working, limit_bytes)
@@ -260,15 +270,17 @@ def forward_flops(spec: TransformerSpec, job: Sampling) -> float:
 @lru_cache(maxsize=4096)
 def band_bytes(
     spec: TransformerSpec,
+    rows: int,
     columns: int,
     band_rows: int,
     tokens: int,
     element_bytes: int,
     slab_channels: int = SLAB_CHANNELS,
 ) -> int:
-    """The most that a layer holds for one row block, beside weights and residual streams: in its Mix-FFN.
+    """The most that a layer holds for one row block, beside weights and residual streams.
 
-    Its hidden channels are made a slab of at most `slab_channels` at a time (banded/transformer/); the gated half of
+    Most of the time that is in its Mix-FFN, of a map of few columns where its attention's sums are made: those of a
+    single row, of two, of four, ... The Mix-FFN's hidden channels are made a slab of at most `slab_channels` at a time (banded/transformer/); the gated half of
     them exists for the whole row block, and four rows of both halves in line buffers. The text's keys and values, the
     attention's sums and what is laid out of the depthwise convolution come on top.
     """
@@ -279,4 +291,5 @@ def band_bytes(
     keys_and_values = 2 * tokens * spec.cross_width
     small = 20 * hidden + 20 * width
     sums = 4 * width * (spec.attention_head_dim + 1)
-    return (columns * row_block + keys_and_values + small) * element_bytes + sums
+    feed_forward = (columns * row_block + keys_and_values + small) * element_bytes + sums
+    return max(feed_forward, 3 * columns * band_rows * width * element_bytes + tree_nodes(rows) * sums)

@@ -20,9 +20,9 @@ from handscroll.plan.decoder_shape import DecoderShape, rows_at
 from handscroll.plan.unit_shape import UnitShape
 
 # Measured for fp32 and bf16: 560 to 670 KiB, 50 to 190, and 50 to 150.
-MATRIX_BYTES, CONVOLUTION_BYTES, GROUPED_BYTES = 640 * 2**10, 160 * 2**10, 90 * 2**10
+MATRIX_BYTES, CONVOLUTION_BYTES, GROUPED_BYTES = 610 * 2**10, 140 * 2**10, 80 * 2**10
 # oneDNN keeps 1,024, of which more than a hundred are no convolutions. Of what it drops not all is given back.
-KEPT, MOST_FREED = 900, 0.5
+KEPT, MOST_FREED = 850, 0.5
 # Row blocks in which no lag is left, before the last.
 _STEADY = 4
 

@@ -11,10 +11,11 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from handscroll.banded.backend import Conv, LinearAttentionSums
+from handscroll.banded.backend import Conv
 from handscroll.banded.layers import Pass, check_dense
 from handscroll.banded.modules import SanaMultiscaleAttentionProjection, SanaMultiscaleLinearAttention
 from handscroll.banded.rows import Chain, Join, Pointwise, Residual, RowBlock, RowOp, Whole
+from handscroll.banded.sums import LinearAttentionSums
 
 # What an attention keeps of the whole map: the sums of each of its scales.
 Sums = tuple[LinearAttentionSums, ...]

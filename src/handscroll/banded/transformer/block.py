@@ -10,10 +10,11 @@ from diffusers.models.transformers.sana_transformer import SanaAttnProcessor2_0
 from torch import Tensor, nn
 
 from handscroll.banded import backend
-from handscroll.banded.backend import Function, LinearAttentionSums
+from handscroll.banded.backend import Function
 from handscroll.banded.layers import LayerPass, row_by_row
 from handscroll.banded.modules import Attention, SanaTransformerBlock
 from handscroll.banded.rows import Pointwise, Residual, Stage, sweep
+from handscroll.banded.sums import LinearAttentionSums
 from handscroll.banded.transformer.branch import BranchState
 from handscroll.banded.transformer.mix_ffn import MixFFN
 

@@ -24,7 +24,7 @@ from handscroll.units import allowance_text, budget_text
 
 # In a process that already works a call takes little beside its tensors: small blocks and scratch, and where fused
 # kernels are used those that oneDNN compiles for shapes that it has not met (plan/kernels.py).
-CPU_FUSED_EXTRA_BYTES, CPU_EXTRA_BYTES, CPU_EXTRA_SHARE = 6 * MIB, 16 * MIB, 0.02
+CPU_FUSED_EXTRA_BYTES, CPU_EXTRA_BYTES, CPU_EXTRA_SHARE = 4 * MIB, 16 * MIB, 0.02
 # Tried in steps: how much of the memory kernels take, which depends on the row blocks that are chosen beside them.
 KERNEL_STEP_BYTES, MOST_KERNEL_BYTES = 2 * MIB, 96 * MIB
 # On a CUDA device, beside the share of all jobs there: blocks of 2 and 20 MiB that are in part empty. cuDNN's scratch
