@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 import miniatures
-from handscroll.banded.sums import LinearAttentionSums
 from handscroll.banded.layers import LayerPass
 from handscroll.banded.rows import RowMap
+from handscroll.banded.sums import LinearAttentionSums
 from handscroll.banded.transformer import Branch, mix_ffn, predict
 from handscroll.banded.transformer.embed import embedded
 from live_bytes import LiveBytes

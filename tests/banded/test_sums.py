@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import torch
 from hypothesis import given
@@ -56,7 +57,7 @@ def test_parts_of_a_map_put_together_give_the_same_bits(data: some.DataObject) -
         assert len(part.nodes) <= 2 * math.log2(max(2, end - first)) + 1
         nodes += part.nodes
         first = end
-    part.merge([node._replace(sum=node.sum.clone()) for node in nodes])
+    part.merge([replace(node, sum=node.sum.clone()) for node in nodes])
     assert torch.equal(part.products, whole.products)
     assert torch.equal(part.keys, whole.keys)
     assert torch.equal(part.apply_(queries.clone()), whole.apply_(queries.clone()))

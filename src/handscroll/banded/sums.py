@@ -9,8 +9,8 @@ put together from top to bottom, give what the whole map gives. Adding pairs als
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,7 +18,8 @@ from torch import Tensor
 from handscroll.banded import triton
 
 
-class Node(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Node:
     """The sum of rows `index * 2^level ... (index + 1) * 2^level - 1` of a map."""
 
     level: int
@@ -107,7 +108,7 @@ class LinearAttentionSums:
 
     @property
     def nodes(self) -> list[Node]:
-        """Of the rows that came, the tree's nodes, each with a tensor `[B * heads * head_dim * (head_dim + 1)]` fp32."""
+        """Of the rows that came, the tree's nodes, each with `[B * heads * head_dim * (head_dim + 1)]` numbers in fp32."""
         return self._tree.nodes
 
     def merge(self, nodes: Iterable[Node]) -> None:

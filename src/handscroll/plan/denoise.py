@@ -280,9 +280,10 @@ def band_bytes(
     """The most that a layer holds for one row block, beside weights and residual streams.
 
     Most of the time that is in its Mix-FFN, of a map of few columns where its attention's sums are made: those of a
-    single row, of two, of four, ... The Mix-FFN's hidden channels are made a slab of at most `slab_channels` at a time (banded/transformer/); the gated half of
-    them exists for the whole row block, and four rows of both halves in line buffers. The text's keys and values, the
-    attention's sums and what is laid out of the depthwise convolution come on top.
+    single row, of two, of four, ... The Mix-FFN's hidden channels are made a slab of at most `slab_channels` at a time
+    (banded/transformer/); the gated half of them exists for the whole row block, and four rows of both halves in line
+    buffers. The text's keys and values, the attention's sums and what is laid out of the depthwise convolution come on
+    top.
     """
     width, hidden = spec.width, spec.hidden_channels
     slabs = -(-hidden // slab_channels)
