@@ -108,7 +108,7 @@ class LinearAttentionSums:
 
     @property
     def nodes(self) -> list[Node]:
-        """Of the rows that came, the tree's nodes, each with `[B * heads * head_dim * (head_dim + 1)]` numbers in fp32."""
+        """The tree's nodes of the rows that came, with `[B * heads * head_dim * (head_dim + 1)]` numbers in fp32 each."""
         return self._tree.nodes
 
     def merge(self, nodes: Iterable[Node]) -> None:
