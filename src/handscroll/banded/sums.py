@@ -108,7 +108,7 @@ class LinearAttentionSums:
 
     @property
     def nodes(self) -> list[Node]:
-        """The tree's nodes of the rows that came, with `[B * heads * head_dim * (head_dim + 1)]` numbers in fp32 each."""
+        """The tree's nodes of the rows that came, each `[B * heads * head_dim * (head_dim + 1)]` in fp32."""
         return self._tree.nodes
 
     def merge(self, nodes: Iterable[Node]) -> None:
