@@ -92,7 +92,8 @@ def matrix(
         for top in range(0, len(numbers), step):
             here = slice(top, top + step)
             if multiply is _int8:
-                _int8_into(out[here], numbers[here], weight, scales[here], scale, bias, in_8_bits.piece)
+                sums = whole_sums(numbers[here], weight, in_8_bits.piece)
+                _scaled(sums, scales[here], scale, bias, out.dtype, out[here], in_8_bits.piece)
             else:
                 out[here] = multiply(numbers[here], weight, scales[here], scale, bias, positions.dtype)
         if silu:
@@ -130,29 +131,15 @@ def _int8(
     return _scaled(whole_sums(numbers, weight), scales, scale, bias, dtype)
 
 
-def _int8_into(
-    out: Tensor, numbers: Tensor, weight: Tensor, scales: Tensor, scale: Tensor, bias: Tensor | None, piece: Piece
-) -> None:
-    """The same on a CPU, into `out`, and in memory that is there."""
-    if _multiplies_int8():
-        sums = torch._int_mm(numbers, weight.t(), out=piece(torch.int32, *out.shape))
-    else:
-        sums = sums_by_fp32(numbers, weight)
-    wide = out if out.dtype == torch.float32 else piece(torch.float32, *out.shape)
-    wide.copy_(sums).mul_(scales).mul_(scale.view(1, -1))
-    if bias is not None:
-        wide.add_(bias)
-    if wide is not out:
-        out.copy_(wide)
-
-
-def whole_sums(numbers: Tensor, weight: Tensor) -> Tensor:
-    """int8 [M, C] and [C', C] -> int32 [M, C'], exact."""
+def whole_sums(numbers: Tensor, weight: Tensor, piece: Piece = _new) -> Tensor:
+    """int8 [M, C] and [C', C] -> int32 [M, C'], exact. piece: gives the memory of it on a CPU."""
     count = len(numbers)
     if numbers.is_cuda:
         padded = F.pad(numbers, (0, 0, 0, FEWEST_ROWS - count)) if count < FEWEST_ROWS else numbers
         return torch._int_mm(padded, weight.t())[:count]
-    return torch._int_mm(numbers, weight.t()) if _multiplies_int8() else sums_by_fp32(numbers, weight)
+    if _multiplies_int8():
+        return torch._int_mm(numbers, weight.t(), out=piece(torch.int32, count, len(weight)))
+    return sums_by_fp32(numbers, weight)
 
 
 def sums_by_fp32(numbers: Tensor, weight: Tensor) -> Tensor:
@@ -195,9 +182,23 @@ def _in_fp64(
     return _scaled(numbers.double() @ weight.t().double(), scales, scale, bias, dtype)
 
 
-def _scaled(sums: Tensor, scales: Tensor, scale: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """`sums * scales * scale + bias`, each in fp32."""
-    out = sums.float().mul_(scales).mul_(scale.view(1, -1))
+def _scaled(
+    sums: Tensor,
+    scales: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+    out: Tensor | None = None,
+    piece: Piece = _new,
+) -> Tensor:
+    """`sums * scales * scale + bias`, each in fp32; into `out`, and then by way of a piece, if that is given."""
+    if out is None:
+        wide = sums.float()
+    else:
+        wide = (out if dtype == torch.float32 else piece(torch.float32, *sums.shape)).copy_(sums)
+    wide.mul_(scales).mul_(scale.view(1, -1))
     if bias is not None:
-        out.add_(bias.float())
-    return out.to(dtype)
+        wide.add_(bias.float())
+    if out is None:
+        return wide.to(dtype)
+    return out if wide is out else out.copy_(wide)

@@ -101,7 +101,7 @@ class LinearAttentionSums:
         if triton.in_use(keys):
             triton.attention_sums(keys, values, products, key_sums)
             return
-        for index, (block_keys, block_values) in enumerate(zip(keys.flatten(1, 2), values.flatten(1, 2), strict=True)):
+        for index, block_keys, block_values in zip(_indices(keys), _rows(keys), _rows(values), strict=True):
             block_keys = _positive(block_keys)
             products[index].baddbmm_(block_keys.permute(1, 2, 0), block_values.float().transpose(0, 1))
             key_sums[index] += block_keys.sum(dim=0)

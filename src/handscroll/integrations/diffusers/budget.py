@@ -99,18 +99,19 @@ def _planned(spec: AutoencoderSpec, job: Job, memory_bytes: int) -> tuple[Decode
 
     It stays as it was planned first: other row blocks would make oneDNN compile more kernels.
     """
-    fused = job.device.type != "cpu" or has_onednn(torch.empty(0, dtype=job.dtype))
+    on_cpu = job.device.type == "cpu"
+    compiles = on_cpu and has_onednn(torch.empty(0, dtype=job.dtype))
     half = DecoderShape if job.half == "decoder" else EncoderShape
+    fused = compiles or not on_cpu
     shape = half(spec, job.rows, job.columns * job.batch, job.dtype.itemsize, job.batch, fused, job.resident)
     hardware, precision = Hardware(str(job.device), scratch_bytes=0), _PRECISIONS[job.dtype]
     extra_bytes, extra_share = CPU_EXTRA_BYTES, CPU_EXTRA_SHARE
-    if job.device.type != "cpu":
+    if not on_cpu:
         extra_bytes, extra_share = CUDA_EXTRA_BYTES, CUDA_EXTRA_SHARE
-    elif fused:
+    elif compiles:
         extra_bytes = CPU_FUSED_EXTRA_BYTES
     budget = PartBudget(0, extra_bytes, extra_share, memory_bytes)
     assert budget.tensor_bytes is not None
-    compiles = fused and job.device.type == "cpu"
     met = [Kernel(*kernel) for kernel in kernels.MET.all()] if compiles else []
 
     def whole(stage: DecodeStage, met: Sequence[Kernel] = met) -> DecodeStage:
@@ -123,18 +124,20 @@ def _planned(spec: AutoencoderSpec, job: Job, memory_bytes: int) -> tuple[Decode
         return list(decode_stages(shape, precision, hardware, tensor_bytes, held_bytes=job.held_bytes))
 
     # Whatever has run here: what is refused once is always refused.
-    least_bytes = min(whole(stage, met=[]).peak_bytes for stage in stages(0))
+    smallest = stages(0)
+    least_bytes = min(whole(stage, met=[]).peak_bytes for stage in smallest)
     if memory_bytes < least_bytes:
         return None, least_bytes
-    fitting = [stage for stage in map(whole, stages(0)) if stage.peak_bytes <= memory_bytes]
+    fitting = [stage for stage in map(whole, smallest) if stage.peak_bytes <= memory_bytes]
     # What kernels take is known of row blocks, and row blocks of what is left to tensors: so several shares are tried.
     kernel_bytes = range(0, 1 if not compiles else min(MOST_KERNEL_BYTES, budget.tensor_bytes), KERNEL_STEP_BYTES)
     for tensor_bytes in (budget.tensor_bytes - taken for taken in kernel_bytes):
         for stage in sorted(stages(tensor_bytes), key=_by_seconds):
-            if stage.peak_bytes <= tensor_bytes and whole(stage).peak_bytes <= memory_bytes:
-                filled = taller(shape, precision, hardware, stage, tensor_bytes, job.held_bytes)
-                fitting += [each for each in (whole(stage), whole(filled)) if each.peak_bytes <= memory_bytes]
-                break
+            if stage.peak_bytes > tensor_bytes or (made := whole(stage)).peak_bytes > memory_bytes:
+                continue
+            filled = whole(taller(shape, precision, hardware, stage, tensor_bytes, job.held_bytes))
+            fitting += [made, filled] if filled.peak_bytes <= memory_bytes else [made]
+            break
     return min(fitting, key=_by_seconds), least_bytes
 
 
