@@ -23,7 +23,7 @@ from torch import nn
 from handscroll.banded.layers import LayerPass
 from handscroll.banded.rows import RowMap
 from handscroll.banded.transformer import Branch
-from handscroll.banded.transformer.block import through_block
+from handscroll.banded.transformer.block import BlockPass
 from handscroll.banded.transformer.branch import BranchState
 from handscroll.banded.transformer.embed import embedded, projected
 from handscroll.models.quantisation import NATIVE, form_of
@@ -103,7 +103,7 @@ def measured(model: str, heavy: bool, options: argparse.Namespace) -> tuple[dict
                     hang(owner, *made[precision][name][:2])
                 else:
                     hang(owner, weight, None)
-            state.refill(RowMap, through_block(block, state, LayerPass(False)))
+            state.refill(RowMap, BlockPass(block, state, LayerPass(False)).row_blocks())
     predictions = [projected(transformer, state, LayerPass(False)) for state in states]
     errors: dict[str, Any] = {}
     for (precision, kind), prediction in zip(variants[1:], predictions[1:], strict=True):

@@ -31,7 +31,7 @@ def encode_picture(session: Session, plan: Plan, picture: np.ndarray) -> Tensor:
     height, width = plan.latent_height * factor, plan.latent_width * factor
     latent = encode_row_blocks(
         autoencoder.encoder,
-        lambda rows: enlarged(picture, height, width, rows, dtype, plan.device),
+        lambda rows, of: enlarged(picture, height, width, rows, dtype, plan.device, of),
         height,
         width,
         encoding.strip_rows,

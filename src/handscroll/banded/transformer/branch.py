@@ -32,8 +32,9 @@ class Branch:
 class BranchState:
     """A branch on its way: its residual stream, and what every layer needs to know of it.
 
-    text [B, T, width] projected; bias [B, 1, 1, T] or None, added to attention's scores; modulation [B, 6 * width] and
-    embedded [B, width] of the timestep.
+    rows: those of its map, which is the whole token map or a band of it. text [B, T, width] projected; bias
+    [B, 1, 1, T] or None, added to attention's scores; modulation [B, 6 * width] and embedded [B, width] of the
+    timestep.
     """
 
     rows: int
@@ -46,7 +47,10 @@ class BranchState:
     map: RowMap = field(default_factory=lambda: RowMap(0))
 
     @staticmethod
-    def of(transformer: SanaTransformer2DModel, branch: Branch, band_rows: int | None) -> BranchState:
+    def of(
+        transformer: SanaTransformer2DModel, branch: Branch, band_rows: int | None, own: range | None = None
+    ) -> BranchState:
+        """own: the rows of the token map that are made here; None: all of them."""
         embed, latent = transformer.patch_embed, branch.latent
         patch, weight = embed.patch_size, embed.proj.weight
         expected = (weight.shape[1], weight.dtype, weight.device)
@@ -56,6 +60,7 @@ class BranchState:
         if latent.shape[-2] % patch or latent.shape[-1] % patch:
             raise ValueError(f"a latent of {tuple(latent.shape)} cannot be cut into patches of {patch}x{patch}")
         batch, rows, columns = latent.shape[0], latent.shape[-2] // patch, latent.shape[-1] // patch
+        own = range(rows) if own is None else own
         if branch.guidance is None:
             modulation, embedded = transformer.time_embed(branch.timestep, batch_size=batch, hidden_dtype=latent.dtype)
         else:
@@ -72,7 +77,8 @@ class BranchState:
             row_bytes = batch * columns * 2 * int(config.mlp_ratio * width) * latent.element_size()
             band_bytes = BAND_BYTES if latent.device.type == "cpu" else CUDA_BAND_BYTES
             band_rows = max(1, band_bytes // row_bytes)
-        return BranchState(rows, columns, min(band_rows, rows), text, bias, modulation, embedded)
+        band_rows = min(band_rows, len(own))
+        return BranchState(len(own), columns, band_rows, text, bias, modulation, embedded)
 
     def refill(self, new_map: Callable[[int], RowMap], row_blocks: Iterable[Tensor]) -> None:
         """Writes the next map; `row_blocks` read the last one."""

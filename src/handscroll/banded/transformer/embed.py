@@ -13,20 +13,24 @@ from handscroll.banded.modules import PatchEmbed, SanaTransformer2DModel
 from handscroll.banded.transformer.branch import BranchState
 
 
-def embedded(embed: PatchEmbed, latent: Tensor, band_rows: int, this: LayerPass) -> Iterator[Tensor]:
-    """`PatchEmbed` in row blocks: latent [B, C, H, W] -> tokens [B, rows, w, width]."""
+def embedded(
+    embed: PatchEmbed, latent: Tensor, band_rows: int, this: LayerPass, own: range | None = None
+) -> Iterator[Tensor]:
+    """`PatchEmbed` in row blocks: latent [B, C, H, W] -> tokens [B, rows, w, width], of all rows or the `own` ones."""
     if embed.pos_embed_max_size is not None or embed.layer_norm:
         raise TypeError("a patch embedding with a norm or with cropped positions cannot be run in row blocks")
     batch, channels, height, width = latent.shape
     patch, proj = embed.patch_size, embed.proj
     rows, columns = height // patch, width // patch
+    own = range(rows) if own is None else own
     as_linear = type(proj) is nn.Conv2d and proj.weight.shape[2:] == (patch, patch) and not any(proj.padding)
     project = this.matrix(proj.weight.flatten(1), proj.bias) if as_linear else None
     positions = None
     if embed.pos_embed is not None:
         positions = [_sincos(embed, count, latent.device) for count in (columns, rows)]  # [count, width / 2] fp32
-    for top in range(0, rows, band_rows):
-        row_block = latent[:, :, top * patch : (top + band_rows) * patch]
+    for top in own[::band_rows]:
+        end = min(top + band_rows, own.stop)
+        row_block = latent[:, :, top * patch : end * patch]
         if project is None:
             tokens = proj(row_block).permute(0, 2, 3, 1).contiguous()
         else:
@@ -39,7 +43,7 @@ def embedded(embed: PatchEmbed, latent: Tensor, band_rows: int, this: LayerPass)
             of_columns, of_rows = positions
             half = of_columns.shape[-1]
             tokens[..., :half] += of_columns
-            tokens[..., half:] += of_rows[top : top + band_rows, None]
+            tokens[..., half:] += of_rows[top:end, None]
         yield tokens
 
 

@@ -1,0 +1,133 @@
+"""A picture in bands on several ranks: the same bits as one rank gives, and as many bytes sent as the closed form."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import miniatures
+from autoencoder_cases import CASES, DTYPES, autoencoder, latent_of
+from handscroll.banded.autoencoder import cut_at_barriers, decode_rows, decoder_units, encode
+from handscroll.banded.exchange import Exchange
+from handscroll.banded.transformer import Branch, predict
+from handscroll.bands import Bands, whole_nodes
+from rank_cases import ThreadRanks, on_ranks
+from transformer_cases import branches, transformer
+
+SIZES = [(4, 4), (7, 1), (5, 9), (16, 3)]
+
+
+def predicted(model: Any, given: list[Branch], size: int, **options: Any) -> tuple[list[list[Tensor]], Any]:
+    """What every rank gives of every branch, and the ranks."""
+    bands = Bands.of(given[0].latent.shape[-2] // model.config.patch_size, size)
+
+    def work(ranks: ThreadRanks) -> tuple[list[Tensor], ThreadRanks]:
+        exchange = Exchange(ranks, bands)
+        own = predict(model, given, exchange=exchange, **options)
+        return [exchange.scaled(model.config.patch_size).whole(each, dim=2) for each in own], ranks
+
+    made = on_ranks(size, work)
+    return [each for each, _ in made], [ranks for _, ranks in made]
+
+
+def most_thorough(names: Iterable[str], *always: str) -> list[Any]:
+    """All of them, most only where there is time."""
+    return [pytest.param(name, marks=() if name in always else pytest.mark.thorough) for name in names]
+
+
+@pytest.mark.parametrize("row", most_thorough(miniatures.ROWS, "1.6b", "sprint-1.6b"))
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_bands_of_a_transformer_change_no_bit(row: str, dtype: torch.dtype) -> None:
+    model = transformer(row, dtype)
+    for height, width in SIZES:
+        given = branches(model, height, width, texts=(5, 1))
+        expected = predict(model, given)
+        for size in (1, 2, 3, 4, 7):
+            if size > height:
+                continue
+            for rows in (1, 2, None):
+                made, _ = predicted(model, given, size, band_rows=rows)
+                for of_rank in made:
+                    assert all(map(torch.equal, of_rank, expected)), f"{size} ranks, {height} rows, blocks of {rows}"
+
+
+def test_bands_of_patches_change_no_bit() -> None:
+    model = transformer("1.6b", patch_size=2, interpolation_scale=0.5)
+    given = branches(model, 10, 6)
+    made, _ = predicted(model, given, 3)
+    assert all(map(torch.equal, made[1], predict(model, given)))
+
+
+@pytest.mark.parametrize("size", [2, 3, 4])
+def test_what_ranks_of_a_transformer_send_is_the_closed_form(size: int) -> None:
+    model = transformer("1.6b")
+    given = branches(model, 11, 3)
+    _, ranks = predicted(model, given, size)
+    bands = Bands.of(11, size)
+    config = model.config
+    width = config.num_attention_heads * config.attention_head_dim
+    node_bytes = config.num_attention_heads * config.attention_head_dim * (config.attention_head_dim + 1) * 4
+    nodes = max(len(whole_nodes(rows)) for rows in bands)
+    passes = config.num_layers * len(given)
+    for each in ranks:
+        neighbours = (each.rank > 0) + (each.rank + 1 < size)
+        assert each.sent == [3 * width * 4] * (neighbours * passes)
+        assert each.gathered[: passes * (size - 1)] == [nodes * node_bytes] * (passes * (size - 1))
+        assert len(each.gathered) == (passes + len(given)) * (size - 1)  # and what is predicted
+
+
+def test_bands_of_another_height_are_refused() -> None:
+    model = transformer("1.6b")
+    with pytest.raises(ValueError, match="bands of 5 rows are not those of the token map"):
+        predict(model, branches(model, 4, 4), exchange=Exchange(ThreadRanks(0, {}, 1), Bands.of(5, 1)))
+
+
+@pytest.mark.parametrize("name", most_thorough(CASES, "f32", "f32 by shuffling"))
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_bands_of_a_decoder_change_no_bit(name: str, dtype: torch.dtype) -> None:
+    model = copy.deepcopy(autoencoder(name)).to(dtype)
+    for height, width in ((2, 2), (5, 7), (9, 1)):
+        latent = latent_of(model, height, width, batch=1).to(dtype)
+        whole = torch.cat(list(decode_rows(model.decoder, latent, 2)), dim=2)
+        sweeps = len(cut_at_barriers(decoder_units(model.decoder), height, width))
+        for size, starts, strip_rows in ((2, None, 3), (3, [0] * sweeps, 1), (5, restarted(sweeps), None)):
+            if size > height:
+                continue
+            bands = Bands.of(height, size)
+
+            def work(ranks: ThreadRanks) -> Tensor:
+                exchange = Exchange(ranks, bands)  # noqa: B023
+                options: Any = {"starts": starts, "exchange": exchange}  # noqa: B023
+                return torch.cat(list(decode_rows(model.decoder, latent, strip_rows, **options)), dim=2)  # noqa: B023
+
+            made = on_ranks(size, work)
+            scale = whole.shape[2] // height
+            assert [each.shape[2] for each in made] == [len(rows) * scale for rows in bands]
+            assert torch.equal(torch.cat(made, dim=2), whole), f"{size} ranks, {height}x{width}, starts {starts}"
+
+
+def restarted(sweeps: int) -> list[int]:
+    """All but the first two sweeps begin from map 1."""
+    return [min(index, 1) for index in range(sweeps)]
+
+
+@pytest.mark.parametrize("name", most_thorough(CASES, "f32", "f32 by shuffling"))
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_bands_of_an_encoder_change_no_bit(name: str, dtype: torch.dtype) -> None:
+    model = copy.deepcopy(autoencoder(name)).to(dtype)
+    scale = model.decoder(latent_of(model, 1, 1, batch=1).to(dtype)).shape[-1]
+    for height, width, size in ((2, 2, 2), (5, 3, 3), (7, 1, 5)):
+        image = torch.randn(1, 3, height * scale, width * scale, generator=torch.Generator().manual_seed(2)).to(dtype)
+        whole = encode(model.encoder, image, 2)
+        bands = Bands.of(height, size)
+
+        def work(ranks: ThreadRanks) -> Tensor:
+            return encode(model.encoder, image, 3, exchange=Exchange(ranks, bands))  # noqa: B023
+
+        for of_rank in on_ranks(size, work):
+            assert torch.equal(of_rank, whole), f"{size} ranks, {height}x{width}"
