@@ -76,6 +76,18 @@ class UnitShape:
         return max((size // 2 for size in self.scales), default=0)
 
     @property
+    def reach(self) -> int:
+        """The input rows above and below its own that an output row depends on; a whole attention is no such unit."""
+        match self.kind:
+            case "res_block":
+                return 2
+            case "attention" | "sums":
+                return self.lag_rows
+            case "norm_out":
+                return 0
+        return 1
+
+    @property
     def queued_channels(self) -> int:
         """Rows times channels that wait for a slower branch."""
         match self.kind:
