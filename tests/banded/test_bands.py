@@ -15,7 +15,7 @@ from autoencoder_cases import CASES, DTYPES, autoencoder, latent_of
 from handscroll.banded.autoencoder import cut_at_barriers, decode_rows, decoder_units, encode
 from handscroll.banded.exchange import Exchange
 from handscroll.banded.transformer import Branch, predict
-from handscroll.bands import Bands, whole_nodes
+from handscroll.bands import Bands
 from rank_cases import ThreadRanks, on_ranks
 from transformer_cases import branches, transformer
 
@@ -61,24 +61,6 @@ def test_bands_of_patches_change_no_bit() -> None:
     given = branches(model, 10, 6)
     made, _ = predicted(model, given, 3)
     assert all(map(torch.equal, made[1], predict(model, given)))
-
-
-@pytest.mark.parametrize("size", [2, 3, 4])
-def test_what_ranks_of_a_transformer_send_is_the_closed_form(size: int) -> None:
-    model = transformer("1.6b")
-    given = branches(model, 11, 3)
-    _, ranks = predicted(model, given, size)
-    bands = Bands.of(11, size)
-    config = model.config
-    width = config.num_attention_heads * config.attention_head_dim
-    node_bytes = config.num_attention_heads * config.attention_head_dim * (config.attention_head_dim + 1) * 4
-    nodes = max(len(whole_nodes(rows)) for rows in bands)
-    passes = config.num_layers * len(given)
-    for each in ranks:
-        neighbours = (each.rank > 0) + (each.rank + 1 < size)
-        assert each.sent == [3 * width * 4] * (neighbours * passes)
-        assert each.gathered[: passes * (size - 1)] == [nodes * node_bytes] * (passes * (size - 1))
-        assert len(each.gathered) == (passes + len(given)) * (size - 1)  # and what is predicted
 
 
 def test_bands_of_another_height_are_refused() -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-import torch
 
 from autoencoder_cases import autoencoder, latent_of
 from handscroll.banded.autoencoder import cut_at_barriers, decode_rows, decoder_units, encode, encoder_units
@@ -86,8 +85,7 @@ def at_4096(ranks: int) -> Sampling:
 def test_eight_ranks_send_a_fiftieth_of_keys_and_values() -> None:
     spec = known_specs()["sana-1.6b-4k"].transformer
     most = max(step_traffic(spec, at_4096(8), rank).bytes for rank in range(8))
-    assert most <= 2 * 7 * keys_and_values_bytes(spec, at_4096(8)) / 8 / 50 * 2
-    assert most <= keys_and_values_bytes(spec, at_4096(8)) / 50 + 1e8
+    assert most <= keys_and_values_bytes(spec, at_4096(8)) / 50
 
 
 @pytest.mark.parametrize("ranks", [2, 4, 8])
@@ -104,8 +102,3 @@ def test_work_is_shared_evenly_at_4096(ranks: int) -> None:
     whole += decoding(shape)
     own += decoding(replace(shape, ranks=ranks))
     assert own <= 1.05 * whole / ranks, own * ranks / whole
-
-
-def test_fewer_sums_than_ranks_are_no_matter() -> None:
-    bands = Bands.of(5, 5)
-    assert torch.tensor([len(rows) for rows in bands]).sum() == 5

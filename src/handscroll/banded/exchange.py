@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from handscroll.banded.rows import RowMap, cut
-from handscroll.banded.sums import LinearAttentionSums, Node
+from handscroll.banded.sums import LinearAttentionSums, Node, RowTree
 from handscroll.bands import Bands, Message, common, messages, whole_nodes
 
 # Waits until what was asked for is here.
@@ -63,27 +63,38 @@ class Exchange:
         return Exchange(self.ranks, self.bands.scaled(scale))
 
     def merge(self, parts: Sequence[LinearAttentionSums]) -> Wait:
-        """Begins to make sums over the own band those over the whole map."""
-        nodes_of_ranks = [whole_nodes(rows) for rows in self.bands]
-        counts = list(map(len, nodes_of_ranks))
+        """Begins to make sums over the own band those over the whole map.
+
+        Each rank adds a slice of them for all: it gets that slice of every rank's nodes, and sends what they come to.
+        So a rank sends hardly twice what it has, however many there are.
+        """
         nodes = [[node.sum for node in part.nodes] for part in parts]
-        assert all(len(each) == counts[self.ranks.rank] for each in nodes), "of other rows than the band's"
-        elements = [len(each[0]) for each in nodes]
-        own = nodes[0][0].new_zeros(max(counts), sum(elements))
-        for index in range(counts[self.ranks.rank]):
-            torch.cat([each[index] for each in nodes], out=own[index])
-        arrived = self.ranks.gather(own)
+        nodes_of_ranks = [whole_nodes(rows) for rows in self.bands]
+        assert all(len(each) == len(nodes_of_ranks[self.ranks.rank]) for each in nodes), "of other rows than the band's"
+        own = torch.stack([torch.cat(each) for each in zip(*nodes, strict=True)])
+        slices = list(own.split(-(-own.shape[1] // self.ranks.size), dim=1))
+        mine = slices[self.ranks.rank] if self.ranks.rank < len(slices) else own[:, :0]
+        takes = [own.new_empty(len(each), mine.shape[1]) for each in nodes_of_ranks]
+        takes[self.ranks.rank].copy_(mine)
+        others = [rank for rank in range(self.ranks.size) if rank != self.ranks.rank]
+        arrived = self.ranks.trade(
+            [(rank, slices[rank].contiguous()) for rank in others if rank < len(slices)],
+            [(rank, takes[rank]) for rank in others if mine.shape[1]],
+        )
 
         def wait() -> None:
-            of_ranks = arrived()
+            arrived()
+            tree = RowTree()
+            for taken, of_rank in zip(takes, nodes_of_ranks, strict=True):
+                for (level, index), sums in zip(of_rank, taken, strict=True):
+                    tree.add(Node(level, index, sums))
+            padded = own.new_zeros(slices[0].shape[1])
+            padded[: mine.shape[1]] = tree.total()
+            total = torch.cat(self.ranks.gather(padded)())
             first = 0
-            for part, count in zip(parts, elements, strict=True):
-                part.merge(
-                    Node(level, index, made[number, first : first + count].clone())
-                    for made, of_rank in zip(of_ranks, nodes_of_ranks, strict=True)
-                    for number, (level, index) in enumerate(of_rank)
-                )
-                first += count
+            for part, of_part in zip(parts, nodes, strict=True):
+                part.become(total[first : first + len(of_part[0])])
+                first += len(of_part[0])
 
         return wait
 

@@ -8,7 +8,7 @@ put together from top to bottom, give what the whole map gives. Adding pairs als
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 
@@ -111,11 +111,9 @@ class LinearAttentionSums:
         """The tree's nodes of the rows that came, each `[B * heads * head_dim * (head_dim + 1)]` in fp32."""
         return self._tree.nodes
 
-    def merge(self, nodes: Iterable[Node]) -> None:
-        """Takes the nodes of all parts of a map, from its first row to its last, in place of what it has."""
-        self._tree = RowTree()
-        for node in nodes:
-            self._tree.add(node)
+    def become(self, total: Tensor) -> None:
+        """Takes what the nodes of all parts of a map come to, in the shape of a node, in place of what it has."""
+        self._tree, self._total = RowTree(), total
 
     @property
     def products(self) -> Tensor:

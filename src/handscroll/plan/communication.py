@@ -1,9 +1,9 @@
 """What ranks that make bands of a picture send each other: bytes and messages in closed form, and what that takes.
 
-Of a transformer's layer and branch: a row of tokens to each neighbour, for the Mix-FFN's depthwise convolution, and the
-nodes of the attention's sums, which every rank sends to all others. Of an autoencoder: once for each map that is kept
-the rows that others need beside their own, and the nodes of each attention's sums. Moving keys and values around
-instead, as a ring attention does, sends the whole map a layer.
+Of a transformer's layer and branch: a row of tokens to each neighbour, for the Mix-FFN's depthwise convolution, and a
+slice of the attention's sums to each rank, which adds it for all and sends what it comes to. Of an autoencoder: once
+for each map that is kept the rows that others need beside their own, and each attention's sums. Moving keys and values
+around instead, as a ring attention does, sends the whole map a layer.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ class Link:
 class Traffic:
     """What one rank sends. A message is a tensor to one other rank; what is gathered goes to each of them."""
 
-    halo_bytes: int = 0
-    halo_messages: int = 0
+    traded_bytes: int = 0
+    traded_messages: int = 0
     gathered_bytes: int = 0
     gathered_messages: int = 0
 
@@ -46,11 +46,11 @@ class Traffic:
 
     @property
     def bytes(self) -> int:
-        return self.halo_bytes + self.gathered_bytes
+        return self.traded_bytes + self.gathered_bytes
 
     @property
     def messages(self) -> int:
-        return self.halo_messages + self.gathered_messages
+        return self.traded_messages + self.gathered_messages
 
     def seconds(self, link: Link) -> float:
         """As if nothing of it were sent while a rank computes, and a rank sent one message after another."""
@@ -62,13 +62,8 @@ def step_traffic(spec: TransformerSpec, job: Sampling, rank: int) -> Traffic:
     bands, element_bytes = Bands.of(job.rows, job.ranks), BYTES[job.precision]
     neighbours = (rank > 0) + (rank + 1 < job.ranks)
     others = job.ranks - 1
-    node_bytes = 4 * spec.width * (spec.attention_head_dim + 1)
-    a_layer = Traffic(
-        neighbours * job.columns * spec.width * element_bytes,
-        neighbours,
-        others * _most_nodes(bands) * node_bytes,
-        others,
-    )
+    rows = Traffic(neighbours * job.columns * spec.width * element_bytes, neighbours)
+    a_layer = rows + _sums_traffic(bands, rank, spec.width * (spec.attention_head_dim + 1))
     positions = max(map(len, bands)) * job.columns
     predicted_bytes = positions * spec.patch_size**2 * spec.out_channels * element_bytes
     predicted = Traffic(gathered_bytes=others * predicted_bytes, gathered_messages=others)
@@ -81,9 +76,8 @@ def sweeps_traffic(shape: DecoderShape, stage: DecodeStage, rank: int) -> Traffi
     for index in range(1, len(shape)):
         attention = shape.sweeps[index][0]
         of_map = bands.scaled(attention.scale)
-        sums_bytes = 4 * attention.inner * (attention.head_dim + 1) * (1 + len(attention.scales)) * shape.batch
-        nodes_bytes = (shape.ranks - 1) * _most_nodes(of_map) * sums_bytes
-        total += Traffic(gathered_bytes=nodes_bytes, gathered_messages=shape.ranks - 1)
+        sums = attention.inner * (attention.head_dim + 1) * (1 + len(attention.scales)) * shape.batch
+        total += _sums_traffic(of_map, rank, sums)
         readers = [reader for reader, start in enumerate(stage.starts) if start == index]
         if readers:
             total += _halo_traffic(shape, index, readers, of_map, rank)
@@ -98,8 +92,13 @@ def _halo_traffic(shape: DecoderShape, index: int, readers: Iterable[int], bands
     return Traffic(sum(sent) * row_bytes, len(sent))
 
 
-def _most_nodes(bands: Bands) -> int:
-    return max(len(whole_nodes(rows)) for rows in bands)
+def _sums_traffic(bands: Bands, rank: int, sums: int) -> Traffic:
+    """Of so many sums in fp32: a slice of each of the own nodes to every rank, and what the own slice comes to."""
+    size = -(-sums // len(bands))
+    slices = [max(0, min(size, sums - size * each)) for each in range(len(bands))]
+    sent = [each for other, each in enumerate(slices) if each and other != rank]
+    others = len(bands) - 1
+    return Traffic(4 * len(whole_nodes(bands.rows(rank))) * sum(sent), len(sent), 4 * size * others, others)
 
 
 def keys_and_values_bytes(spec: TransformerSpec, job: Sampling) -> int:

@@ -151,7 +151,7 @@ class DecoderShape:
         # The last are being made, for the next sweep.
         tree = 0 if side is None else (tree_nodes(self.own_rows * attentions[-1].scale) - 1) * sums[-1]
         if self.ranks > 1 and side is not None:  # of all devices, as they are put together
-            tree += 2 * self.ranks * tree_nodes(self.own_rows * attentions[-1].scale) * sums[-1]
+            tree += 4 * tree_nodes(self.own_rows * attentions[-1].scale) * sums[-1]
         if element_bytes == 2 and self.fused:
             working += min(FP32_PIECES_BYTES, working)
         held = sum(part.held_channels for part in parts) * self.columns * element_bytes

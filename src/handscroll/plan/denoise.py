@@ -265,7 +265,7 @@ def exchange_bytes(spec: TransformerSpec, job: Sampling) -> int:
     if job.ranks == 1:
         return 0
     rows_bytes = 6 * job.columns * spec.width * BYTES[job.precision]
-    nodes_bytes = 2 * job.ranks * tree_nodes(job.own_rows) * 4 * spec.width * (spec.attention_head_dim + 1)
+    nodes_bytes = 4 * tree_nodes(job.own_rows) * 4 * spec.width * (spec.attention_head_dim + 1)
     predicted_bytes = 2 * job.rows * job.columns * spec.patch_size**2 * spec.out_channels * BYTES[job.precision]
     return job.branches * (rows_bytes + nodes_bytes) + predicted_bytes
 

@@ -20,8 +20,8 @@ class Sent:
     A gathered tensor counts once for every other rank, whichever way the library sends it.
     """
 
-    halo_bytes: int = 0
-    halo_messages: int = 0
+    traded_bytes: int = 0
+    traded_messages: int = 0
     gathered_bytes: int = 0
     gathered_messages: int = 0
 
@@ -45,8 +45,8 @@ class ProcessRanks(Ranks):
     def trade(self, sends: Sequence[tuple[int, Tensor]], takes: Sequence[tuple[int, Tensor]]) -> Wait:
         ops = [dist.P2POp(dist.isend, _bytes_of(tensor), self._peer(other), self.group) for other, tensor in sends]
         ops += [dist.P2POp(dist.irecv, _bytes_of(tensor), self._peer(other), self.group) for other, tensor in takes]
-        self.sent.halo_bytes += sum(tensor.nbytes for _, tensor in sends)
-        self.sent.halo_messages += len(sends)
+        self.sent.traded_bytes += sum(tensor.nbytes for _, tensor in sends)
+        self.sent.traded_messages += len(sends)
         works = dist.batch_isend_irecv(ops) if ops else []
 
         def wait() -> None:
