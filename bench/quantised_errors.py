@@ -83,7 +83,8 @@ def measured(model: str, heavy: bool, options: argparse.Namespace) -> tuple[dict
     )
     states = [BranchState.of(transformer, branch, None) for _ in variants]
     for state in states:
-        state.refill(RowMap, embedded(transformer.patch_embed, branch.latent, state.band_rows, LayerPass(False)))
+        rows = range(state.rows)
+        state.refill(RowMap, embedded(transformer.patch_embed, branch.latent, rows, state.band_rows, LayerPass(False)))
     matrix_errors: dict[str, list[float]] = {}
     for _ in range(layers):
         restore(block)

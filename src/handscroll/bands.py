@@ -13,7 +13,7 @@ from fractions import Fraction
 
 @dataclass(frozen=True, slots=True)
 class Bands:
-    """`ends`: the row behind the last one of each rank, from top to bottom."""
+    """`ends`: the row behind the last one of each rank, from top to bottom. A rank may have no row."""
 
     ends: tuple[int, ...]
 
@@ -34,6 +34,19 @@ class Bands:
             ends.append(min(max(end, first + 1), rows - (ranks - 1 - index)))
         return cls(tuple(ends))
 
+    @classmethod
+    def stacked(cls, rows: int, weights: Sequence[float], ranks: int) -> list[Bands]:
+        """Of several maps of `rows` rows, whose rows take as much work as their `weights` say: the maps are laid one
+        below another and cut into parts of equal work, so that a rank has rows of one map, or of two.
+        """
+        heights = [Fraction(weight) * rows for weight in weights]
+        total, above, found = sum(heights), Fraction(0), []
+        for weight, height in zip(weights, heights, strict=True):
+            ends = [round((total * (rank + 1) / ranks - above) / Fraction(weight)) for rank in range(ranks)]
+            found.append(cls(tuple(min(max(end, 0), rows) for end in ends)))
+            above += height
+        return found
+
     def __len__(self) -> int:
         return len(self.ends)
 
@@ -46,6 +59,10 @@ class Bands:
 
     def rows(self, rank: int) -> range:
         return range(self.ends[rank - 1] if rank else 0, self.ends[rank])
+
+    def owner(self, row: int) -> int | None:
+        """The rank that has a row; None where there is no such row."""
+        return next((rank for rank, rows in enumerate(self) if row in rows), None)
 
     def scaled(self, scale: float) -> Bands:
         """The same bands of a map `scale` times as tall. Raises ValueError where rows are cut."""

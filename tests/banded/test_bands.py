@@ -22,17 +22,20 @@ from transformer_cases import branches, transformer
 SIZES = [(4, 4), (7, 1), (5, 9), (16, 3)]
 
 
-def predicted(model: Any, given: list[Branch], size: int, **options: Any) -> tuple[list[list[Tensor]], Any]:
-    """What every rank gives of every branch, and the ranks."""
-    bands = Bands.of(given[0].latent.shape[-2] // model.config.patch_size, size)
+def predicted(
+    model: Any, given: list[Branch], size: int, weights: tuple[float, ...] | None = None, **options: Any
+) -> list[list[Tensor]]:
+    """What every rank gives of every branch; weights: of rows of stacked branches, else each is cut alike."""
+    rows = given[0].latent.shape[-2] // model.config.patch_size
+    bands = [Bands.of(rows, size)] * len(given) if weights is None else Bands.stacked(rows, weights, size)
 
-    def work(ranks: ThreadRanks) -> tuple[list[Tensor], ThreadRanks]:
-        exchange = Exchange(ranks, bands)
-        own = predict(model, given, exchange=exchange, **options)
-        return [exchange.scaled(model.config.patch_size).whole(each, dim=2) for each in own], ranks
+    def work(ranks: ThreadRanks) -> list[Tensor]:
+        exchanges = [Exchange(ranks, each) for each in bands]
+        own = predict(model, given, exchanges=exchanges, **options)
+        scaled = [each.scaled(model.config.patch_size) for each in exchanges]
+        return [exchange.whole(each, dim=2) for exchange, each in zip(scaled, own, strict=True)]
 
-    made = on_ranks(size, work)
-    return [each for each, _ in made], [ranks for _, ranks in made]
+    return on_ranks(size, work)
 
 
 def most_thorough(names: Iterable[str], *always: str) -> list[Any]:
@@ -50,23 +53,22 @@ def test_bands_of_a_transformer_change_no_bit(row: str, dtype: torch.dtype) -> N
         for size in (1, 2, 3, 4, 7):
             if size > height:
                 continue
-            for rows in (1, 2, None):
-                made, _ = predicted(model, given, size, band_rows=rows)
-                for of_rank in made:
+            for rows, weights in ((1, None), (2, (5.0, 4.0)), (None, (1.0, 1.0))):
+                for of_rank in predicted(model, given, size, weights, band_rows=rows):
                     assert all(map(torch.equal, of_rank, expected)), f"{size} ranks, {height} rows, blocks of {rows}"
 
 
 def test_bands_of_patches_change_no_bit() -> None:
     model = transformer("1.6b", patch_size=2, interpolation_scale=0.5)
     given = branches(model, 10, 6)
-    made, _ = predicted(model, given, 3)
+    made = predicted(model, given, 3, (1.0, 1.0))
     assert all(map(torch.equal, made[1], predict(model, given)))
 
 
 def test_bands_of_another_height_are_refused() -> None:
     model = transformer("1.6b")
     with pytest.raises(ValueError, match="bands of 5 rows are not those of the token map"):
-        predict(model, branches(model, 4, 4), exchange=Exchange(ThreadRanks(0, {}, 1), Bands.of(5, 1)))
+        predict(model, branches(model, 4, 4), exchanges=[Exchange(ThreadRanks(0, {}, 1), Bands.of(5, 1))] * 2)
 
 
 @pytest.mark.parametrize("name", most_thorough(CASES, "f32", "f32 by shuffling"))

@@ -191,7 +191,7 @@ def test_positions_are_diffusers_to_the_bit(size: tuple[int, int]) -> None:
     with torch.no_grad():
         embed.proj.bias.zero_()
         expected = embed(latent).view(1, *size, -1)
-        row_blocks = list(embedded(embed, latent, 2, LayerPass(plain=False)))
+        row_blocks = list(embedded(embed, latent, range(size[0]), 2, LayerPass(plain=False)))
     assert torch.equal(torch.cat(row_blocks, dim=1), expected)
 
 

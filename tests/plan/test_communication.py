@@ -14,10 +14,16 @@ from handscroll.bands import Bands
 from handscroll.models.autoencoder import AutoencoderSpec
 from handscroll.models.known import known_specs
 from handscroll.models.transformer import TransformerSpec
-from handscroll.plan.communication import Traffic, keys_and_values_bytes, step_traffic, sweeps_traffic
+from handscroll.plan.communication import (
+    Traffic,
+    keys_and_values_bytes,
+    step_flops,
+    step_traffic,
+    sweeps_traffic,
+)
 from handscroll.plan.decode import DecodeStage, SweepStage, decode_stages
 from handscroll.plan.decoder_shape import DecoderShape
-from handscroll.plan.denoise import Sampling, forward_flops
+from handscroll.plan.denoise import Sampling, bands_of_branches
 from handscroll.plan.encoder_shape import EncoderShape
 from handscroll.plan.inputs import Hardware
 from rank_cases import ThreadRanks, on_ranks
@@ -35,13 +41,15 @@ def test_a_step_of_the_transformer(size: int) -> None:
     spec = TransformerSpec.from_config(dict(model.config))
     job = Sampling(11, 3, tokens=9, steps=1, branches=len(given), precision="fp32", ranks=size)
 
+    tokens = [branch.text.shape[1] for branch in given]
+
     def work(ranks: ThreadRanks) -> Traffic:
-        exchange = Exchange(ranks, Bands.of(11, size))
-        for each in predict(model, given, exchange=exchange):
+        exchanges = [Exchange(ranks, bands) for bands in bands_of_branches(spec, 11, 3, tokens, size)]
+        for exchange, each in zip(exchanges, predict(model, given, exchanges=exchanges), strict=True):
             exchange.whole(each, dim=2)
         return counted(ranks)
 
-    assert on_ranks(size, work) == [step_traffic(spec, job, rank) for rank in range(size)]
+    assert on_ranks(size, work) == [step_traffic(spec, job, tokens, rank) for rank in range(size)]
 
 
 @pytest.mark.parametrize("size", [2, 3, 5])
@@ -84,14 +92,19 @@ def at_4096(ranks: int) -> Sampling:
 
 def test_eight_ranks_send_a_fiftieth_of_keys_and_values() -> None:
     spec = known_specs()["sana-1.6b-4k"].transformer
-    most = max(step_traffic(spec, at_4096(8), rank).bytes for rank in range(8))
+    most = max(step_traffic(spec, at_4096(8), [300, 300], rank).bytes for rank in range(8))
     assert most <= keys_and_values_bytes(spec, at_4096(8)) / 50
 
 
 @pytest.mark.parametrize("ranks", [2, 4, 8])
-def test_work_is_shared_evenly_at_4096(ranks: int) -> None:
+@pytest.mark.parametrize("tokens", [(300, 300), (64, 1)])
+def test_work_is_shared_evenly_at_4096(ranks: int, tokens: tuple[int, int]) -> None:
+    """Of 20 steps and the decoder, without the text's keys and values, which all ranks make."""
     spec = known_specs()["sana-1.6b-4k"]
-    whole, own = (forward_flops(spec.transformer, at_4096(count)) * 2 * 20 for count in (1, ranks))
+    whole, own = (
+        20 * max(step_flops(spec.transformer, at_4096(count), tokens, rank) for rank in range(count))
+        for count in (1, ranks)
+    )
     shape = DecoderShape(spec.autoencoder, 128, 128, 2)
     hardware = Hardware("cuda:0")
 

@@ -68,10 +68,11 @@ class Exchange:
         Each rank adds a slice of them for all: it gets that slice of every rank's nodes, and sends what they come to.
         So a rank sends hardly twice what it has, however many there are.
         """
-        nodes = [[node.sum for node in part.nodes] for part in parts]
         nodes_of_ranks = [whole_nodes(rows) for rows in self.bands]
-        assert all(len(each) == len(nodes_of_ranks[self.ranks.rank]) for each in nodes), "of other rows than the band's"
-        own = torch.stack([torch.cat(each) for each in zip(*nodes, strict=True)])
+        counts = [part.count for part in parts]
+        own = torch.empty(len(nodes_of_ranks[self.ranks.rank]), sum(counts), device=parts[0].device)
+        for row, nodes in zip(own, zip(*(part.nodes for part in parts), strict=True), strict=True):
+            torch.cat([node.sum for node in nodes], out=row)
         slices = list(own.split(-(-own.shape[1] // self.ranks.size), dim=1))
         mine = slices[self.ranks.rank] if self.ranks.rank < len(slices) else own[:, :0]
         takes = [own.new_empty(len(each), mine.shape[1]) for each in nodes_of_ranks]
@@ -91,10 +92,8 @@ class Exchange:
             padded = own.new_zeros(slices[0].shape[1])
             padded[: mine.shape[1]] = tree.total()
             total = torch.cat(self.ranks.gather(padded)())
-            first = 0
-            for part, of_part in zip(parts, nodes, strict=True):
-                part.become(total[first : first + len(of_part[0])])
-                first += len(of_part[0])
+            for part, sums in zip(parts, total[: sum(counts)].split(counts), strict=True):
+                part.become(sums)
 
         return wait
 

@@ -74,12 +74,23 @@ class LinearAttentionSums:
         self._tree = RowTree()
         self._next_row = first_row
         self._shape: tuple[int, int, int, int] = (0, 0, 0, 0)  # batch, heads, head_dim of keys and of values
+        self.device = torch.device("cpu")
         self._total: Tensor | None = None
+
+    def expect(self, batch: int, heads: int, key_dim: int, value_dim: int, device: torch.device) -> None:
+        """Of what shape they are and where, in case that no row comes."""
+        self._shape, self.device = (batch, heads, key_dim, value_dim), device
+
+    @property
+    def count(self) -> int:
+        """How many numbers they are, as those of a node."""
+        batch, heads, key_dim, value_dim = self._shape
+        return batch * heads * key_dim * (value_dim + 1)
 
     def add(self, keys: Tensor, values: Tensor) -> None:
         """Takes the next rows: keys (before their ReLU) and values `[B, rows, W, heads, head_dim]`, of any strides."""
         batch, rows, _, heads, key_dim = keys.shape
-        self._shape = batch, heads, key_dim, values.shape[-1]
+        self.expect(batch, heads, key_dim, values.shape[-1], keys.device)
         if keys.device.type != "cpu" or triton.in_use(keys):
             return self._accumulate(keys, values)
         for row in range(rows):
@@ -131,8 +142,7 @@ class LinearAttentionSums:
         return self._total
 
     def _new(self, device: torch.device) -> Tensor:
-        batch, heads, key_dim, value_dim = self._shape
-        return torch.empty(batch * heads * key_dim * (value_dim + 1), dtype=torch.float32, device=device)
+        return torch.empty(self.count, dtype=torch.float32, device=device)
 
     def _parts(self, made: Tensor) -> tuple[Tensor, Tensor]:
         batch, heads, key_dim, value_dim = self._shape

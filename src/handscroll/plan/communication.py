@@ -9,14 +9,14 @@ around instead, as a ring attention does, sends the whole map a layer.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from handscroll.bands import Bands, common, messages, whole_nodes
 from handscroll.models.transformer import TransformerSpec
 from handscroll.plan.decode import DecodeStage
 from handscroll.plan.decoder_shape import DecoderShape
-from handscroll.plan.denoise import Sampling
+from handscroll.plan.denoise import Sampling, bands_of_branches, row_flops
 from handscroll.plan.precision import BYTES
 
 
@@ -57,17 +57,30 @@ class Traffic:
         return self.bytes / link.bytes_a_second + self.messages * link.latency_s
 
 
-def step_traffic(spec: TransformerSpec, job: Sampling, rank: int) -> Traffic:
-    """Of a step's forwards, with what is predicted, which all ranks get whole."""
-    bands, element_bytes = Bands.of(job.rows, job.ranks), BYTES[job.precision]
-    neighbours = (rank > 0) + (rank + 1 < job.ranks)
-    others = job.ranks - 1
-    rows = Traffic(neighbours * job.columns * spec.width * element_bytes, neighbours)
-    a_layer = rows + _sums_traffic(bands, rank, spec.width * (spec.attention_head_dim + 1))
-    positions = max(map(len, bands)) * job.columns
-    predicted_bytes = positions * spec.patch_size**2 * spec.out_channels * element_bytes
-    predicted = Traffic(gathered_bytes=others * predicted_bytes, gathered_messages=others)
-    return (a_layer * spec.num_layers + predicted) * job.branches
+def step_traffic(spec: TransformerSpec, job: Sampling, tokens: Sequence[int], rank: int) -> Traffic:
+    """Of a step's forwards, with what is predicted, which all ranks get whole; tokens: of each branch's text."""
+    element_bytes, total = BYTES[job.precision], Traffic()
+    for bands in bands_of_branches(spec, job.rows, job.columns, tokens, job.ranks):
+        own = bands.rows(rank)
+        neighbours = sum(bands.owner(row) is not None for row in (own.start - 1, own.stop)) if own else 0
+        rows = Traffic(neighbours * job.columns * spec.width * element_bytes, neighbours)
+        total += (rows + _sums_traffic(bands, rank, spec.width * (spec.attention_head_dim + 1))) * spec.num_layers
+        positions = max(map(len, bands)) * job.columns
+        predicted_bytes = positions * spec.patch_size**2 * spec.out_channels * element_bytes
+        others = job.ranks - 1
+        total += Traffic(gathered_bytes=others * predicted_bytes, gathered_messages=others)
+    return total
+
+
+def step_flops(spec: TransformerSpec, job: Sampling, tokens: Sequence[int], rank: int) -> float:
+    """Of a step's forwards, the work of one rank."""
+    total = 0.0
+    for bands, count in zip(bands_of_branches(spec, job.rows, job.columns, tokens, job.ranks), tokens, strict=True):
+        own = bands.rows(rank)
+        halo_rows = sum(bands.owner(row) is not None for row in (own.start - 1, own.stop)) if own else 0
+        total += len(own) * row_flops(spec, job.columns, count)
+        total += 2 * halo_rows * job.columns * spec.width * 2 * spec.hidden_channels
+    return total * spec.num_layers
 
 
 def sweeps_traffic(shape: DecoderShape, stage: DecodeStage, rank: int) -> Traffic:

@@ -6,11 +6,12 @@ memory or are read anew at every step; row blocks are as tall as memory allows.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import product
 
+from handscroll.bands import Bands
 from handscroll.limits import (
     BAND_BYTES,
     CUDA_BAND_BYTES,
@@ -27,6 +28,8 @@ from handscroll.plan.inputs import Hardware, heights_up_to
 from handscroll.plan.precision import BYTES
 from handscroll.plan.store import Store, stored_bytes
 
+# Rows of a branch with a short text take less work, so that a rank may have more of them.
+UNEVEN = 1.1
 # What calling a layer's operators costs for a row block, whatever its size.
 SECONDS_A_BAND = 1e-3
 # Laid out for a CPU's kernels, matrices take a layer's memory again and save this share of the computing.
@@ -88,9 +91,9 @@ class Sampling:
         return self.own_rows * self.columns
 
     @property
-    def halo_rows(self) -> int:
-        """Of others, next to the own ones."""
-        return min(2, self.rows - self.own_rows)
+    def halo_rows(self) -> float:
+        """Of others, next to the own ones, for each branch: a rank has rows of one, seldom of two."""
+        return min(2, self.rows - self.own_rows) / self.branches
 
 
 def denoise_stages(
@@ -179,7 +182,7 @@ class _Sizes:
             weights_bytes=(spec.parameter_count - spec.num_layers * spec.block_parameter_count) * element_bytes,
             embedders_bytes=tuple(count * element_bytes for count in spec.embedder_units),
             beside_bytes=text_bytes + samples_bytes,
-            stream_bytes=job.positions * spec.width * element_bytes,
+            stream_bytes=int(job.positions * spec.width * element_bytes * (UNEVEN if job.ranks > 1 else 1)),
             compute_seconds=flops / hardware.rates.flops(job.precision),
         )
 
@@ -257,6 +260,24 @@ def native_bytes(spec: TransformerSpec, job: Sampling, band_rows: int) -> int:
     return job.columns * band_rows * (spec.width + spec.hidden_channels)
 
 
+def bands_of_branches(spec: TransformerSpec, rows: int, columns: int, tokens: Sequence[int], ranks: int) -> list[Bands]:
+    """Which rows of each branch's token map a rank makes; tokens: of each branch's text.
+
+    Branches are stacked and cut into parts of equal work: so hardly any rank has a halo in more than one of them.
+    """
+    weights = [row_flops(spec, columns, count) for count in tokens]
+    return Bands.stacked(rows, weights, ranks)
+
+
+def row_flops(spec: TransformerSpec, columns: int, tokens: int) -> float:
+    """Of a layer, what one row of tokens takes. A text of one token is not asked: its answer is known."""
+    width, cross, hidden = spec.width, spec.cross_width, spec.hidden_channels
+    attention = 2 * columns * (4 * width**2 + 2 * width * spec.attention_head_dim)
+    asked = 2 * columns * 2 * width * cross + 4 * columns * tokens * cross if tokens > 1 else 0
+    feed_forward = 2 * columns * (width * 2 * hidden + 9 * 2 * hidden + hidden * width)
+    return float(attention + asked + feed_forward)
+
+
 def exchange_bytes(spec: TransformerSpec, job: Sampling) -> int:
     """What a layer holds of other ranks' rows and sums, and of its own on their way, for all branches together.
 
@@ -293,7 +314,7 @@ def forward_flops(spec: TransformerSpec, job: Sampling) -> float:
     self_attention = 2 * positions * (4 * width**2 + 2 * width * spec.attention_head_dim)
     cross_attention = 2 * positions * 2 * width * cross + 4 * positions * job.tokens * cross
     cross_attention += 2 * job.tokens * 2 * width * cross
-    feed_forward = 2 * positions * (width * 2 * hidden + 9 * 2 * hidden + hidden * width)
+    feed_forward = 2.0 * positions * (width * 2 * hidden + 9 * 2 * hidden + hidden * width)
     feed_forward += 2 * job.halo_rows * job.columns * width * 2 * hidden  # its first matrix, of the rows of others too
     return float(spec.num_layers * (self_attention + cross_attention + feed_forward))
 

@@ -21,7 +21,7 @@ from handscroll.banded.transformer import Branch, predict
 from handscroll.errors import HandscrollError
 from handscroll.events import OnEvent, Progress, ignore, pulse
 from handscroll.models.checkpoint import CheckpointSpec
-from handscroll.models.transformer import EMBEDDERS
+from handscroll.models.transformer import EMBEDDERS, TransformerSpec
 from handscroll.plan.host import layers_room_bytes
 from handscroll.plan.plan import Plan
 from handscroll.plan.stages import DENOISE, DENOISE_PART, TEXT, TEXT_PART
@@ -68,11 +68,13 @@ class Transformer:
     def __init__(
         self,
         opened: Opened,
+        spec: TransformerSpec,
         plan: Plan,
         scratch: Path | None,
         pulse: Callable[[str], None],
         team: Team | None = None,
     ) -> None:
+        self.spec = spec
         self.module, self.stream, self.plan, self.scratch = opened.module, opened.stream, plan, scratch
         self._pulse, self._team = pulse, team
         self.config = opened.module.config
@@ -84,10 +86,10 @@ class Transformer:
         if plan is not None and not plan.together and len(branches) > 1:
             return [self.predict([branch])[0] for branch in branches]
         residual: Store = "memory" if plan is None else plan.residual
-        patch, exchange = int(self.config.patch_size), None
+        exchanges = None
         if self._team is not None:
             self._team.tell_branches(self.plan, branches)
-            exchange = self._team.exchange(self.plan, patch)
+            exchanges = self._team.exchanges(self.plan, self.spec, branches)
         made = predict(
             self.module,
             branches,
@@ -95,9 +97,12 @@ class Transformer:
             band_rows=None if plan is None else plan.band_rows,
             new_map=lambda height: new_map(residual, height, self.scratch),
             lay_out=plan is not None and plan.lay_out,
-            exchange=exchange,
+            exchanges=exchanges,
         )
-        return made if exchange is None else [exchange.scaled(patch).whole(each, dim=2) for each in made]
+        if exchanges is None:
+            return made
+        scaled = [exchange.scaled(self.spec.patch_size) for exchange in exchanges]
+        return [exchange.whole(each, dim=2) for exchange, each in zip(scaled, made, strict=True)]
 
     @contextmanager
     def _materialize(self, index: int) -> Iterator[nn.Module]:
@@ -208,7 +213,7 @@ class Session:
 
         precision = plan.precision.told("transformer")
         opened_as = self._once(DENOISE_PART.module, "transformer", precision, plan, opened)
-        return Transformer(opened_as, plan, self.scratch, self.pulse, self.team)
+        return Transformer(opened_as, self.spec.transformer, plan, self.scratch, self.pulse, self.team)
 
     def open_autoencoder(self, plan: Plan, half: Half) -> Opened:
         """The autoencoder with one half alone."""

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from handscroll.banded import backend
 from handscroll.banded.backend import Function
-from handscroll.banded.exchange import Exchange
+from handscroll.banded.exchange import Exchange, Wait
 from handscroll.banded.layers import LayerPass, row_by_row
 from handscroll.banded.modules import Attention, SanaTransformerBlock
 from handscroll.banded.rows import Pointwise, Residual, Stage, sweep
@@ -22,14 +22,9 @@ from handscroll.banded.transformer.mix_ffn import MixFFN
 
 
 class BlockPass:
-    """`SanaTransformerBlock` on a branch's map: the sums of its attention at first, then the rows of the next map.
+    """`SanaTransformerBlock` on a branch's map: the sums of its attention at first, then the rows of the next map."""
 
-    exchange: of the token map's rows, where other ranks make some of them.
-    """
-
-    def __init__(
-        self, block: SanaTransformerBlock, state: BranchState, this: LayerPass, exchange: Exchange | None = None
-    ) -> None:
+    def __init__(self, block: SanaTransformerBlock, state: BranchState, this: LayerPass) -> None:
         if not isinstance(block.attn1.processor, SanaLinearAttnProcessor2_0):
             raise TypeError(f"a self-attention by {type(block.attn1.processor)} cannot be run in row blocks")
         if not isinstance(block.attn2.processor, SanaAttnProcessor2_0):
@@ -37,13 +32,18 @@ class BlockPass:
         batch = len(state.modulation)
         table = block.scale_shift_table[None] + state.modulation.reshape(batch, 6, -1)
         shift_attn, scale_attn, gate_attn, self.shift, self.scale, self.gate = table[:, :, None, None].unbind(1)
-        self.block, self.state, self.this, self.exchange = block, state, this, exchange
+        self.block, self.state, self.this = block, state, this
         normed = _modulated(block.norm1, shift_attn, scale_attn)
-        first_row = 0 if exchange is None else exchange.rows.start
+        exchange = state.exchange
         row_blocks = state.map.row_blocks(state.band_rows, keep=True)
         self.ends = None if exchange is None else _Ends(row_blocks)
-        sums = _attention_sums(block.attn1, normed, self.ends or row_blocks, this, first_row)
-        self._wait = None if exchange is None else exchange.merge([sums])
+        sums = _attention_sums(block.attn1, normed, self.ends or row_blocks, this, state.first_row)
+        self._wait: Wait | None = None
+        if exchange is not None:
+            heads = block.attn1.heads
+            channels = state.text.shape[-1] // heads
+            sums.expect(batch, heads, channels, channels, state.text.device)
+            self._wait = exchange.merge([sums])
         self._attend = _self_attention(block.attn1, normed, sums, gate_attn, this)
 
     def row_blocks(self) -> Iterator[Tensor]:
@@ -56,10 +56,12 @@ class BlockPass:
             return read(self._attend(row_block))
 
         state = self.state
-        if self.exchange is None or self.ends is None:
+        if state.exchange is None or self.ends is None:
             stages = [Stage(Pointwise(attended), state.band_rows), Stage(Residual(self._feed()), state.band_rows)]
             return sweep(state.map.row_blocks(state.band_rows), stages)
-        edges = _Edges(self.exchange, attended(self.ends.rows))
+        edges = _Edges(state.exchange, attended(self.ends.rows) if state.rows else None)
+        if not state.rows:
+            return iter(())
         feed = Residual(self._feed(edges.above, edges.below), skip_rows=int(edges.above))
         inner = without_ends(state.map.row_blocks(state.band_rows), state.rows)
         return sweep(edges.around(attended(row_block) for row_block in inner), [Stage(feed, state.band_rows)])
@@ -101,15 +103,18 @@ class _Edges:
     They are sent as soon as they are there, and waited for when the rows that need them come.
     """
 
-    def __init__(self, exchange: Exchange, rows: Tensor) -> None:
-        """rows: [B, 2, w, width], the first and the last, or [B, 1, w, width] of a band of one row."""
-        rank, ranks = exchange.ranks.rank, exchange.ranks
-        self.above, self.below = rank > 0, rank + 1 < ranks.size
-        self._own = [rows[:, :1].contiguous(), rows[:, -1:].contiguous()]
-        self._single = rows.shape[1] == 1
+    def __init__(self, exchange: Exchange, rows: Tensor | None) -> None:
+        """rows: [B, 2, w, width], the first and the last, or [B, 1, w, width] of a band of one row; None of none."""
+        own, near = exchange.rows, list[tuple[int, int]]()
+        self.above = self.below = self._single = False
+        self._own: list[Tensor] = []
+        if rows is not None:
+            before, after = exchange.bands.owner(own.start - 1), exchange.bands.owner(own.stop)
+            near = [(other, end) for end, other in enumerate((before, after)) if other is not None]
+            self.above, self.below, self._single = before is not None, after is not None, len(own) == 1
+            self._own = [rows[:, :1].contiguous(), rows[:, -1:].contiguous()]
         self._others = [torch.empty_like(each) for each in self._own]
-        near = [(rank - 1, 0)] * self.above + [(rank + 1, 1)] * self.below
-        self._wait = ranks.trade(
+        self._wait = exchange.ranks.trade(
             [(other, self._own[end]) for other, end in near], [(other, self._others[end]) for other, end in near]
         )
 

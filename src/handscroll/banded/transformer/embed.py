@@ -13,16 +13,13 @@ from handscroll.banded.modules import PatchEmbed, SanaTransformer2DModel
 from handscroll.banded.transformer.branch import BranchState
 
 
-def embedded(
-    embed: PatchEmbed, latent: Tensor, band_rows: int, this: LayerPass, own: range | None = None
-) -> Iterator[Tensor]:
-    """`PatchEmbed` in row blocks: latent [B, C, H, W] -> tokens [B, rows, w, width], of all rows or the `own` ones."""
+def embedded(embed: PatchEmbed, latent: Tensor, own: range, band_rows: int, this: LayerPass) -> Iterator[Tensor]:
+    """`PatchEmbed` in row blocks: latent [B, C, H, W] -> tokens [B, rows, w, width] of the map's `own` rows."""
     if embed.pos_embed_max_size is not None or embed.layer_norm:
         raise TypeError("a patch embedding with a norm or with cropped positions cannot be run in row blocks")
     batch, channels, height, width = latent.shape
     patch, proj = embed.patch_size, embed.proj
     rows, columns = height // patch, width // patch
-    own = range(rows) if own is None else own
     as_linear = type(proj) is nn.Conv2d and proj.weight.shape[2:] == (patch, patch) and not any(proj.padding)
     project = this.matrix(proj.weight.flatten(1), proj.bias) if as_linear else None
     positions = None
@@ -63,6 +60,9 @@ def projected(transformer: SanaTransformer2DModel, state: BranchState, this: Lay
     shift, scale = (transformer.scale_shift_table[None] + state.embedded[:, None]).chunk(2, dim=1)
     shift, scale = shift[:, None], 1 + scale[:, None]
     out: Tensor | None = None
+    if not state.rows:
+        channels = transformer.proj_out.out_features // patch**2
+        return state.text.new_empty(len(state.text), channels, 0, state.columns * patch)
     top = 0
     for row_block in state.map.row_blocks(state.band_rows):
         patches = project(norm(row_block).mul_(scale).add_(shift))

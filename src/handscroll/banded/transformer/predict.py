@@ -31,7 +31,7 @@ def predict(
     new_map: Callable[[int], RowMap] | None = None,
     lay_out: bool = False,
     plain: bool = False,
-    exchange: Exchange | None = None,
+    exchanges: Sequence[Exchange] | None = None,
 ) -> list[Tensor]:
     """What `SanaTransformer2DModel` gives for each branch, [B, C', H, W] in the dtype of its latent.
 
@@ -42,8 +42,9 @@ def predict(
     height, that holds a branch's residual stream. lay_out: each layer's matrices are reordered for the CPU's kernels,
     once for all branches, which takes a layer's memory again and saves a twentieth of the time; it changes no bit.
     plain: by `torch.nn.functional` alone, but for norms and sums where Triton is asked for (triton.in_use).
-    exchange: of the rows of the token map, where several ranks make a band each. The latents are whole on every rank;
-    of what is predicted each gives the rows of its own band, [B, C', rows * patch, W].
+    exchanges: for each branch that of the rows of its token map, where several ranks make a band each. The latents are
+    whole on every rank; of what is predicted each gives the rows of its own band, [B, C', rows * patch, W], of which
+    there may be none.
 
     Raises TypeError for a module that cannot be run in row blocks, ValueError for a latent that does not fit.
     """
@@ -52,20 +53,21 @@ def predict(
     materialize = layer or (lambda index: nullcontext(transformer.transformer_blocks[index]))
     make_map = new_map or RowMap
     workspace = Workspace()
-    own = None if exchange is None else exchange.rows
-    states = [BranchState.of(transformer, branch, band_rows, own) for branch in branches]
-    if exchange is not None and any(exchange.bands.height != _token_rows(transformer, each) for each in branches):
-        raise ValueError(f"bands of {exchange.bands.height} rows are not those of the token map")
+    shared: Sequence[Exchange | None] = [None] * len(branches) if exchanges is None else exchanges
+    states = [
+        BranchState.of(transformer, branch, band_rows, each) for branch, each in zip(branches, shared, strict=True)
+    ]
     try:
         for state, branch in zip(states, branches, strict=True):
-            embed = transformer.patch_embed
-            state.refill(make_map, embedded(embed, branch.latent, state.band_rows, LayerPass(plain), own))
+            rows = range(state.first_row, state.first_row + state.rows)
+            tokens = embedded(transformer.patch_embed, branch.latent, rows, state.band_rows, LayerPass(plain))
+            state.refill(make_map, tokens)
         for index in range(len(transformer.transformer_blocks)):
             with materialize(index) as block:
                 this = LayerPass(plain, workspace, lay_out=lay_out)
                 passes: Iterable[BlockPass]
-                passes = (BlockPass(cast(SanaTransformerBlock, block), state, this, exchange) for state in states)
-                if exchange is not None:
+                passes = (BlockPass(cast(SanaTransformerBlock, block), state, this) for state in states)
+                if exchanges is not None:
                     passes = list(passes)  # sums of one branch are on their way while those of the next are made
                 for state, each in zip(states, passes, strict=True):
                     state.refill(make_map, each.row_blocks())
@@ -77,7 +79,3 @@ def predict(
     finally:
         for state in states:
             state.map.close()
-
-
-def _token_rows(transformer: SanaTransformer2DModel, branch: Branch) -> int:
-    return branch.latent.shape[-2] // transformer.patch_embed.patch_size

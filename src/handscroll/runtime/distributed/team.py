@@ -16,6 +16,8 @@ from torch import Tensor
 from handscroll.banded.exchange import Exchange
 from handscroll.banded.transformer import Branch
 from handscroll.bands import Bands
+from handscroll.models.transformer import TransformerSpec
+from handscroll.plan.denoise import bands_of_branches
 from handscroll.plan.plan import Plan
 from handscroll.runtime.distributed.plain import as_plain, of_plain
 from handscroll.runtime.distributed.processes import ProcessRanks
@@ -53,9 +55,17 @@ class Team:
     def leads(self) -> bool:
         return self.ranks.rank == LEADER
 
-    def exchange(self, plan: Plan, rows: int = 1) -> Exchange:
-        """Of the plan's latent; rows: of the latent to a row of bands, as many as a patch of the transformer has."""
-        return Exchange(self.ranks, Bands.of(plan.latent_height // rows, self.ranks.size))
+    def exchange(self, plan: Plan) -> Exchange:
+        """Of the rows of the plan's latent."""
+        return Exchange(self.ranks, Bands.of(plan.latent_height, self.ranks.size))
+
+    def exchanges(self, plan: Plan, spec: TransformerSpec, branches: Sequence[Branch]) -> list[Exchange]:
+        """Of the rows of the token map, for each branch."""
+        rows, columns = plan.latent_height // spec.patch_size, plan.latent_width // spec.patch_size
+        tokens = [branch.text.shape[1] for branch in branches]
+        return [
+            Exchange(self.ranks, bands) for bands in bands_of_branches(spec, rows, columns, tokens, self.ranks.size)
+        ]
 
     def tell(self, do: str, plan: Plan | None = None, **given: Tensor | float | str | None) -> None:
         """As the leader, tells all ranks what to do next; every rank then does it, the leader too."""
