@@ -33,11 +33,13 @@ from handscroll.pictures.formats import check_quality
 from handscroll.pictures.metadata import not_in_file, parameters_text
 from handscroll.pictures.targets import Target, check_format, check_target
 from handscroll.pictures.writing import write_image
+from handscroll.plan.communication import Link, Share, shares
 from handscroll.plan.inputs import PlanInputs
 from handscroll.plan.plan import Plan
 from handscroll.plan.search import SmallerWeights, make_plan, minimum_bytes, with_smaller_weights
 from handscroll.plan.stages import DECODE, DENOISE, TEXT
-from handscroll.request import Request, as_request, indexed, random_seed
+from handscroll.plan.unused import uses_negative
+from handscroll.request import Request, as_request, count_devices, device_of_rank, indexed, random_seed
 from handscroll.runtime.decode import DecodeProgress, decode_rows
 from handscroll.runtime.denoise import denoise_picture
 from handscroll.runtime.device import find_hardware, scratch_folder
@@ -279,11 +281,16 @@ def plan_of(
 
 
 def plans_of(
-    request: Request, path: str | Path | None = None, on_event: OnEvent = ignore
-) -> tuple[CheckpointSpec, Plan, int | None, list[SmallerWeights]]:
-    """As `plan_of`, and what it would take with smaller weights."""
+    request: Request, path: str | Path | None = None, on_event: OnEvent = ignore, link: Link | None = None
+) -> tuple[CheckpointSpec, Plan, int | None, list[SmallerWeights], list[Share]]:
+    """As `plan_of`, what it would take with smaller weights, and what one of several devices does, joined by `link`."""
     spec, plan, inputs, request = _planned(request, path, on_event)
-    return spec, plan, minimum_bytes(plan, spec, inputs), list(with_smaller_weights(plan, spec, inputs, request))
+    smaller = list(with_smaller_weights(plan, spec, inputs, request))
+    shared: list[Share] = []
+    if plan.ranks > 1:
+        tokens = [inputs.tokens or 1, 1] if uses_negative(spec, plan) else [inputs.tokens or 1]
+        shared = shares(plan, spec, tokens, inputs.hardware.rates, link or Link())
+    return spec, plan, minimum_bytes(plan, spec, inputs), smaller, shared
 
 
 def _planned(
@@ -292,7 +299,13 @@ def _planned(
     request, on_event = as_request(request), listener(on_event)
     output = None if path is None else as_path("path", path)
     spec = open_checkpoint(request.model, request.revision, on_progress=on_fetch(on_event), weights_too=False)
+    devices = request.devices
+    if devices is not None:
+        request = dataclasses.replace(request, device=device_of_rank(devices, 0), devices=None)
     inputs = probe(spec, request, output)
+    if devices is not None:
+        ranks = count_devices(devices)
+        inputs = dataclasses.replace(inputs, ranks=ranks, hardware=inputs.hardware.shared(ranks))
     plan = _told(make_plan(spec, request, inputs, random_seed()), (), on_event)
     if output is not None:
         check_format(output, plan.width, plan.height)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 MIB = 2**20
 
@@ -52,6 +52,19 @@ class Hardware:
     @property
     def is_cuda(self) -> bool:
         return self.device.startswith("cuda")
+
+    def shared(self, processes: int) -> Hardware:
+        """What each of so many processes of a host has, of what they share: memory on a CPU, the host's, the disk."""
+        free_bytes = self.free_bytes
+        if free_bytes is not None and not self.is_cuda:
+            own_bytes = self.base_bytes or 0
+            free_bytes = own_bytes + max(0, free_bytes - own_bytes) // processes
+        return replace(
+            self,
+            free_bytes=free_bytes,
+            host_bytes=self.host_bytes // processes,
+            scratch_bytes=self.scratch_bytes // processes,
+        )
 
 
 @dataclass(frozen=True, slots=True)

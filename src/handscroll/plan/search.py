@@ -72,6 +72,7 @@ def make_plan(spec: CheckpointSpec, request: Request, inputs: PlanInputs, seed: 
         strip_rows=request.strip_rows,
         budget_bytes=request.memory_bytes,
         prompt_read=inputs.prompt_read,
+        ranks=inputs.ranks,
     )
     if inputs.tokens is not None:
         plan = with_smaller_sizes(plan, spec, request.compose_px)

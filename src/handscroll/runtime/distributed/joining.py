@@ -147,29 +147,19 @@ class Joined:
         found = [own, *(of_plain(Hardware, each["hardware"]) for each in self.facts)]
         held = [each.base_bytes for each in found]
         free = [each.free_bytes for each in found if each.free_bytes is not None]
-        # Processes of one host share what it has.
-        own_host = sum(each["host"] == self.facts[self.team.ranks.rank]["host"] for each in self.facts)
         names = [field.name for field in dataclasses.fields(Rates)]
-        return dataclasses.replace(
+        least = dataclasses.replace(
             own,
             base_bytes=None if None in held else max(each for each in held if each is not None),
-            free_bytes=_shared(free, held, own_host, own.is_cuda),
-            host_bytes=min(each.host_bytes for each in found) // own_host,
-            scratch_bytes=min(each.scratch_bytes for each in found) // own_host,
+            free_bytes=min(free, default=None),
+            host_bytes=min(each.host_bytes for each in found),
+            scratch_bytes=min(each.scratch_bytes for each in found),
             rates=Rates(**{name: min(getattr(each.rates, name) for each in found) for name in names}),
             has_fp8=all(each.has_fp8 for each in found),
             bf16_is_faster=all(each.bf16_is_faster for each in found),
         )
-
-
-def _shared(free: Sequence[int], held: Sequence[int | None], processes: int, is_cuda: bool) -> int | None:
-    """What a process may take, the part included that it holds, where `processes` of a host share its memory."""
-    if not free:
-        return None
-    if is_cuda:
-        return min(free)
-    own_bytes = max((each for each in held if each is not None), default=0)
-    return own_bytes + max(0, min(free) - own_bytes) // processes
+        own_host = self.facts[self.team.ranks.rank]["host"]
+        return least.shared(sum(each["host"] == own_host for each in self.facts))
 
 
 def _told(error: BaseException, rank: int) -> dict[str, Any]:
