@@ -46,7 +46,7 @@ from handscroll.runtime.device import find_hardware, scratch_folder
 from handscroll.runtime.distributed import Team
 from handscroll.runtime.distributed.beating import OnFailure, end_process
 from handscroll.runtime.distributed.following import do_as_told
-from handscroll.runtime.distributed.joining import Place, device_of, joined, without_ranks
+from handscroll.runtime.distributed.joining import joined, leading, of_this_process
 from handscroll.runtime.memory import Meter
 from handscroll.runtime.probe import probe
 from handscroll.runtime.session import Session
@@ -84,10 +84,8 @@ def follow(request: Request, on_failure: OnFailure = end_process) -> None:
     the model and the device are used. Raises HandscrollError; on_failure as in `generate`.
     """
     spec = open_checkpoint(request.model, request.revision)
-    place = Place.of_environment()
-    assert place is not None
-    hardware = find_hardware(device_of(request, place))
-    with joined(place, hardware.device, spec, hardware, on_failure) as found:
+    hardware = find_hardware(of_this_process(request).device)
+    with joined(spec, hardware, on_failure) as found:
         do_as_told(found.team, spec)
 
 
@@ -103,20 +101,12 @@ def _made(
     must_go_on: bool = False,
 ) -> list[Result]:
     """`generate` by a model that is there, alone or as the first of several. `must_go_on` refuses to start over."""
-    place = Place.of_environment()
-    if place is None:
-        request = without_ranks(request)
-        inputs = probe(spec, request, path)
-        return _made_by(None, inputs, request, spec, path, save_latent, quality, on_event, must_go_on)
-    request = dataclasses.replace(request, device=device_of(request, place), devices=None)
-    inputs = probe(spec, request, path)
-    with joined(place, inputs.hardware.device, spec, inputs.hardware, on_failure) as found:
-        inputs = dataclasses.replace(inputs, hardware=found.hardware(inputs.hardware), ranks=place.size)
-        results = _made_by(found.team, inputs, request, spec, path, save_latent, quality, on_event, must_go_on)
-        found.team.tell("report")
-        of_ranks = found.measured(max(results, key=lambda result: result.peak_bytes).stage_peak_bytes)
-        found.team.tell("end")
-        return [dataclasses.replace(result, ranks=of_ranks) for result in results]
+    request = of_this_process(request)
+    with leading(spec, probe(spec, request, path), on_failure) as (found, inputs):
+        team = None if found is None else found.team
+        results = _made_by(team, inputs, request, spec, path, save_latent, quality, on_event, must_go_on)
+        of_ranks = None if found is None else found.measured([result.stage_peak_bytes for result in results])
+    return [dataclasses.replace(result, ranks=of_ranks) for result in results]
 
 
 def _made_by(

@@ -126,6 +126,10 @@ class LinearAttentionSums:
         """Takes what the nodes of all parts of a map come to, in the shape of a node, in place of what it has."""
         self._tree, self._total = RowTree(), total
 
+    def finish(self) -> None:
+        """All rows have come: of the tree's nodes their sum is left."""
+        self._whole()
+
     @property
     def products(self) -> Tensor:
         """[B, heads, head_dim of keys, head_dim of values], when all rows have come."""

@@ -99,7 +99,9 @@ def plan_table(spec: CheckpointSpec, plan: Plan, minimum_bytes: int | None) -> s
 
 def _shared(share: Share, ranks: int) -> str:
     """What one of several devices does of a step or of decoding."""
-    what = "a step" if share.name == "step" else "decoding"
+    from handscroll.plan.stages import BY_NAME
+
+    what = f"a {share.name}" if share.name not in BY_NAME else BY_NAME[share.name].title
     sent = f"{share.traffic.bytes / 1e6:.1f} MB in {share.traffic.messages} messages"
     return (
         f"each of {ranks} devices: {what} about {duration(share.seconds)}, sends {sent}, "

@@ -136,10 +136,11 @@ class DecoderShape:
         for part in dict.fromkeys(parts):  # layers of the same shape on the same map are one
             unit = part.unit
             columns, row_block = self.columns * unit.scale, rows_at(strip_rows, unit.scale, own)
-            rows = min(row_block, self.own_rows * unit.scale)
+            rows = self.rows * unit.scale if part.called else min(row_block, self.own_rows * unit.scale)
             for size, channels in part.windows:
                 workspace = max(workspace, (size - 1 + max(rows, size // 2)) * channels * columns * element_bytes)
-            at_work = unit.working_bytes(rows, columns, element_bytes)
+            bytes_of = unit.called_bytes if part.called else unit.working_bytes
+            at_work = bytes_of(rows, columns, element_bytes)
             if not self.fused:
                 at_work += max(unit.unfused_bytes(rows, columns, element_bytes), min(FP32_PIECES_BYTES, at_work))
             working = max(working, waiting + at_work)
@@ -179,7 +180,7 @@ class _Part:
     """A unit and what it takes whatever the row blocks: the same of every unit of this shape on this map.
 
     held_channels: rows x channels of line buffers and queues, and macs, both for one pixel of the latent's width or
-    area. called_row_bytes: for each row of its map, where it is called as the module that it is.
+    area. called: as the module that it is, on the whole map at once; called_row_bytes: for each row of that.
     """
 
     unit: UnitShape
@@ -189,6 +190,7 @@ class _Part:
     layout_bytes: int
     called_row_bytes: int
     macs: int
+    called: bool
 
     @staticmethod
     def of(unit: UnitShape, element_bytes: int, resident: bool, fused: bool, leads: bool) -> _Part:
@@ -207,6 +209,7 @@ class _Part:
             (0 if as_it_is else unit.layout_bytes(element_bytes)) + lent_bytes,
             repeated * element_bytes,
             unit.macs * unit.scale**2,
+            called,
         )
 
 

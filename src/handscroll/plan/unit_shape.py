@@ -172,6 +172,16 @@ class UnitShape:
                 elements = rows * channels + rows * out_channels
         return elements * columns * element_bytes
 
+    def called_bytes(self, rows: int, columns: int, element_bytes: int) -> int:
+        """What an attention holds that is called as the module that it is, on a whole map of a few pixels.
+
+        At the most its input, queries, keys and values of each scale, all of them together, each of the three once
+        more, what they give, and the scores of every head.
+        """
+        positions, channels = rows * columns, self.inner * (1 + len(self.scales))
+        scores = channels // self.head_dim * positions**2
+        return (positions * (10 * channels + self.channels) + scores) * element_bytes
+
     def unfused_bytes(self, rows: int, columns: int, element_bytes: int) -> int:
         """What it holds beside without fused kernels: all windows, or of a depthwise convolution its results twice."""
         channels, out_channels, inner = self.channels, self.out_channels, self.inner

@@ -91,8 +91,7 @@ def stream(
                 if index + 1 in last_reader:
                     maps[index + 1] = _band_map(route, index + 1, len(made), new_map, exchange)
                 _fill(maps.get(index + 1), _told_of_rows(sweep(source, stages), len(made), told))
-                if exchange is not None:
-                    exchange.scaled(following.in_scale).merge(sums[index + 1])()
+                _put_together(sums[index + 1], None if exchange is None else exchange.scaled(following.in_scale))
             # Before the listener, who may trim the heap: with its buffers and weights.
             del stages, this, source
             if start and last_reader[start] == index:
@@ -143,6 +142,14 @@ def _band_map(
         needed = [route.of_map(index, own) for own in exchange.bands]
         halo = Halo(exchange.scaled(route.sweeps[index].in_scale), needed)
     return BandMap(RowMap(rows) if new_map is None else new_map(index, rows), halo)
+
+
+def _put_together(sums: Sums, exchange: Exchange | None) -> None:
+    """Makes sums of what rows gave; until then a tree's nodes are held."""
+    if exchange is not None:
+        exchange.merge(sums)()
+    for part in sums:
+        part.finish()
 
 
 def _fill(result: BandMap | None, row_blocks: Iterable[Tensor]) -> None:

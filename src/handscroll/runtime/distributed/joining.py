@@ -24,7 +24,7 @@ import torch.distributed as dist
 
 from handscroll.errors import HandscrollError, UsageError
 from handscroll.models.checkpoint import CheckpointSpec
-from handscroll.plan.inputs import Hardware, Rates
+from handscroll.plan.inputs import Hardware, PlanInputs, Rates
 from handscroll.request import Request, count_devices, device_of_rank
 from handscroll.runtime.distributed.beating import Beating, Line, OnFailure, accept, connect, listen
 from handscroll.runtime.distributed.plain import as_plain, of_plain
@@ -67,36 +67,55 @@ class Place:
         return place if place.size > 1 else None
 
 
-def device_of(request: Request, place: Place) -> str:
-    """What this rank of a request runs on. Raises UsageError for more ranks than devices."""
-    device = request.device if request.devices is None else device_of_rank(request.devices, place.local_rank)
-    if device != "auto" or not torch.cuda.is_available():
-        return "cpu" if device == "auto" else device
-    if place.local_rank >= torch.cuda.device_count():
-        raise UsageError(
-            f"rank {place.local_rank} of this host has no device: there are {torch.cuda.device_count()} CUDA devices; "
-            "ask for fewer, or for processes as --devices cpu:N"
-        )
-    return f"cuda:{place.local_rank}"
-
-
-def without_ranks(request: Request) -> Request:
-    """A request of one process. Raises UsageError where it names several devices."""
-    if request.devices is None:
-        return request
-    if count_devices(request.devices) > 1:
+def of_this_process(request: Request) -> Request:
+    """The request with the device that this process runs on. Raises UsageError for more ranks than devices."""
+    place, devices = Place.of_environment(), request.devices
+    if devices is not None and place is None and count_devices(devices) > 1:
         raise UsageError(
             "devices: one process makes pictures on one device; the command line's --devices starts a process for "
             "each, and so does torchrun"
         )
-    return dataclasses.replace(request, device=device_of_rank(request.devices, 0), devices=None)
+    rank = 0 if place is None else place.local_rank
+    device = request.device if devices is None else device_of_rank(devices, rank)
+    if place is not None and device == "auto":
+        device = _device_of_rank(rank)
+    return dataclasses.replace(request, device=device, devices=None)
+
+
+def _device_of_rank(rank: int) -> str:
+    """One device for each rank of a host, where there are CUDA devices."""
+    if not torch.cuda.is_available():
+        return "cpu"
+    if rank >= torch.cuda.device_count():
+        raise UsageError(
+            f"rank {rank} of this host has no device: there are {torch.cuda.device_count()} CUDA devices; ask for "
+            "fewer, or for processes as --devices cpu:N"
+        )
+    return f"cuda:{rank}"
 
 
 @contextmanager
-def joined(
-    place: Place, device: str, spec: CheckpointSpec, hardware: Hardware, on_failure: OnFailure
-) -> Iterator[Joined]:
+def leading(
+    spec: CheckpointSpec, inputs: PlanInputs, on_failure: OnFailure
+) -> Iterator[tuple[Joined | None, PlanInputs]]:
+    """The team that this process is the first of, None where it is alone, and what a plan for all of it is made from.
+
+    At the end the others are told that there is no more. Raises as `joined`.
+    """
+    if Place.of_environment() is None:
+        yield None, inputs
+        return
+    with joined(spec, inputs.hardware, on_failure) as found:
+        size = found.team.ranks.size
+        yield found, dataclasses.replace(inputs, hardware=found.hardware(inputs.hardware), ranks=size)
+        found.team.tell("end")
+
+
+@contextmanager
+def joined(spec: CheckpointSpec, hardware: Hardware, on_failure: OnFailure) -> Iterator[Joined]:
     """The team of this process, once all are there. Raises HandscrollError where they cannot be, or differ."""
+    place, device = Place.of_environment(), hardware.device
+    assert place is not None
     if device.startswith("cuda"):
         torch.cuda.set_device(device)
     _init(place, device)
@@ -131,9 +150,12 @@ class Joined:
     facts: Sequence[Mapping[str, Any]]
     beating: Beating
 
-    def measured(self, stage_peak_bytes: Mapping[str, int]) -> tuple[dict[str, Any], ...]:
-        """Of every rank its device, its host, and what each stage took there; asked as all are told to report."""
-        measured = self.team.collect({"stage_peak_bytes": dict(stage_peak_bytes)})
+    def measured(self, of_pictures: Sequence[Mapping[str, int]]) -> tuple[dict[str, Any], ...]:
+        """Of every rank its device, its host, and what each stage took there at most; the leader's is given."""
+        self.team.tell("report")
+        names = dict.fromkeys(name for each in of_pictures for name in each)
+        most = {name: max(each.get(name, 0) for each in of_pictures) for name in names}
+        measured = self.team.collect({"stage_peak_bytes": most})
         return tuple(
             {"device": facts["device"], "host": facts["host"], "measured_bytes": each["stage_peak_bytes"]}
             for facts, each in zip(self.facts, measured, strict=True)
