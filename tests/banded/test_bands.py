@@ -12,6 +12,7 @@ from torch import Tensor
 
 import miniatures
 from autoencoder_cases import CASES, DTYPES, autoencoder, latent_of
+from handscroll.banded import sums
 from handscroll.banded.autoencoder import cut_at_barriers, decode_rows, decoder_units, encode
 from handscroll.banded.exchange import Exchange
 from handscroll.banded.transformer import Branch, predict
@@ -115,3 +116,15 @@ def test_bands_of_an_encoder_change_no_bit(name: str, dtype: torch.dtype) -> Non
 
         for of_rank in on_ranks(size, work):
             assert torch.equal(of_rank, whole), f"{size} ranks, {height}x{width}"
+
+
+def test_sums_of_row_blocks_are_added_in_the_order_of_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on CUDA devices, where rows are not added each by itself: near to one rank's, and the same on all."""
+    monkeypatch.setattr(sums, "adds_rows", lambda device: False)
+    model = transformer("1.6b")
+    given = branches(model, 7, 5)
+    made = predicted(model, given, 3, (2.0, 1.0))
+    for of_rank in made:
+        for one, other, expected in zip(of_rank, made[0], predict(model, given), strict=True):
+            assert torch.equal(one, other)
+            torch.testing.assert_close(one, expected, atol=2e-5, rtol=0)

@@ -68,7 +68,8 @@ class Exchange:
         Each rank adds a slice of them for all: it gets that slice of every rank's nodes, and sends what they come to.
         So a rank sends hardly twice what it has, however many there are.
         """
-        nodes_of_ranks = [whole_nodes(rows) for rows in self.bands]
+        by_rows = parts[0].by_rows
+        nodes_of_ranks = [whole_nodes(rows) if by_rows else [(0, 0)] * bool(rows) for rows in self.bands]
         counts = [part.count for part in parts]
         own = torch.empty(len(nodes_of_ranks[self.ranks.rank]), sum(counts), device=parts[0].device)
         for row, nodes in zip(own, zip(*(part.nodes for part in parts), strict=True), strict=True):
@@ -85,12 +86,8 @@ class Exchange:
 
         def wait() -> None:
             arrived()
-            tree = RowTree()
-            for taken, of_rank in zip(takes, nodes_of_ranks, strict=True):
-                for (level, index), sums in zip(of_rank, taken, strict=True):
-                    tree.add(Node(level, index, sums))
             padded = own.new_zeros(slices[0].shape[1])
-            padded[: mine.shape[1]] = tree.total()
+            padded[: mine.shape[1]] = _total(takes, nodes_of_ranks) if by_rows else torch.cat(takes).sum(dim=0)
             total = torch.cat(self.ranks.gather(padded)())
             for part, sums in zip(parts, total[: sum(counts)].split(counts), strict=True):
                 part.become(sums)
@@ -106,6 +103,15 @@ class Exchange:
         parts = self.ranks.gather(padded)()
         cut = [part[: len(band)] for part, band in zip(parts, self.bands, strict=True)]
         return torch.cat(cut).transpose(0, dim).contiguous()
+
+
+def _total(sums_of_ranks: Sequence[Tensor], nodes_of_ranks: Sequence[Sequence[tuple[int, int]]]) -> Tensor:
+    """The sum of all nodes of a tree, given as the rows of a tensor for each rank, which are written over."""
+    tree = RowTree()
+    for of_rank, nodes in zip(sums_of_ranks, nodes_of_ranks, strict=True):
+        for (level, index), sums in zip(nodes, of_rank, strict=True):
+            tree.add(Node(level, index, sums))
+    return tree.total()
 
 
 class Halo:

@@ -66,6 +66,8 @@ class Traffic:
 def step_traffic(spec: TransformerSpec, job: Sampling, tokens: Sequence[int], rank: int) -> Traffic:
     """Of a step's forwards, with what is predicted, which all ranks get whole; tokens: of each branch's text."""
     element_bytes, total = BYTES[job.precision], Traffic()
+    if job.ranks == 1:
+        return total
     for bands in bands_of_branches(spec, job.rows, job.columns, tokens, job.ranks):
         own = bands.rows(rank)
         neighbours = sum(bands.owner(row) is not None for row in (own.start - 1, own.stop)) if own else 0
@@ -92,6 +94,8 @@ def step_flops(spec: TransformerSpec, job: Sampling, tokens: Sequence[int], rank
 def sweeps_traffic(shape: DecoderShape, stage: DecodeStage, rank: int) -> Traffic:
     """Of decoding or encoding a picture, without the picture or latent that comes out."""
     bands, total = Bands.of(shape.rows, shape.ranks), Traffic()
+    if shape.ranks == 1:
+        return total
     for index in range(1, len(shape)):
         attention = shape.sweeps[index][0]
         of_map = bands.scaled(attention.scale)

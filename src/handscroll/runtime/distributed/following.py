@@ -23,7 +23,7 @@ STAGE_OF = {"predict": DENOISE, "encode": DENOISE, "decode": DECODE}
 
 def do_as_told(team: Team, spec: CheckpointSpec) -> None:
     """Does what the leader tells, until that tells the end. Raises HandscrollError."""
-    meter = Meter(team.device)
+    meter, before = Meter(team.device), ""
     with Session(spec, team=team) as session:
         while (command := team.hear()).do != "end":
             if command.do == "report":
@@ -33,6 +33,9 @@ def do_as_told(team: Team, spec: CheckpointSpec) -> None:
             if command.do not in _DOES or plan is None:
                 raise HandscrollError(f"the leader tells what is not known: {command.do}")
             session.scratch = _scratch_of(command)
+            if command.do != before:
+                session.free_but(plan.kept)  # here, so that no stage is measured with the one before
+            before = command.do
             with (
                 job_settings(plan.device, plan.budget_bytes),
                 torch.inference_mode(),
