@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -59,13 +61,19 @@ def test_ranks_make_the_same_file(miniature: Miniature, tmp_path: Path, row: str
 # Imported by every process as it starts: a state after each step, and time to end a rank in.
 SLOW_STEPS = """
 import time
+from handscroll import pipeline
+from handscroll.runtime import decode
 from handscroll.runtime.sampling import schedule
 schedule.SAVE_AFTER_SECONDS, schedule.SAVE_SHARE = 0, float("inf")
-done = schedule.SamplerRun.step_done
-def step_done(*arguments, **options):
-    time.sleep(0.2)
-    return done(*arguments, **options)
-schedule.SamplerRun.step_done = step_done
+def slow(owner, name, seconds):
+    run = getattr(owner, name)
+    def slowed(*arguments, **options):
+        time.sleep(seconds)
+        return run(*arguments, **options)
+    setattr(owner, name, slowed)
+slow(pipeline, "encode_prompts", 2)
+slow(schedule.SamplerRun, "step_done", 0.2)
+slow(decode, "_Pixels", 1)
 """
 
 
@@ -122,14 +130,22 @@ def is_there(process: int) -> bool:
         pytest.param(0, signal.SIGSTOP, "does not answer any more", marks=pytest.mark.thorough),
     ],
 )
+@pytest.mark.parametrize(
+    "sign",
+    [
+        "state-1.safetensors",  # denoising
+        pytest.param("job.json", marks=pytest.mark.thorough),  # the prompt
+        pytest.param("latent-1.safetensors", marks=pytest.mark.thorough),  # decoding
+    ],
+)
 def test_a_rank_that_ends_or_hangs_ends_all(
-    miniature: Miniature, tmp_path: Path, slowly: dict[str, str], rank: int, by: signal.Signals, said: str
+    miniature: Miniature, tmp_path: Path, slowly: dict[str, str], sign: str, rank: int, by: signal.Signals, said: str
 ) -> None:
     model, asked = miniature("1.6b"), ["--size", "160x96", "--steps", "20"]
     alone = made(tmp_path / "alone.png", model, *asked)
     path = tmp_path / "ranks.png"
     with started(path, model, *asked, "--devices", "cpu:2", **slowly) as launched:
-        until(tmp_path / "ranks.png.run" / "state-1.safetensors")
+        until(tmp_path / "ranks.png.run" / sign)
         ranks = ranks_of(launched.pid)
         os.kill(ranks[rank], by)
         at = time.monotonic()
@@ -138,11 +154,30 @@ def test_a_rank_that_ends_or_hangs_ends_all(
     assert launched.returncode == 1
     assert said in errors, errors
     assert not any(map(is_there, ranks.values()))
-    assert (tmp_path / "ranks.png.run" / "state-1.safetensors").exists()
-    again = run("resume", str(path), "--devices", "cpu:3", "--quiet", "--json")
+    if sign == "job.json":
+        return
+    assert (tmp_path / "ranks.png.run" / sign).exists()
+    again = run("resume", str(path), *(["--devices", "cpu:3"] if rank else []), "--quiet", "--json")
     assert again.returncode == 0, again.stderr
     assert json.loads(again.stdout)["resumed_from_step"]
     assert path.read_bytes() == alone
+
+
+@pytest.mark.thorough
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="looks into /proc")
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_that_ends_before_all_are_there(miniature: Miniature, tmp_path: Path, rank: int) -> None:
+    with started(tmp_path / "a.png", miniature("1.6b"), "--size", "64", "--devices", "cpu:2") as launched:
+        while rank not in (ranks := ranks_of(launched.pid)):
+            time.sleep(0.05)
+        os.kill(ranks[rank], signal.SIGKILL)
+        at = time.monotonic()
+        _, errors = launched.communicate(timeout=60)
+        assert time.monotonic() - at < SOON_S
+    assert launched.returncode == 1
+    assert f"rank {rank} (process" in errors
+    assert "SIGKILL" in errors
+    assert not any(map(is_there, ranks_of(launched.pid).values()))
 
 
 @pytest.mark.parametrize(
@@ -177,6 +212,51 @@ def test_an_address_where_nobody_answers(tmp_path: Path) -> None:
     done = run("generate", "a lake", "-o", str(tmp_path / "a.png"), HANDSCROLL_JOIN_S="3", **ranks)
     assert done.returncode == 1
     assert "does not reach the others at 127.0.0.1:1 within 3 s" in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def as_ranks(tmp_path: Path, port: int, *models: Path) -> list[subprocess.CompletedProcess[str]]:
+    """A rank for each model, as torchrun starts them on hosts of their own."""
+    with ThreadPoolExecutor(len(models)) as pool:
+
+        def rank(number: int) -> subprocess.CompletedProcess[str]:
+            asked = ["generate", "a lake", "--model", str(models[number]), "-o", str(tmp_path / "a.png")]
+            place = {"RANK": str(number), "WORLD_SIZE": str(len(models)), "LOCAL_RANK": str(number)}
+            place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+            return run(*asked, "--size", "64", "--quiet", *ASKED, HANDSCROLL_JOIN_S="30", **place)
+
+        return list(pool.map(rank, range(len(models))))
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return int(found.getsockname()[1])
+
+
+def test_ranks_of_torchrun_with_different_checkpoints(miniature: Miniature, tmp_path: Path) -> None:
+    for done in as_ranks(tmp_path, free_port(), miniature("1.6b"), miniature("0.6b")):
+        assert done.returncode == 2
+        assert "the checkpoint (a digest of its files) is" in done.stderr
+        assert done.stderr.count("\n") == 1
+    assert not (tmp_path / "a.png").exists()
+
+
+@pytest.mark.thorough
+def test_ranks_of_torchrun_make_the_same_file(miniature: Miniature, tmp_path: Path) -> None:
+    model = miniature("1.6b")
+    first, second = as_ranks(tmp_path, free_port(), model, model)
+    assert (first.returncode, second.returncode) == (0, 0), first.stderr + second.stderr
+    assert (tmp_path / "a.png").read_bytes() == made(tmp_path / "alone.png", model, "--size", "64")
+
+
+def test_a_port_in_use(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        place = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
+        place["MASTER_PORT"] = str(taken.getsockname()[1])
+        done = run("generate", "a lake", "-o", str(tmp_path / "a.png"), HANDSCROLL_JOIN_S="3", **place)
+    assert done.returncode == 1
+    assert f"port 127.0.0.1:{place['MASTER_PORT']} is in use" in done.stderr
     assert done.stderr.count("\n") == 1
 
 

@@ -10,6 +10,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
+# Enough to tell apart any two ways to cut.
+BISECTIONS = 60
+
 
 @dataclass(frozen=True, slots=True)
 class Bands:
@@ -35,17 +38,22 @@ class Bands:
         return cls(tuple(ends))
 
     @classmethod
-    def stacked(cls, rows: int, weights: Sequence[float], ranks: int) -> list[Bands]:
-        """Of several maps of `rows` rows, whose rows take as much work as their `weights` say: the maps are laid one
-        below another and cut into parts of equal work, so that a rank has rows of one map, or of two.
+    def stacked(cls, rows: int, weights: Sequence[float], ranks: int, halo: float = 0.0) -> list[Bands]:
+        """Of several maps of `rows` rows: they are laid one below another and cut for the ranks. So a rank has rows of
+        one map, seldom of two, and the one with most to do has as little as can be.
+
+        weights: the work of a row of each map; halo: that of a row of another rank next to a band.
         """
-        heights = [Fraction(weight) * rows for weight in weights]
-        total, above, found = sum(heights), Fraction(0), []
-        for weight, height in zip(weights, heights, strict=True):
-            ends = [round((total * (rank + 1) / ranks - above) / Fraction(weight)) for rank in range(ranks)]
-            found.append(cls(tuple(min(max(end, 0), rows) for end in ends)))
-            above += height
-        return found
+        least, most = sum(weights) * rows / ranks, (max(weights) + 2 * halo) * rows * len(weights)
+        for _ in range(BISECTIONS):
+            middle = (least + most) / 2
+            if _packed(rows, weights, ranks, halo, middle) is None:
+                least = middle
+            else:
+                most = middle
+        found = _packed(rows, weights, ranks, halo, most)
+        assert found is not None
+        return [cls(tuple(ends)) for ends in found]
 
     def __len__(self) -> int:
         return len(self.ends)
@@ -70,6 +78,31 @@ class Bands:
         if any(end != int(end) for end in ends):
             raise ValueError(f"bands that end at rows {list(self.ends)} have no whole rows at {scale} times the height")
         return Bands(tuple(map(int, ends)))
+
+
+def _packed(rows: int, weights: Sequence[float], ranks: int, halo: float, most: float) -> list[list[int]] | None:
+    """For each map the ends of its bands, where every rank takes as many rows as are at most so much work; None where
+    rows are left over.
+    """
+    ends: list[list[int]] = [[] for _ in weights]
+    index = row = 0
+    for _ in range(ranks):
+        left = most
+        while index < len(weights):
+            left -= halo * (row > 0)
+            to_end = rows - row
+            if left >= to_end * weights[index]:
+                taken = to_end
+            else:
+                taken = min(to_end - 1, max(0, int((left - halo) / weights[index])))
+            left -= taken * weights[index]
+            row += taken
+            if row < rows:
+                break
+            index, row = index + 1, 0
+        for number, each in enumerate(ends):
+            each.append(rows if number < index else row if number == index else 0)
+    return ends if index == len(weights) else None
 
 
 @dataclass(frozen=True, slots=True)

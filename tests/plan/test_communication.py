@@ -99,7 +99,7 @@ def test_eight_ranks_send_a_fiftieth_of_keys_and_values() -> None:
 
 
 @pytest.mark.parametrize("ranks", [2, 4, 8])
-@pytest.mark.parametrize("tokens", [(300, 300), (64, 1)])
+@pytest.mark.parametrize("tokens", [(300, 300), (300, 1), (64, 1), (20, 20), (150, 40)])
 def test_work_is_shared_evenly_at_4096(ranks: int, tokens: tuple[int, int]) -> None:
     """Of 20 steps and the decoder, without the text's keys and values, which all ranks make."""
     spec = known_specs()["sana-1.6b-4k"]

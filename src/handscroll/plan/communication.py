@@ -17,7 +17,7 @@ from handscroll.models.checkpoint import CheckpointSpec
 from handscroll.models.transformer import TransformerSpec
 from handscroll.plan.decode import DecodeStage
 from handscroll.plan.decoder_shape import DecoderShape
-from handscroll.plan.denoise import Sampling, bands_of_branches, row_flops
+from handscroll.plan.denoise import Sampling, bands_of_branches, halo_row_flops, row_flops
 from handscroll.plan.inputs import Rates
 from handscroll.plan.plan import Plan
 from handscroll.plan.precision import BYTES
@@ -87,7 +87,7 @@ def step_flops(spec: TransformerSpec, job: Sampling, tokens: Sequence[int], rank
         own = bands.rows(rank)
         halo_rows = sum(bands.owner(row) is not None for row in (own.start - 1, own.stop)) if own else 0
         total += len(own) * row_flops(spec, job.columns, count)
-        total += 2 * halo_rows * job.columns * spec.width * 2 * spec.hidden_channels
+        total += halo_rows * halo_row_flops(spec, job.columns)
     return total * spec.num_layers
 
 

@@ -266,7 +266,7 @@ def bands_of_branches(spec: TransformerSpec, rows: int, columns: int, tokens: Se
     Branches are stacked and cut into parts of equal work: so hardly any rank has a halo in more than one of them.
     """
     weights = [row_flops(spec, columns, count) for count in tokens]
-    return Bands.stacked(rows, weights, ranks)
+    return Bands.stacked(rows, weights, ranks, halo_row_flops(spec, columns))
 
 
 def row_flops(spec: TransformerSpec, columns: int, tokens: int) -> float:
@@ -276,6 +276,11 @@ def row_flops(spec: TransformerSpec, columns: int, tokens: int) -> float:
     asked = 2 * columns * 2 * width * cross + 4 * columns * tokens * cross if tokens > 1 else 0
     feed_forward = 2 * columns * (width * 2 * hidden + 9 * 2 * hidden + hidden * width)
     return float(attention + asked + feed_forward)
+
+
+def halo_row_flops(spec: TransformerSpec, columns: int) -> float:
+    """Of a layer, what a row next to a band takes: the Mix-FFN's first matrix."""
+    return float(2 * columns * spec.width * 2 * spec.hidden_channels)
 
 
 def exchange_bytes(spec: TransformerSpec, job: Sampling) -> int:
