@@ -41,11 +41,11 @@ def made(path: Path, model: Path, *arguments: str) -> bytes:
     ("row", "asked", "ranks"),
     [
         ("1.6b", ["--size", "96x224"], "cpu:3"),
-        pytest.param("1.6b", ["--size", "96x224"], "cpu:7", marks=pytest.mark.thorough),
+        pytest.param("1.6b", ["--size", "96x224"], "cpu:7", marks=pytest.mark.slow),
         pytest.param("1.6b", ["--size", "90x250", "--precision", "bf16"], "cpu:4", marks=pytest.mark.thorough),
         pytest.param("1.6b", ["--size", "64x160", "--precision", "int8"], "cpu:2", marks=pytest.mark.thorough),
-        pytest.param("1.6b", ["--size", "64x160", "--precision", "int4"], "cpu:2", marks=pytest.mark.thorough),
-        pytest.param("sprint-1.6b", ["--size", "64x160"], "cpu:2", marks=pytest.mark.thorough),
+        pytest.param("1.6b", ["--size", "64x160", "--precision", "int4"], "cpu:2", marks=pytest.mark.slow),
+        pytest.param("sprint-1.6b", ["--size", "64x160"], "cpu:2", marks=pytest.mark.slow),
         pytest.param("1.6b-4k", ["--size", "256", "--compose", "128"], "cpu:2", marks=pytest.mark.thorough),
     ],
 )
@@ -127,15 +127,15 @@ def is_there(process: int) -> bool:
         (1, signal.SIGKILL, "rank 1 (cpu, process"),
         pytest.param(0, signal.SIGKILL, "SIGKILL", marks=pytest.mark.thorough),
         pytest.param(1, signal.SIGSTOP, "does not answer any more", marks=pytest.mark.thorough),
-        pytest.param(0, signal.SIGSTOP, "does not answer any more", marks=pytest.mark.thorough),
+        pytest.param(0, signal.SIGSTOP, "does not answer any more", marks=pytest.mark.slow),
     ],
 )
 @pytest.mark.parametrize(
     "sign",
     [
         "state-1.safetensors",  # denoising
-        pytest.param("job.json", marks=pytest.mark.thorough),  # the prompt
-        pytest.param("latent-1.safetensors", marks=pytest.mark.thorough),  # decoding
+        pytest.param("job.json", marks=pytest.mark.slow),  # the prompt
+        pytest.param("latent-1.safetensors", marks=pytest.mark.slow),  # decoding
     ],
 )
 def test_a_rank_that_ends_or_hangs_ends_all(
@@ -178,6 +178,29 @@ def test_a_rank_that_ends_before_all_are_there(miniature: Miniature, tmp_path: P
     assert f"rank {rank} (process" in errors
     assert "SIGKILL" in errors
     assert not any(map(is_there, ranks_of(launched.pid).values()))
+
+
+@pytest.mark.thorough
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="looks into /proc")
+@pytest.mark.parametrize("by", [signal.SIGINT, signal.SIGKILL])
+def test_ranks_end_with_the_process_that_started_them(
+    miniature: Miniature, tmp_path: Path, slowly: dict[str, str], by: signal.Signals
+) -> None:
+    path = tmp_path / "ranks.png"
+    with started(path, miniature("1.6b"), "--size", "96", "--steps", "40", "--devices", "cpu:2", **slowly) as launched:
+        until(tmp_path / "ranks.png.run" / "state-1.safetensors")
+        ranks = ranks_of(launched.pid)
+        launched.send_signal(by)
+        at = time.monotonic()
+        _, errors = launched.communicate(timeout=60)
+        while any(map(is_there, ranks.values())):
+            assert time.monotonic() - at < SOON_S
+            time.sleep(0.1)
+    if by == signal.SIGINT:
+        assert launched.returncode == 130
+        assert "interrupted" in errors.splitlines()[-1]
+        assert "handscroll resume" in errors.splitlines()[-1]
+    assert (tmp_path / "ranks.png.run" / "state-1.safetensors").exists()
 
 
 @pytest.mark.parametrize(

@@ -39,13 +39,17 @@ def predicted(
     return on_ranks(size, work)
 
 
-def most_thorough(names: Iterable[str], *always: str) -> list[Any]:
-    """All of them, most only where there is time."""
-    return [pytest.param(name, marks=() if name in always else pytest.mark.thorough) for name in names]
+def each(names: Iterable[str], *always: str) -> list[Any]:
+    """Every name in both types, most of them only where there is time."""
+    marks = {torch.float32: pytest.mark.thorough, torch.bfloat16: pytest.mark.slow}
+    return [
+        pytest.param(name, dtype, marks=() if name in always else marks[dtype], id=f"{name}-{dtype}")
+        for name in names
+        for dtype in DTYPES
+    ]
 
 
-@pytest.mark.parametrize("row", most_thorough(miniatures.ROWS, "1.6b", "sprint-1.6b"))
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("row", "dtype"), each(miniatures.ROWS, "1.6b"))
 def test_bands_of_a_transformer_change_no_bit(row: str, dtype: torch.dtype) -> None:
     model = transformer(row, dtype)
     for height, width in SIZES:
@@ -72,8 +76,7 @@ def test_bands_of_another_height_are_refused() -> None:
         predict(model, branches(model, 4, 4), exchanges=[Exchange(ThreadRanks(0, {}, 1), Bands.of(5, 1))] * 2)
 
 
-@pytest.mark.parametrize("name", most_thorough(CASES, "f32", "f32 by shuffling"))
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("name", "dtype"), each(CASES, "f32"))
 def test_bands_of_a_decoder_change_no_bit(name: str, dtype: torch.dtype) -> None:
     model = copy.deepcopy(autoencoder(name)).to(dtype)
     for height, width in ((2, 2), (5, 7), (9, 1)):
@@ -101,8 +104,7 @@ def restarted(sweeps: int) -> list[int]:
     return [min(index, 1) for index in range(sweeps)]
 
 
-@pytest.mark.parametrize("name", most_thorough(CASES, "f32", "f32 by shuffling"))
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("name", "dtype"), each(CASES, "f32"))
 def test_bands_of_an_encoder_change_no_bit(name: str, dtype: torch.dtype) -> None:
     model = copy.deepcopy(autoencoder(name)).to(dtype)
     scale = model.decoder(latent_of(model, 1, 1, batch=1).to(dtype)).shape[-1]

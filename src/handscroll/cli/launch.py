@@ -22,6 +22,7 @@ import typer
 
 from handscroll.cli.output import to_json
 from handscroll.request import Request, count_devices
+from handscroll.system import LAUNCHER
 from handscroll.units import one_line
 
 # What this process was called with, for the ranks that it starts.
@@ -30,7 +31,6 @@ ARGUMENTS: ContextVar[Sequence[str]] = ContextVar("ARGUMENTS", default=())
 POLL_S = 0.1
 GRACE_S = 2.0  # for a rank to say why, once another has ended
 STOPPED_S = 8.0  # a rank that somebody stopped is taken for lost
-LAUNCHER = "HANDSCROLL_LAUNCHER"  # the process that started the ranks, which end with it
 
 
 def start_ranks(devices: str | None) -> None:
@@ -89,7 +89,7 @@ def _run_ranks(count: int, arguments: Sequence[str]) -> int:
     """The exit code of all ranks together."""
     port = _free_port()
     ranks: list[_Rank] = []
-    before = {number: signal.signal(number, lambda number, frame: _pass_on(ranks, number)) for number in _SIGNALS}
+    before = {number: signal.signal(number, lambda number, _: _pass_on(ranks, number)) for number in _SIGNALS}
     try:
         for number in range(count):
             ranks.append(_started(number, count, port, arguments))
@@ -105,12 +105,12 @@ def _run_ranks(count: int, arguments: Sequence[str]) -> int:
             signal.signal(number, handler)
 
 
-_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 
 
 def _pass_on(ranks: Sequence[_Rank], number: int) -> None:
-    """Hands a wish to end to the leader, which ends in order; a terminal's Ctrl-C has reached it already."""
-    if number != signal.SIGINT and ranks and ranks[0].process.poll() is None:
+    """Hands a wish to end to the leader, which ends in order and ends the others."""
+    if ranks and ranks[0].process.poll() is None:
         ranks[0].process.send_signal(number)
 
 
@@ -121,10 +121,12 @@ def _started(number: int, count: int, port: int, arguments: Sequence[str]) -> _R
     # Teams of threads that share cores wait for each other.
     environ.setdefault("OMP_NUM_THREADS", str(max(1, _cores() // count)))
     command = [sys.executable, "-m", "handscroll", *arguments]
+    # In sessions of their own: a terminal's Ctrl-C comes here alone, and is passed on as any other.
     if number == 0:
-        return _Rank(number, subprocess.Popen(command, env=environ), None)
+        return _Rank(number, subprocess.Popen(command, env=environ, start_new_session=True), None)
     said = tempfile.TemporaryFile()  # noqa: SIM115
-    process = subprocess.Popen(command, env=environ, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=said)
+    nothing = subprocess.DEVNULL
+    process = subprocess.Popen(command, env=environ, stdin=nothing, stdout=nothing, stderr=said, start_new_session=True)
     return _Rank(number, process, said)
 
 

@@ -15,6 +15,8 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any, NoReturn
 
+from handscroll.system import LAUNCHER
+
 BEAT_S = 0.5
 SILENT_S = 6.0  # a process that is merely slow beats from a thread of its own
 JOIN_S = 60.0
@@ -111,7 +113,11 @@ class Beating:
             line.send({"error": facts})
 
     def _beat(self) -> None:
+        launcher = os.environ.get(LAUNCHER)
         while not self._stopped.wait(BEAT_S):
+            if launcher is not None and str(os.getppid()) != launcher:
+                self._fail("the process that started the ranks has ended", {})
+                return
             for line in self._lines.values():
                 line.send()
 
@@ -131,7 +137,7 @@ class Beating:
                 continue
             return
 
-    def _fail(self, message: str, facts: Mapping[str, Any], of: Line) -> None:
+    def _fail(self, message: str, facts: Mapping[str, Any], of: Line | None = None) -> None:
         if self._stopped.is_set() or not self._once.acquire(blocking=False):
             return
         told = {"code": "rank_failed", "exit_code": 1, **facts, "message": message}
