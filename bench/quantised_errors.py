@@ -23,7 +23,7 @@ from torch import nn
 from handscroll.banded.layers import LayerPass
 from handscroll.banded.rows import RowMap
 from handscroll.banded.transformer import Branch
-from handscroll.banded.transformer.block import through_block
+from handscroll.banded.transformer.block import BlockPass
 from handscroll.banded.transformer.branch import BranchState
 from handscroll.banded.transformer.embed import embedded, projected
 from handscroll.models.quantisation import NATIVE, form_of
@@ -83,7 +83,8 @@ def measured(model: str, heavy: bool, options: argparse.Namespace) -> tuple[dict
     )
     states = [BranchState.of(transformer, branch, None) for _ in variants]
     for state in states:
-        state.refill(RowMap, embedded(transformer.patch_embed, branch.latent, state.band_rows, LayerPass(False)))
+        rows = range(state.rows)
+        state.refill(RowMap, embedded(transformer.patch_embed, branch.latent, rows, state.band_rows, LayerPass(False)))
     matrix_errors: dict[str, list[float]] = {}
     for _ in range(layers):
         restore(block)
@@ -103,7 +104,7 @@ def measured(model: str, heavy: bool, options: argparse.Namespace) -> tuple[dict
                     hang(owner, *made[precision][name][:2])
                 else:
                     hang(owner, weight, None)
-            state.refill(RowMap, through_block(block, state, LayerPass(False)))
+            state.refill(RowMap, BlockPass(block, state, LayerPass(False)).row_blocks())
     predictions = [projected(transformer, state, LayerPass(False)) for state in states]
     errors: dict[str, Any] = {}
     for (precision, kind), prediction in zip(variants[1:], predictions[1:], strict=True):

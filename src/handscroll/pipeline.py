@@ -33,14 +33,20 @@ from handscroll.pictures.formats import check_quality
 from handscroll.pictures.metadata import not_in_file, parameters_text
 from handscroll.pictures.targets import Target, check_format, check_target
 from handscroll.pictures.writing import write_image
+from handscroll.plan.communication import Link, Share, shares
 from handscroll.plan.inputs import PlanInputs
 from handscroll.plan.plan import Plan
 from handscroll.plan.search import SmallerWeights, make_plan, minimum_bytes, with_smaller_weights
 from handscroll.plan.stages import DECODE, DENOISE, TEXT
-from handscroll.request import Request, as_request, indexed, random_seed
+from handscroll.plan.unused import uses_negative
+from handscroll.request import Request, as_request, count_devices, device_of_rank, indexed, random_seed
 from handscroll.runtime.decode import DecodeProgress, decode_rows
 from handscroll.runtime.denoise import denoise_picture
-from handscroll.runtime.device import scratch_folder
+from handscroll.runtime.device import find_hardware, scratch_folder
+from handscroll.runtime.distributed import Team
+from handscroll.runtime.distributed.beating import OnFailure, end_process
+from handscroll.runtime.distributed.following import do_as_told
+from handscroll.runtime.distributed.joining import joined, leading, of_this_process
 from handscroll.runtime.memory import Meter
 from handscroll.runtime.probe import probe
 from handscroll.runtime.session import Session
@@ -55,18 +61,32 @@ def generate(
     save_latent: str | Path | None = None,
     quality: int | None = None,
     on_event: OnEvent = ignore,
+    on_failure: OnFailure = end_process,
 ) -> list[Result]:
     """Makes the pictures of a request and writes them to `path` (`name-1.png`, ... for more than one).
 
     Whatever can be refused is refused before a weight is read. What is finished is kept in a run folder beside `path`
     until the pictures are written: the same request goes on from there, another starts over.
     Seconds and memory in the results are this session's. Raises HandscrollError, and what `on_event` raises.
+
+    In a process that is one of several, as torchrun starts them, the first makes the pictures so, and all others
+    `follow`; on_failure is called, and must end the process, when one of them has ended or does not answer.
     """
     request, on_event = as_request(request), listener(on_event)
     path, quality = as_path("path", path), check_quality(quality)
     save_latent = None if save_latent is None else as_path("save_latent", save_latent)
     spec = open_checkpoint(request.model, request.revision, on_progress=on_fetch(on_event))
-    return _made(request, spec, path, save_latent, quality, on_event)
+    return _made(request, spec, path, save_latent, quality, on_event, on_failure)
+
+
+def follow(request: Request, on_failure: OnFailure = end_process) -> None:
+    """As one of several processes but the first, makes bands of the pictures that the first one makes. Of the request
+    the model and the device are used. Raises HandscrollError; on_failure as in `generate`.
+    """
+    spec = open_checkpoint(request.model, request.revision)
+    hardware = find_hardware(of_this_process(request).device)
+    with joined(spec, hardware, on_failure) as found:
+        do_as_told(found.team, spec)
 
 
 def _made(
@@ -76,11 +96,30 @@ def _made(
     save_latent: Path | None,
     quality: int | None,
     on_event: OnEvent,
+    on_failure: OnFailure,
     *,
     must_go_on: bool = False,
 ) -> list[Result]:
-    """`generate` by a model that is there. `must_go_on` refuses to start over."""
-    inputs = probe(spec, request, path)
+    """`generate` by a model that is there, alone or as the first of several. `must_go_on` refuses to start over."""
+    request = of_this_process(request)
+    with leading(spec, probe(spec, request, path), on_failure) as (found, inputs):
+        team = None if found is None else found.team
+        results = _made_by(team, inputs, request, spec, path, save_latent, quality, on_event, must_go_on)
+        of_ranks = None if found is None else found.measured([result.stage_peak_bytes for result in results])
+    return [dataclasses.replace(result, ranks=of_ranks) for result in results]
+
+
+def _made_by(
+    team: Team | None,
+    inputs: PlanInputs,
+    request: Request,
+    spec: CheckpointSpec,
+    path: Path,
+    save_latent: Path | None,
+    quality: int | None,
+    on_event: OnEvent,
+    must_go_on: bool,
+) -> list[Result]:
     plan = make_plan(spec, request, inputs, random_seed())
     targets = _targets(path, plan)
     latent_paths = _latent_targets(save_latent, plan)
@@ -92,7 +131,7 @@ def _made(
         job_settings(plan.device, plan.budget_bytes),
         torch.inference_mode(),
         RunFolder.open(job, on_event, must_go_on=must_go_on) as run,
-        Session(spec, scratch=scratch_folder(run.folder), on_event=on_event) as session,
+        Session(spec, scratch=scratch_folder(run.folder), on_event=on_event, team=team) as session,
     ):
         plan = dataclasses.replace(plan, seeds=run.seeds)
         plans = [plan] * len(plan.seeds)
@@ -126,9 +165,11 @@ def resume(
     model: str | None = None,
     save_latent: str | Path | None = None,
     device: str | None = None,
+    devices: str | None = None,
     memory_bytes: int | None = None,
     fetch: bool = False,
     on_event: OnEvent = ignore,
+    on_failure: OnFailure = end_process,
 ) -> list[Result]:
     """Goes on with an unfinished run, given by its folder or by its picture's path, to the same pictures.
 
@@ -144,12 +185,12 @@ def resume(
     folder = find_run(as_path("run", run))
     check_plain(folder)
     job = read_job(folder)
-    request = job.resumed(device, memory_bytes, model)
+    request = job.resumed(device, memory_bytes, model, devices)
     save_latent = save_latent or _latent_of(folder, job)
     if model is None:
         _check_fetch(folder / "job.json", request, fetch)
     spec = open_checkpoint(request.model, request.revision, on_progress=on_fetch(on_event))
-    return _made(request, spec, job.output, save_latent, job.quality, on_event, must_go_on=True)
+    return _made(request, spec, job.output, save_latent, job.quality, on_event, on_failure, must_go_on=True)
 
 
 def _check_fetch(file: Path, request: Request, fetch: bool) -> None:
@@ -230,11 +271,16 @@ def plan_of(
 
 
 def plans_of(
-    request: Request, path: str | Path | None = None, on_event: OnEvent = ignore
-) -> tuple[CheckpointSpec, Plan, int | None, list[SmallerWeights]]:
-    """As `plan_of`, and what it would take with smaller weights."""
+    request: Request, path: str | Path | None = None, on_event: OnEvent = ignore, link: Link | None = None
+) -> tuple[CheckpointSpec, Plan, int | None, list[SmallerWeights], list[Share]]:
+    """As `plan_of`, what it would take with smaller weights, and what one of several devices does, joined by `link`."""
     spec, plan, inputs, request = _planned(request, path, on_event)
-    return spec, plan, minimum_bytes(plan, spec, inputs), list(with_smaller_weights(plan, spec, inputs, request))
+    smaller = list(with_smaller_weights(plan, spec, inputs, request))
+    shared: list[Share] = []
+    if plan.ranks > 1:
+        tokens = [inputs.tokens or 1, 1] if uses_negative(spec, plan) else [inputs.tokens or 1]
+        shared = shares(plan, spec, tokens, inputs.hardware.rates, link or Link())
+    return spec, plan, minimum_bytes(plan, spec, inputs), smaller, shared
 
 
 def _planned(
@@ -243,7 +289,13 @@ def _planned(
     request, on_event = as_request(request), listener(on_event)
     output = None if path is None else as_path("path", path)
     spec = open_checkpoint(request.model, request.revision, on_progress=on_fetch(on_event), weights_too=False)
+    devices = request.devices
+    if devices is not None:
+        request = dataclasses.replace(request, device=device_of_rank(devices, 0), devices=None)
     inputs = probe(spec, request, output)
+    if devices is not None:
+        ranks = count_devices(devices)
+        inputs = dataclasses.replace(inputs, ranks=ranks, hardware=inputs.hardware.shared(ranks))
     plan = _told(make_plan(spec, request, inputs, random_seed()), (), on_event)
     if output is not None:
         check_format(output, plan.width, plan.height)

@@ -44,6 +44,29 @@ def check_device(name: str, device: str) -> None:
         raise UsageError(f"{name} {shown(device)} is not known; use auto, cpu, cuda or cuda:N")
 
 
+def check_devices(name: str, devices: str) -> None:
+    """Raises UsageError for what is neither a number of devices, nor cpu:N, nor a list of CUDA devices."""
+    if re.fullmatch(r"cpu:[1-9][0-9]{0,3}|[1-9][0-9]{0,3}|cuda:[0-9]{1,4}(,cuda:[0-9]{1,4})*", devices):
+        listed = devices.split(",")
+        if twice := next((each for each in listed if listed.count(each) > 1), None):
+            raise UsageError(f"{name} {shown(devices)} names {twice} twice; give each device once")
+        return
+    mixed = "; processors and GPUs cannot be mixed" if "cpu" in devices and "cuda" in devices else ""
+    raise UsageError(f"{name} {shown(devices)} is not known; use a number, cpu:N, or cuda:0,cuda:2{mixed}")
+
+
+def count_devices(devices: str) -> int:
+    """How many devices, and so ranks, are asked for."""
+    return len(devices.split(",")) if devices.startswith("cuda") else int(devices.removeprefix("cpu:"))
+
+
+def device_of_rank(devices: str, rank: int) -> str:
+    """What a rank of these runs on: `cpu`, `cuda:N`, or `auto` where only their number was given."""
+    if devices.startswith("cuda"):
+        return devices.split(",")[rank]
+    return "cpu" if devices.startswith("cpu") else "auto"
+
+
 def check_precision(name: str, precision: str) -> None:
     """Raises UsageError for what is neither a type, nor what weights are kept in, nor one with the other behind a +."""
     stored, plus, computed = precision.partition("+")
@@ -166,6 +189,15 @@ class Request:
         commands=OPENING,
         left_to={"resume": "What to compute on. Left out, as before."},
     )
+    devices: str | None = option(
+        None,
+        "Make every picture on several devices, a band of rows each, to the same picture: how many, cpu:N for N "
+        "processes, or a list. --memory is then of each.",
+        metavar="N|cpu:N|cuda:A,cuda:B",
+        check=check_devices,
+        commands=("generate", "plan"),
+        left_to={"resume": "Devices to go on with, as of `generate`; also more or fewer than before."},
+    )
     decode: DecodeName = option(
         "rows",
         "From latent to pixels: by rows, exact in little memory; or as others do it, to compare: whole, exact; in "
@@ -229,6 +261,10 @@ class Request:
             object.__setattr__(self, "seed", None)
         if self.seed is not None:
             check_range("the last picture's seed", self.seed + self.count - 1, 0, MAX_SEED)
+        if self.devices is not None and self.device != "auto":
+            raise UsageError("--device names one device and --devices several; leave one of them out")
+        if self.devices is not None and self.decode != "rows":
+            raise UsageError(f"--devices decodes by rows alone; leave out --decode {self.decode}")
         if self.memory_bytes is not None and self.decode != "rows":
             raise UsageError(
                 f"a memory budget is kept by --decode rows alone; leave out --memory or --decode {self.decode}"

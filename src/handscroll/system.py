@@ -18,6 +18,10 @@ if TYPE_CHECKING:
     import psutil
 
 
+# In the environment of a rank: the process that started it.
+LAUNCHER = "HANDSCROLL_LAUNCHER"
+
+
 @dataclass(frozen=True)
 class Memory:
     """In bytes: what there is in all, and what this process could still get. None where the system does not tell."""

@@ -54,6 +54,28 @@ def parse_bytes(text: str) -> int:
     return int(Decimal(found[1]) * base ** " kmgt".index(unit[:1] or " "))
 
 
+def parse_rate(text: str) -> float:
+    """`300GB/s`, `12.5 GiB/s`, `100Gbit/s` -> bytes a second. Raises UsageError."""
+    amount, slash, per = text.strip().rpartition("/")
+    in_bits = amount.lower().endswith("bit")
+    try:
+        if slash and per == "s":
+            found = parse_bytes(f"{amount[:-3]}B") / 8 if in_bits else float(parse_bytes(amount))
+            if found:
+                return found
+    except UsageError:
+        pass
+    raise UsageError(f"link {shown(text)} is not a rate; write it as 300GB/s or 100Gbit/s")
+
+
+def parse_latency(text: str) -> float:
+    """`5us`, `0.1ms` -> seconds. Raises UsageError."""
+    found = re.fullmatch(r"\s*(\d{1,9}(?:\.\d{1,9})?)\s*([um]?)s\s*", text)
+    if found is None:
+        raise UsageError(f"latency {shown(text)} is not a time; write it as 5us or 0.1ms")
+    return float(found[1]) * {"u": 1e-6, "m": 1e-3, "": 1.0}[found[2]]
+
+
 def check_side(name: str, side_px: int) -> None:
     """Raises SizeError for a side that no picture has."""
     if not MIN_SIDE_PX <= side_px <= MAX_SIDE_PX:

@@ -18,37 +18,11 @@ from handscroll.banded.sums import LinearAttentionSums
 from handscroll.banded.transformer import Branch, mix_ffn, predict
 from handscroll.banded.transformer.embed import embedded
 from live_bytes import LiveBytes
+from transformer_cases import branches, transformer
 
 SIZES = [(1, 1), (2, 3), (7, 1), (1, 6), (4, 4), (8, 8), (5, 9)]
 HEIGHTS = (1, 2, 3, 7, None)
 ATOL = {torch.float32: 2e-5, torch.bfloat16: 0.1}
-
-
-def transformer(row: str = "1.6b", dtype: torch.dtype = torch.float32, seed: int = 0, **overrides: Any) -> Any:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = miniatures.make_transformer(row, **overrides)
-    return nn.Module.to(model, dtype)
-
-
-def branches(
-    model: Any, height: int, width: int, texts: tuple[int, ...] = (5, 9), seed: int = 1, masked: bool = True
-) -> list[Branch]:
-    """Branches of one latent and several texts; those of more than five tokens have three masked out."""
-    draw = torch.Generator().manual_seed(seed)
-    dtype, config = model.proj_out.weight.dtype, model.config
-    latent = torch.randn(1, config.in_channels, height, width, generator=draw).to(dtype)
-    guidance = torch.tensor([0.45]).to(dtype) if config.guidance_embeds else None
-    return [
-        Branch(
-            latent,
-            torch.randn(1, tokens, config.caption_channels, generator=draw).to(dtype),
-            torch.tensor([[1] * (tokens - 3) + [0] * 3]) if masked and tokens > 5 else None,
-            torch.tensor([411.0]),
-            guidance,
-        )
-        for tokens in texts
-    ]
 
 
 @torch.no_grad()
@@ -217,7 +191,7 @@ def test_positions_are_diffusers_to_the_bit(size: tuple[int, int]) -> None:
     with torch.no_grad():
         embed.proj.bias.zero_()
         expected = embed(latent).view(1, *size, -1)
-        row_blocks = list(embedded(embed, latent, 2, LayerPass(plain=False)))
+        row_blocks = list(embedded(embed, latent, range(size[0]), 2, LayerPass(plain=False)))
     assert torch.equal(torch.cat(row_blocks, dim=1), expected)
 
 

@@ -57,7 +57,10 @@ def test_parts_of_a_map_put_together_give_the_same_bits(data: some.DataObject) -
         assert len(part.nodes) <= 2 * math.log2(max(2, end - first)) + 1
         nodes += part.nodes
         first = end
-    part.merge([replace(node, sum=node.sum.clone()) for node in nodes])
+    tree = RowTree()
+    for node in nodes:
+        tree.add(replace(node, sum=node.sum.clone()))
+    part.become(tree.total())
     assert torch.equal(part.products, whole.products)
     assert torch.equal(part.keys, whole.keys)
     assert torch.equal(part.apply_(queries.clone()), whole.apply_(queries.clone()))

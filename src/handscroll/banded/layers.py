@@ -32,9 +32,18 @@ class Pass:
     workspace: Workspace = field(default_factory=Workspace)
     copies: bool = False
 
-    def windowed(self, function: Function, size: int, step: int = 1, pad: int | None = None) -> RowOp:
+    def windowed(
+        self,
+        function: Function,
+        size: int,
+        step: int = 1,
+        pad: int | None = None,
+        *,
+        above: bool = False,
+        below: bool = False,
+    ) -> RowOp:
         """`function` of windows of rows, as in `Windowed`; windows are joined in the memory that the pass shares."""
-        return Windowed(function, size, step, pad, self.workspace)
+        return Windowed(function, size, step, pad, self.workspace, above, below)
 
     def conv(self, layer: nn.Conv2d, activation: nn.Module | None = None) -> Conv:
         """A convolution `[B, n, W, C] -> [B, n', W', C']` over the rows that it is given, then `activation`.

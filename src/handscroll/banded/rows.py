@@ -91,8 +91,9 @@ class Windowed(RowOp):
     """A line buffer: output row i is a function of the input rows `i*step - pad ... i*step - pad + size - 1`.
 
     The function gets `[B, (n-1)*step + size, W, C]` and returns the rows of n windows, in memory of its own. Rows above
-    the first and below the last are zeros, as in a zero-padded convolution. Only the `size - step` rows that the next
-    window shares are kept between row blocks, so that nothing is computed twice.
+    the first and below the last are zeros, as in a zero-padded convolution; with `above` and `below` they are those
+    that come first and last, and none are put out for them. Only the `size - step` rows that the next window shares are
+    kept between row blocks, so that nothing is computed twice.
     """
 
     def __init__(
@@ -102,11 +103,14 @@ class Windowed(RowOp):
         step: int = 1,
         pad: int | None = None,
         workspace: Workspace | None = None,
+        above: bool = False,
+        below: bool = False,
     ) -> None:
         assert step <= size, "rows between two windows would be lost count of"
         self.function = function
         self.size, self.step = size, step
         self.pad = size // 2 if pad is None else pad
+        self.above, self.below = above, below
         self.workspace = Workspace() if workspace is None else workspace
         self.buffer: Tensor | None = None
         self.kept_rows = -1  # before the first row
@@ -118,11 +122,11 @@ class Windowed(RowOp):
             assert row_block is not None
             batch, _, width, channels = row_block.shape
             self.buffer = row_block.new_zeros(batch, max(self.size - 1, self.pad, 1), width, channels)
-            self.kept_rows = self.pad
+            self.kept_rows = 0 if self.above else self.pad
         pieces = [self.buffer[:, : self.kept_rows]] if self.kept_rows else []
         if row_block is not None:
             pieces.append(row_block)
-        if last and self.pad:
+        if last and self.pad and not self.below:
             pieces.append(torch.zeros_like(self.buffer[:, : self.pad]))
         if not pieces:
             return None
@@ -185,14 +189,22 @@ def _joined(pieces: list[Tensor]) -> Tensor:
 
 
 class Residual(RowOp):
-    """`branch(x) + x`, where the branch may lag. Its output must not be kept by the branch: it is added to in place."""
+    """`branch(x) + x`, where the branch may lag. Its output must not be kept by the branch: it is added to in place.
 
-    def __init__(self, branch: RowOp) -> None:
-        self.branch = branch
+    skip_rows: for so many rows the branch has none, because they are those above its first.
+    """
+
+    def __init__(self, branch: RowOp, skip_rows: int = 0) -> None:
+        self.branch, self.skip_rows = branch, skip_rows
         self.waiting = RowQueue()
 
     def push(self, row_block: RowBlock, last: bool) -> RowBlock:
         self.waiting.put(row_block)
+        if self.skip_rows:
+            skipped = min(self.skip_rows, self.waiting.rows)
+            self.skip_rows -= skipped
+            for _ in self.waiting.take(skipped):
+                pass
         out = self.branch.push(row_block, last)
         del row_block
         if out is None:
@@ -223,6 +235,24 @@ class Join(RowOp):
         for _, queue in self.branches:
             queue.settle()
         return joined
+
+
+class Cropped(RowOp):
+    """Of what an op gives, `rows` rows after the first `skip_rows`."""
+
+    def __init__(self, op: RowOp, skip_rows: int, rows: int) -> None:
+        self.op, self.first, self.end = op, skip_rows, skip_rows + rows
+        self.row = 0
+
+    def push(self, row_block: RowBlock, last: bool) -> RowBlock:
+        held = [row_block]
+        del row_block
+        out = self.op.push(held.pop(), last)
+        if out is None:
+            return None
+        first, end = max(self.first - self.row, 0), max(self.end - self.row, 0)
+        self.row += out.shape[1]
+        return out[:, first:end] if first < min(end, out.shape[1]) else None
 
 
 class Tee(RowOp):

@@ -8,7 +8,7 @@ put together from top to bottom, give what the whole map gives. Adding pairs als
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 
@@ -74,13 +74,25 @@ class LinearAttentionSums:
         self._tree = RowTree()
         self._next_row = first_row
         self._shape: tuple[int, int, int, int] = (0, 0, 0, 0)  # batch, heads, head_dim of keys and of values
+        self.device, self.by_rows = torch.device("cpu"), True
         self._total: Tensor | None = None
+
+    def expect(self, batch: int, heads: int, key_dim: int, value_dim: int, device: torch.device) -> None:
+        """Of what shape they are and where, in case that no row comes."""
+        self._shape, self.device = (batch, heads, key_dim, value_dim), device
+        self.by_rows = adds_rows(device)
+
+    @property
+    def count(self) -> int:
+        """How many numbers they are, as those of a node."""
+        batch, heads, key_dim, value_dim = self._shape
+        return batch * heads * key_dim * (value_dim + 1)
 
     def add(self, keys: Tensor, values: Tensor) -> None:
         """Takes the next rows: keys (before their ReLU) and values `[B, rows, W, heads, head_dim]`, of any strides."""
         batch, rows, _, heads, key_dim = keys.shape
-        self._shape = batch, heads, key_dim, values.shape[-1]
-        if keys.device.type != "cpu" or triton.in_use(keys):
+        self.expect(batch, heads, key_dim, values.shape[-1], keys.device)
+        if not self.by_rows:
             return self._accumulate(keys, values)
         for row in range(rows):
             made = self._tree.room(partial(self._new, keys.device))
@@ -108,14 +120,21 @@ class LinearAttentionSums:
 
     @property
     def nodes(self) -> list[Node]:
-        """The tree's nodes of the rows that came, each `[B * heads * head_dim * (head_dim + 1)]` in fp32."""
-        return self._tree.nodes
+        """The tree's nodes of the rows that came, each `[B * heads * head_dim * (head_dim + 1)]` in fp32.
 
-    def merge(self, nodes: Iterable[Node]) -> None:
-        """Takes the nodes of all parts of a map, from its first row to its last, in place of what it has."""
-        self._tree = RowTree()
-        for node in nodes:
-            self._tree.add(node)
+        Where rows are not added each by itself, one that stands for all that came.
+        """
+        if self.by_rows or self._total is None:
+            return self._tree.nodes
+        return [Node(0, 0, self._total)]
+
+    def become(self, total: Tensor) -> None:
+        """Takes what the nodes of all parts of a map come to, in the shape of a node, in place of what it has."""
+        self._tree, self._total = RowTree(), total
+
+    def finish(self) -> None:
+        """All rows have come: of the tree's nodes their sum is left."""
+        self._whole()
 
     @property
     def products(self) -> Tensor:
@@ -133,8 +152,7 @@ class LinearAttentionSums:
         return self._total
 
     def _new(self, device: torch.device) -> Tensor:
-        batch, heads, key_dim, value_dim = self._shape
-        return torch.empty(batch * heads * key_dim * (value_dim + 1), dtype=torch.float32, device=device)
+        return torch.empty(self.count, dtype=torch.float32, device=device)
 
     def _parts(self, made: Tensor) -> tuple[Tensor, Tensor]:
         batch, heads, key_dim, value_dim = self._shape
@@ -159,6 +177,11 @@ class LinearAttentionSums:
             mixed = torch.bmm(row.transpose(0, 1), products[index])  # [heads, pixels, v]
             target.copy_(mixed.transpose(0, 1).div_(weights))
         return out
+
+
+def adds_rows(device: torch.device) -> bool:
+    """Whether every row is added by itself there: where a launch costs, and by Triton, row blocks are."""
+    return device.type == "cpu" and not triton.in_use(torch.empty(0, device=device))
 
 
 def _indices(row_block: Tensor) -> Iterator[int]:

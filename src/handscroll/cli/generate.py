@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from handscroll.cli import work
+from handscroll.cli import launch, work
 from handscroll.cli.naming import free_name
 from handscroll.cli.options import Json, Quality, Quiet, SaveLatent, output_option, takes_options
 from handscroll.cli.output import print_results
@@ -45,17 +45,29 @@ def generate(
       handscroll generate "a quiet lake" --size 8192x4096 --memory 2GiB --seed 7 --count 3 -o lake.tif
       handscroll generate - --json < prompt.txt
     """
+    if prompt == "-" and launch.reads_nothing(options["devices"]):
+        prompt = "what the first rank reads"
     request = Request.of(_read_stdin() if prompt == "-" else prompt, **options)
+    if launch.follows():
+        return launch.follow(request)
     if request.seed is None and output is None:
         # A name of the prompt's wants the seed now; for a given file, an unfinished run may remember the one it drew.
         request = dataclasses.replace(request, seed=random_seed())
     path = output or free_name(request)
     work.refuse_early(request.model, path, request.width, request.height, save_latent)
+    launch.start_ranks(request.devices)
     with work.watching(quiet, request.count) as on_event:
         from handscroll import pipeline
 
         with work.imports_set_aside():
-            results = pipeline.generate(request, path, save_latent=save_latent, on_event=on_event, quality=quality)
+            results = pipeline.generate(
+                request,
+                path,
+                save_latent=save_latent,
+                on_event=on_event,
+                quality=quality,
+                on_failure=launch.end_of_rank,
+            )
     print_results(results, as_json, quiet)
 
 

@@ -22,6 +22,7 @@ from handscroll.cli.decode import decode
 from handscroll.cli.doctor import doctor
 from handscroll.cli.generate import generate
 from handscroll.cli.info import info
+from handscroll.cli.launch import ARGUMENTS
 from handscroll.cli.models import models
 from handscroll.cli.output import to_json
 from handscroll.cli.plan import plan
@@ -89,6 +90,8 @@ _USAGE_FAULTS: tuple[Any, ...] = typer.BadParameter.__bases__
 
 def main() -> None:
     """The `handscroll` command."""
+    if "RANK" in os.environ:
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")  # its network code tells every try; we tell the last one
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a path may hold what the terminal cannot show
     sys.exit(run(sys.argv[1:]))
@@ -108,6 +111,7 @@ def run(arguments: Sequence[str]) -> int:
 
 def _attempt(arguments: Sequence[str]) -> int:
     command = typer.main.get_command(app)
+    called_with = ARGUMENTS.set(tuple(arguments))
     try:
         with command.make_context("handscroll", prompts_apart(command, arguments)) as context:
             command.invoke(context)
@@ -121,6 +125,8 @@ def _attempt(arguments: Sequence[str]) -> int:
         if "--json" in arguments:
             print(to_json({"error": facts}))
         return exit_code
+    finally:
+        ARGUMENTS.reset(called_with)
     return 0
 
 

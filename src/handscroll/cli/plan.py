@@ -11,12 +11,14 @@ import typer
 from handscroll.cli import work
 from handscroll.cli.options import Json, Quiet, output_option, takes_options
 from handscroll.cli.output import columns, print_text, to_json
+from handscroll.errors import UsageError
 from handscroll.models.registry import resolve
 from handscroll.request import Request
-from handscroll.units import budget_text, duration, gibibytes
+from handscroll.units import budget_text, duration, gibibytes, parse_latency, parse_rate
 
 if TYPE_CHECKING:
     from handscroll.models.checkpoint import CheckpointSpec
+    from handscroll.plan.communication import Share
     from handscroll.plan.plan import PartPlan, Plan
     from handscroll.plan.search import SmallerWeights
 
@@ -30,6 +32,13 @@ def plan(
     prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="As for `generate`.")] = "a landscape",
     output: Annotated[Path | None, output_option("Formats differ in what writing them takes. Left out, .png.")] = None,
     *,
+    link: Annotated[
+        str | None,
+        typer.Option(metavar="RATE", help="Between two of --devices: 300GB/s, 100Gbit/s, ... Left out, 100Gbit/s."),
+    ] = None,
+    latency: Annotated[
+        str | None, typer.Option(metavar="TIME", help="Of a message between two of --devices. Left out, 20us.")
+    ] = None,
     as_json: Json = False,
     quiet: Quiet = False,
     **options: Any,
@@ -39,21 +48,29 @@ def plan(
     \b
       handscroll plan --size 4096
       handscroll plan --model sana-1.6b-4k --size 16384 --memory 4GiB --json
+      handscroll plan --model sana-1.6b-4k --devices 8 --link 450GB/s --latency 10us
 
     Seconds are estimates from a measurement of this machine.
     """
     request = Request.of(prompt, seed=0, **options)
     resolve(request.model)
+    between = {} if link is None else {"bytes_a_second": parse_rate(link)}
+    between |= {} if latency is None else {"latency_s": parse_latency(latency)}
+    if between and request.devices is None:
+        raise UsageError("--link and --latency are between devices; say how many with --devices")
     with work.watching(quiet) as on_event:
         from handscroll import pipeline
+        from handscroll.plan.communication import Link
         from handscroll.plan.table import plan_dict
 
-        spec, found, minimum_bytes, smaller = pipeline.plans_of(request, output, on_event)
+        spec, found, minimum_bytes, smaller, shares = pipeline.plans_of(request, output, on_event, Link(**between))
     if as_json:
-        print(to_json(plan_dict(spec, found, minimum_bytes, smaller)))
+        print(to_json(plan_dict(spec, found, minimum_bytes, smaller, shares)))
         return
     counts_triton = minimum_bytes is not None and found.device == "cpu" and "triton" in sys.modules
     print_text(plan_table(spec, found, minimum_bytes) + (TRITON_COUNTS if counts_triton else ""))
+    for share in shares:
+        print_text(_shared(share, found.ranks))
     for each in smaller:
         print_text(_offer(each))
 
@@ -65,9 +82,9 @@ def plan_table(spec: CheckpointSpec, plan: Plan, minimum_bytes: int | None) -> s
     budget = "no budget" if plan.budget_bytes is None else f"budget {gibibytes(plan.budget_bytes, decimals=2)}"
     used = guidance_used(spec, plan)
     guidance = "no guidance" if used is None else f"guidance {used:g}"
+    devices = plan.device if plan.ranks == 1 else f"each of {plan.ranks} devices ({plan.device})"
     heading = (
-        f"{spec.name}, {plan.width}x{plan.height}, {_steps(plan)}, {guidance}, {plan.precision} on {plan.device}, "
-        f"{budget}"
+        f"{spec.name}, {plan.width}x{plan.height}, {_steps(plan)}, {guidance}, {plan.precision} on {devices}, {budget}"
     )
     rows = [("STAGE", "PEAK", "ABOUT", "HOW")]
     for name, stage in plan.own_parts.items():
@@ -78,6 +95,18 @@ def plan_table(spec: CheckpointSpec, plan: Plan, minimum_bytes: int | None) -> s
     peak = "" if plan.planned_peak_bytes is None else f"peak {gibibytes(plan.planned_peak_bytes, decimals=2)}, "
     least = "" if minimum_bytes is None else f"; the least that would do is --memory {budget_text(minimum_bytes)}"
     return "\n".join([heading, "", *columns(rows), "", f"{peak}about {duration(total_seconds)} a picture{least}"])
+
+
+def _shared(share: Share, ranks: int) -> str:
+    """What one of several devices does of a step or of decoding."""
+    from handscroll.plan.stages import BY_NAME
+
+    what = f"a {share.name}" if share.name not in BY_NAME else BY_NAME[share.name].title
+    sent = f"{share.traffic.bytes / 1e6:.1f} MB in {share.traffic.messages} messages"
+    return (
+        f"each of {ranks} devices: {what} about {duration(share.seconds)}, sends {sent}, "
+        f"efficiency {share.efficiency:.0%}"
+    )
 
 
 def _offer(smaller: SmallerWeights) -> str:

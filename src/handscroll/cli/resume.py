@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from handscroll.cli import work
+from handscroll.cli import launch, work
 from handscroll.cli.options import Json, Quiet, Yes, takes_options
 from handscroll.cli.output import print_results
 from handscroll.models.registry import resolve
@@ -48,11 +48,16 @@ def resume(
     job = read_job(folder)
     model = wanted.get("model") or job.request.model
     resolve(model)
-    if "model" not in wanted:
+    if launch.follows():
+        return launch.follow(job.resumed(wanted.get("device"), None, model, wanted.get("devices")))
+    if "model" not in wanted and not launch.reads_nothing(wanted.get("devices")):
         yes = work.may_fetch(model, job.request.revision, folder / "job.json", yes=yes, quiet=quiet)
+    launch.start_ranks(wanted.get("devices"))
     with work.watching(quiet, job.request.count) as on_event:
         from handscroll import pipeline
 
         with work.imports_set_aside():
-            results = pipeline.resume(run, save_latent=save_latent, fetch=yes, on_event=on_event, **wanted)
+            results = pipeline.resume(
+                run, save_latent=save_latent, fetch=yes, on_event=on_event, on_failure=launch.end_of_rank, **wanted
+            )
     print_results(results, as_json, quiet)

@@ -82,7 +82,7 @@ class Job:
         if plan.smaller is not None:  # smaller pictures are decoded and encoded on the way to the latent
             latents["growth's precision"] = plan.precision.autoencoder
         return cls(
-            dataclasses.replace(request, model=resolved_name(request.model), revision=spec.commit),
+            dataclasses.replace(request, model=resolved_name(request.model), revision=spec.commit, devices=None),
             plan.seeds[0],
             plan.total_steps,
             latents,
@@ -105,21 +105,32 @@ class Job:
         now = "to be drawn" if self.request.seed is None else self.request.seed
         return f"its seed was {older.first_seed}, now it is {now}"
 
-    def resumed(self, device: str | None, memory_bytes: int | None = None, model: str | None = None) -> Request:
+    def resumed(
+        self,
+        device: str | None,
+        memory_bytes: int | None = None,
+        model: str | None = None,
+        devices: str | None = None,
+    ) -> Request:
         """The request that goes on with this job: with the seed that was drawn, and in what it computed in.
 
         A `model` is the job's own, named anew.
         """
         precisions = {value for name, value in {**self.latents, **self.pictures}.items() if name.endswith("precision")}
-        kind = self.latents.get("device", "auto")
         return dataclasses.replace(
             self.request,
             model=self.request.model if model is None else model,
             seed=self.first_seed,
-            device=(kind if self.request.device == "auto" else self.request.device) if device is None else device,
+            device=self._device(device, devices),
+            devices=devices,
             precision=precisions.pop() if len(precisions) == 1 else self.request.precision,
             memory_bytes=self.request.memory_bytes if memory_bytes is None else memory_bytes,
         )
+
+    def _device(self, device: str | None, devices: str | None) -> str:
+        if device is not None or devices is not None:
+            return device or "auto"
+        return self.latents.get("device", "auto") if self.request.device == "auto" else self.request.device
 
 
 def run_folder_of(output: Path) -> Path:

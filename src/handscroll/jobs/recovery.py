@@ -62,8 +62,8 @@ class Attempt:
     That is never what the listener raised, whatever it is.
     """
 
-    def __init__(self, stage: Stage, plan: Plan, listener: _Listener) -> None:
-        self.stage, self.plan, self._listener = stage, plan, listener
+    def __init__(self, stage: Stage, plan: Plan, listener: _Listener, is_last: bool = False) -> None:
+        self.stage, self.plan, self._listener, self._is_last = stage, plan, listener, is_last
         self.fault: Fault | None = None
 
     def __enter__(self) -> Self:
@@ -75,6 +75,10 @@ class Attempt:
         is_listeners = error is not None and self._listener.raised is error
         self._listener.raised = None  # or its traceback would keep the tensors of every frame
         self.fault = None if is_listeners else Fault.of(error, self.stage)
+        if self._is_last and self.fault is not None:
+            assert error is not None
+            error.add_note("on one device it is tried again another way: leave --devices out")
+            self.fault = None
         return self.fault is not None
 
 
@@ -113,7 +117,8 @@ class Recovery:
         plan = self._in_precision(plan, stage, self.precision)
         tries_left = LAST_TRIES
         while True:
-            attempt = Attempt(stage, plan, self.on_event)
+            # Of several ranks the others are in the middle of what failed here: they cannot begin anew.
+            attempt = Attempt(stage, plan, self.on_event, is_last=self.session.team is not None)
             yield attempt
             if attempt.fault is None:
                 return

@@ -75,6 +75,17 @@ class Result:
     prompt_tokens: dict[str, int] | None = None
     negative_tokens: dict[str, int] | None = None
     notices: tuple[str, ...] = ()
+    ranks: tuple[dict[str, Any], ...] | None = None
+
+    @property
+    def stage_peak_bytes(self) -> dict[str, int]:
+        """What each stage took at most; without those that the system did not tell of."""
+        stages = self.memory["stages"].items()
+        return {name: each["measured_bytes"] for name, each in stages if each["measured_bytes"] is not None}
+
+    @property
+    def peak_bytes(self) -> int:
+        return max(self.stage_peak_bytes.values(), default=0)
 
     @classmethod
     def of(

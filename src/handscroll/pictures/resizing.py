@@ -12,9 +12,17 @@ from handscroll.limits import PIXEL_PIECE_BYTES
 
 
 def enlarged(
-    picture: np.ndarray, height: int, width: int, rows: int, dtype: torch.dtype, device: str | torch.device = "cpu"
+    picture: np.ndarray,
+    height: int,
+    width: int,
+    rows: int,
+    dtype: torch.dtype,
+    device: str | torch.device = "cpu",
+    of: range | None = None,
 ) -> Iterator[Tensor]:
     """Row blocks [1, rows, width, 3] of a picture [h, w, 3] uint8 made larger, in -1 ... 1; the last may be lower.
+
+    of: which rows of the larger picture; None: all.
 
     Cubic convolution with a = -0.5 (Keys 1981), pixels' middles on pixels' middles, and at the edges the weights of
     what is there: what Pillow's BICUBIC does where it enlarges. A piece is made at a time, so that a row block takes
@@ -24,8 +32,9 @@ def enlarged(
     ys, down = _taps(picture.shape[0], height)
     xs, across = _taps(picture.shape[1], width)
     piece_rows = max(1, PIXEL_PIECE_BYTES // (4 * 3 * width))
-    for top in range(0, height, rows):
-        row_block = torch.empty(min(rows, height - top), width, 3, dtype=dtype)
+    of = range(height) if of is None else of
+    for top in of[::rows]:
+        row_block = torch.empty(min(rows, of.stop - top), width, 3, dtype=dtype)
         for first in range(0, len(row_block), piece_rows):
             target = row_block[first : first + piece_rows]
             part = slice(top + first, top + first + len(target))

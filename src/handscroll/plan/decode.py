@@ -229,8 +229,16 @@ class _Layout:
             if store in ("disk", "host"):
                 rate = rates.disk_bytes if store == "disk" else rates.host_bytes
                 seconds += self.shape.map_bytes(place) / rate
-        peak_bytes = made.peak_bytes + self._map_bytes(index) + self.held_bytes
+        peak_bytes = made.peak_bytes + self._map_bytes(index) + self._halo_bytes(index) + self.held_bytes
         return SweepStage(strip_rows, start, self.stores[index], peak_bytes, seconds)
+
+    def _halo_bytes(self, index: int) -> int:
+        """Of the map that a sweep reads the rows of other ranks; of the one that it makes those that they need."""
+
+        def of_map(number: int) -> int:
+            return self.shape.halo_bytes(number, [each for each, start in enumerate(self.starts) if start == number])
+
+        return of_map(self.starts[index]) + (of_map(index + 1) if index + 1 < len(self.shape) else 0)
 
     def _map_bytes(self, index: int) -> int:
         """Device bytes of the maps that a sweep reads and writes."""

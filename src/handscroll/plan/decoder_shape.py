@@ -6,7 +6,7 @@ units hold (unit_shape.py), has one workspace as large as its largest window, an
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -45,6 +45,7 @@ class DecoderShape:
     Sweep i begins with attention i, but for sweep 0; a latent of a few pixels has fewer barriers. `columns` are those
     of all pictures of a batch together. fused: whether the device has fused kernels, such as oneDNN's, for the type.
     resident: the weights are there anyway, laying them out brings none; and maps are counted to less than a chunk.
+    ranks: so many devices make a band of the rows each; memory and work are those of the one with most rows.
     """
 
     spec: AutoencoderSpec
@@ -54,6 +55,12 @@ class DecoderShape:
     batch: int = 1
     fused: bool = True
     resident: bool = False
+    ranks: int = 1
+
+    @property
+    def own_rows(self) -> int:
+        """Of the latent, those that a device makes."""
+        return -(-self.rows // self.ranks)
 
     def units(self) -> Iterator[UnitShape]:
         """The network's units, in the order they run."""
@@ -72,8 +79,26 @@ class DecoderShape:
         return len(self.sweeps)
 
     def map_rows(self, index: int) -> int:
-        """Of the map that sweep `index` starts from."""
-        return self.rows * self.sweeps[index][0].scale
+        """Of the map that sweep `index` starts from, those that a device makes."""
+        return self.own_rows * self.sweeps[index][0].scale
+
+    def halo_rows(self, start: int, index: int) -> list[int]:
+        """What sweep `index` needs above its own rows, and below: of the input of each unit that it passes from map
+        `start`, and last of what comes out. None is needed by a device that makes all rows.
+        """
+        following = self.sweeps[index + 1][0].reach if index + 1 < len(self) else 0
+        found = [following if self.ranks > 1 else 0]
+        for unit in [unit for sweep in self.sweeps[start : index + 1] for unit in sweep][::-1]:
+            reach = unit.reach if unit.factor >= 1 else 2
+            found.append(-int(-found[-1] / unit.factor // 1) + reach if self.ranks > 1 else 0)
+        return found[::-1]
+
+    def halo_bytes(self, index: int, readers: Sequence[int]) -> int:
+        """The rows beside the own ones of map `index`, which sweeps `readers` start from: sent or received."""
+        if self.ranks == 1 or not index or not readers:
+            return 0
+        rows = min(self.rows * self.sweeps[index][0].scale, 2 * max(self.halo_rows(index, each)[0] for each in readers))
+        return rows * self.map_bytes(index) // self.map_rows(index)
 
     def map_bytes(self, index: int) -> int:
         """The map that sweep `index` starts from; nothing for the first, whose input is the latent."""
@@ -111,10 +136,11 @@ class DecoderShape:
         for part in dict.fromkeys(parts):  # layers of the same shape on the same map are one
             unit = part.unit
             columns, row_block = self.columns * unit.scale, rows_at(strip_rows, unit.scale, own)
-            rows = min(row_block, self.rows * unit.scale)
+            rows = self.rows * unit.scale if part.called else min(row_block, self.own_rows * unit.scale)
             for size, channels in part.windows:
                 workspace = max(workspace, (size - 1 + max(rows, size // 2)) * channels * columns * element_bytes)
-            at_work = unit.working_bytes(rows, columns, element_bytes)
+            bytes_of = unit.called_bytes if part.called else unit.working_bytes
+            at_work = bytes_of(rows, columns, element_bytes)
             if not self.fused:
                 at_work += max(unit.unfused_bytes(rows, columns, element_bytes), min(FP32_PIECES_BYTES, at_work))
             working = max(working, waiting + at_work)
@@ -124,7 +150,9 @@ class DecoderShape:
         attentions = [sweep[0] for sweep in self.sweeps[1 : index + 2]]
         sums = [4 * unit.inner * (unit.head_dim + 1) * (1 + len(unit.scales)) for unit in attentions]
         # The last are being made, for the next sweep.
-        tree = 0 if side is None else (tree_nodes(self.rows * attentions[-1].scale) - 1) * sums[-1]
+        tree = 0 if side is None else (tree_nodes(self.own_rows * attentions[-1].scale) - 1) * sums[-1]
+        if self.ranks > 1 and side is not None:  # of all devices, as they are put together
+            tree += 4 * tree_nodes(self.own_rows * attentions[-1].scale) * sums[-1]
         if element_bytes == 2 and self.fused:
             working += min(FP32_PIECES_BYTES, working)
         held = sum(part.held_channels for part in parts) * self.columns * element_bytes
@@ -133,9 +161,18 @@ class DecoderShape:
             scratch_bytes=max(part.called_row_bytes * self.rows * part.unit.scale * self.batch for part in parts),
             weight_bytes=sum(part.laid_out_bytes for part in parts),
             layout_bytes=max(part.layout_bytes for part in parts) + sum(sums),
-            flops=2.0 * self.rows * self.columns * sum(part.macs for part in parts),
+            flops=2.0 * self.columns * sum(map(_macs_of_column, parts, self._latent_rows(start, index, parts))),
             calls=8 * len(parts),
         )
+
+    def _latent_rows(self, start: int, index: int, parts: Sequence[_Part]) -> Iterator[float]:
+        """How many rows of the latent each unit of a pass works on, the halo's among them."""
+        for part, halo_rows in zip(parts, self.halo_rows(start, index), strict=False):
+            yield min(self.rows, self.own_rows + 2 * halo_rows / part.unit.scale)
+
+
+def _macs_of_column(part: _Part, latent_rows: float) -> float:
+    return part.macs * latent_rows
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -143,7 +180,7 @@ class _Part:
     """A unit and what it takes whatever the row blocks: the same of every unit of this shape on this map.
 
     held_channels: rows x channels of line buffers and queues, and macs, both for one pixel of the latent's width or
-    area. called_row_bytes: for each row of its map, where it is called as the module that it is.
+    area. called: as the module that it is, on the whole map at once; called_row_bytes: for each row of that.
     """
 
     unit: UnitShape
@@ -153,6 +190,7 @@ class _Part:
     layout_bytes: int
     called_row_bytes: int
     macs: int
+    called: bool
 
     @staticmethod
     def of(unit: UnitShape, element_bytes: int, resident: bool, fused: bool, leads: bool) -> _Part:
@@ -171,6 +209,7 @@ class _Part:
             (0 if as_it_is else unit.layout_bytes(element_bytes)) + lent_bytes,
             repeated * element_bytes,
             unit.macs * unit.scale**2,
+            called,
         )
 
 

@@ -6,11 +6,12 @@ memory or are read anew at every step; row blocks are as tall as memory allows.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import product
 
+from handscroll.bands import Bands
 from handscroll.limits import (
     BAND_BYTES,
     CUDA_BAND_BYTES,
@@ -27,6 +28,8 @@ from handscroll.plan.inputs import Hardware, heights_up_to
 from handscroll.plan.precision import BYTES
 from handscroll.plan.store import Store, stored_bytes
 
+# Rows of a branch with a short text take less work, so that a rank may have more of them.
+UNEVEN = 1.1
 # What calling a layer's operators costs for a row block, whatever its size.
 SECONDS_A_BAND = 1e-3
 # Laid out for a CPU's kernels, matrices take a layer's memory again and save this share of the computing.
@@ -62,7 +65,10 @@ class DenoiseStage:
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """What is asked of the transformer: a token map of `rows` x `columns`, and so many forwards of so many steps."""
+    """What is asked of the transformer: a token map of `rows` x `columns`, and so many forwards of so many steps.
+
+    ranks: so many devices make a band of the rows each; memory and work are those of the one with most rows.
+    """
 
     rows: int
     columns: int
@@ -72,10 +78,22 @@ class Sampling:
     precision: str
     storage: str = ""  # what matrices are kept in
     stored: Quantisation | None = None  # how the files hold them; None: plainly
+    ranks: int = 1
+
+    @property
+    def own_rows(self) -> int:
+        """Those that a device makes."""
+        return -(-self.rows // self.ranks)
 
     @property
     def positions(self) -> int:
-        return self.rows * self.columns
+        """Of the own rows."""
+        return self.own_rows * self.columns
+
+    @property
+    def halo_rows(self) -> float:
+        """Of others, next to the own ones, for each branch: a rank has rows of one, seldom of two."""
+        return min(2, self.rows - self.own_rows) / self.branches
 
 
 def denoise_stages(
@@ -92,15 +110,15 @@ def denoise_stages(
         moved_bytes = 0 if residual == "memory" else 3 * job.steps * job.branches * spec.num_layers * sizes.stream_bytes
         moving_seconds = moved_bytes / (hardware.rates.disk_bytes if residual == "disk" else hardware.rates.host_bytes)
         room_bytes = hardware.host_bytes
-        room_bytes -= (job.branches + 1) * host_map_bytes(sizes.stream_bytes, job.rows) if residual == "host" else 0
+        room_bytes -= (job.branches + 1) * host_map_bytes(sizes.stream_bytes, job.own_rows) if residual == "host" else 0
         # What is multiplied in 8 bits has no other layout.
         layouts = (False,) if hardware.is_cuda or job.storage in NATIVE else (True, False)
         for band_rows, lay_out in product(band_heights(spec, job, hardware), layouts):
-            calls = job.steps * job.branches * spec.num_layers * -(-job.rows // band_rows)
+            calls = job.steps * job.branches * spec.num_layers * -(-job.own_rows // band_rows)
             working = held + sizes.weights_bytes + lay_out * sizes.layer.working_bytes
-            working += native_bytes(spec, job, band_rows)
+            working += native_bytes(spec, job, band_rows) + exchange_bytes(spec, job)
             working += band_bytes(
-                spec, job.rows, job.columns, band_rows, job.tokens, BYTES[job.precision], sizes.slab_channels
+                spec, job.own_rows, job.columns, band_rows, job.tokens, BYTES[job.precision], sizes.slab_channels
             )
             laying_seconds = lay_out * readings * spec.num_layers * sizes.layer.working_bytes / LAYING_OUT_BYTES
             busy_seconds = sizes.compute_seconds * (1 - lay_out * LAID_OUT_GAIN) + laying_seconds
@@ -154,7 +172,7 @@ class _Sizes:
     def of(cls, spec: TransformerSpec, job: Sampling, hardware: Hardware) -> _Sizes:
         element_bytes = BYTES[job.precision]
         text_bytes = job.branches * job.tokens * (3 * spec.width + spec.caption_channels) * element_bytes
-        samples_bytes = 8 * 4 * job.positions * spec.patch_size**2 * max(spec.in_channels, spec.out_channels)
+        samples_bytes = 8 * 4 * job.rows * job.columns * spec.patch_size**2 * max(spec.in_channels, spec.out_channels)
         flops = job.steps * job.branches * forward_flops(spec, job)
         return cls(
             layer=layer_cost(spec, job),
@@ -164,7 +182,7 @@ class _Sizes:
             weights_bytes=(spec.parameter_count - spec.num_layers * spec.block_parameter_count) * element_bytes,
             embedders_bytes=tuple(count * element_bytes for count in spec.embedder_units),
             beside_bytes=text_bytes + samples_bytes,
-            stream_bytes=job.positions * spec.width * element_bytes,
+            stream_bytes=int(job.positions * spec.width * element_bytes * (UNEVEN if job.ranks > 1 else 1)),
             compute_seconds=flops / hardware.rates.flops(job.precision),
         )
 
@@ -217,7 +235,9 @@ def _residuals(
     yield "memory", True
     if job.branches > 1:
         yield "memory", False
-    on_host_bytes = (job.branches + 1) * host_map_bytes(stream_bytes, job.rows) + staging_bytes(streamed_layer_bytes)
+    on_host_bytes = (job.branches + 1) * host_map_bytes(stream_bytes, job.own_rows) + staging_bytes(
+        streamed_layer_bytes
+    )
     if hardware.is_cuda and on_host_bytes <= hardware.host_bytes:
         yield "host", True
     if (job.branches + 1) * stream_bytes <= hardware.scratch_bytes:
@@ -240,6 +260,42 @@ def native_bytes(spec: TransformerSpec, job: Sampling, band_rows: int) -> int:
     return job.columns * band_rows * (spec.width + spec.hidden_channels)
 
 
+def bands_of_branches(spec: TransformerSpec, rows: int, columns: int, tokens: Sequence[int], ranks: int) -> list[Bands]:
+    """Which rows of each branch's token map a rank makes; tokens: of each branch's text.
+
+    Branches are stacked and cut into parts of equal work: so hardly any rank has a halo in more than one of them.
+    """
+    weights = [row_flops(spec, columns, count) for count in tokens]
+    return Bands.stacked(rows, weights, ranks, halo_row_flops(spec, columns))
+
+
+def row_flops(spec: TransformerSpec, columns: int, tokens: int) -> float:
+    """Of a layer, what one row of tokens takes. A text of one token is not asked: its answer is known."""
+    width, cross, hidden = spec.width, spec.cross_width, spec.hidden_channels
+    attention = 2 * columns * (4 * width**2 + 2 * width * spec.attention_head_dim)
+    asked = 2 * columns * 2 * width * cross + 4 * columns * tokens * cross if tokens > 1 else 0
+    feed_forward = 2 * columns * (width * 2 * hidden + 9 * 2 * hidden + hidden * width)
+    return float(attention + asked + feed_forward)
+
+
+def halo_row_flops(spec: TransformerSpec, columns: int) -> float:
+    """Of a layer, what a row next to a band takes: the Mix-FFN's first matrix."""
+    return float(2 * columns * spec.width * 2 * spec.hidden_channels)
+
+
+def exchange_bytes(spec: TransformerSpec, job: Sampling) -> int:
+    """What a layer holds of other ranks' rows and sums, and of its own on their way, for all branches together.
+
+    Of each branch its first and last row before and after attention, and those next to them; the nodes of all sums.
+    """
+    if job.ranks == 1:
+        return 0
+    rows_bytes = 6 * job.columns * spec.width * BYTES[job.precision]
+    nodes_bytes = 4 * tree_nodes(job.own_rows) * 4 * spec.width * (spec.attention_head_dim + 1)
+    predicted_bytes = 2 * job.rows * job.columns * spec.patch_size**2 * spec.out_channels * BYTES[job.precision]
+    return job.branches * (rows_bytes + nodes_bytes) + predicted_bytes
+
+
 def layer_cost(spec: TransformerSpec, job: Sampling) -> WeightCost:
     """What one of its layers takes."""
     matrices, parameters = spec.block_matrices(), spec.block_parameter_count
@@ -252,7 +308,7 @@ def band_heights(spec: TransformerSpec, job: Sampling, hardware: Hardware) -> li
     Up to the height at which the widest activation takes `BAND_BYTES`, on CUDA `CUDA_BAND_BYTES`.
     """
     row_bytes = job.columns * 2 * spec.hidden_channels * BYTES[job.precision]
-    most = min(job.rows, max(1, (CUDA_BAND_BYTES if hardware.is_cuda else BAND_BYTES) // row_bytes))
+    most = min(job.own_rows, max(1, (CUDA_BAND_BYTES if hardware.is_cuda else BAND_BYTES) // row_bytes))
     return heights_up_to(most)
 
 
@@ -263,7 +319,8 @@ def forward_flops(spec: TransformerSpec, job: Sampling) -> float:
     self_attention = 2 * positions * (4 * width**2 + 2 * width * spec.attention_head_dim)
     cross_attention = 2 * positions * 2 * width * cross + 4 * positions * job.tokens * cross
     cross_attention += 2 * job.tokens * 2 * width * cross
-    feed_forward = 2 * positions * (width * 2 * hidden + 9 * 2 * hidden + hidden * width)
+    feed_forward = 2.0 * positions * (width * 2 * hidden + 9 * 2 * hidden + hidden * width)
+    feed_forward += 2 * job.halo_rows * job.columns * width * 2 * hidden  # its first matrix, of the rows of others too
     return float(spec.num_layers * (self_attention + cross_attention + feed_forward))
 
 

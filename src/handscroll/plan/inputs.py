@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 MIB = 2**20
 
@@ -53,6 +53,19 @@ class Hardware:
     def is_cuda(self) -> bool:
         return self.device.startswith("cuda")
 
+    def shared(self, processes: int) -> Hardware:
+        """What each of so many processes of a host has, of what they share: memory on a CPU, the host's, the disk."""
+        free_bytes = self.free_bytes
+        if free_bytes is not None and not self.is_cuda:
+            own_bytes = self.base_bytes or 0
+            free_bytes = own_bytes + max(0, free_bytes - own_bytes) // processes
+        return replace(
+            self,
+            free_bytes=free_bytes,
+            host_bytes=self.host_bytes // processes,
+            scratch_bytes=self.scratch_bytes // processes,
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class TextRead:
@@ -84,7 +97,7 @@ class PlanInputs:
     when a kept latent is decoded. tokenizer_bytes: what the tokenizer takes while prompts are encoded. prompt_read and
     negative_read: how much of each is read; None where that is not known. notices: what the user should know of the
     checkpoint, a line each. keeps_modules: whether modules may stay in memory between this job and the next, where
-    there is room for them.
+    there is room for them. ranks: devices that make a band of every picture each, all like `hardware`.
     """
 
     hardware: Hardware
@@ -95,3 +108,4 @@ class PlanInputs:
     negative_read: TextRead | None = None
     notices: tuple[str, ...] = ()
     keeps_modules: bool = False
+    ranks: int = 1

@@ -28,7 +28,8 @@ class Plan:
     modules that are in memory whole, from one job to the next and whatever stage is at work (`Part.module`).
 
     `prompt_read` and `negative_read` say how much of them the model reads, None where that is not known or not done.
-    `notices` are lines for the user: what was asked for and is not used.
+    `notices` are lines for the user: what was asked for and is not used. `ranks`: so many devices make a band of every
+    picture each; bytes and seconds are those of the one with most to do.
     """
 
     width: int
@@ -55,6 +56,7 @@ class Plan:
     negative_read: TextRead | None = None
     notices: tuple[str, ...] = ()
     kept: tuple[str, ...] = ()
+    ranks: int = 1
 
     @property
     def sizes(self) -> tuple[Plan, ...]:

@@ -72,14 +72,30 @@ def make_plan(spec: CheckpointSpec, request: Request, inputs: PlanInputs, seed: 
         strip_rows=request.strip_rows,
         budget_bytes=request.memory_bytes,
         prompt_read=inputs.prompt_read,
+        ranks=inputs.ranks,
     )
     if inputs.tokens is not None:
         plan = with_smaller_sizes(plan, spec, request.compose_px)
+    _check_ranks(plan, spec, inputs.ranks)
     if uses_negative(spec, plan):
         plan = dataclasses.replace(plan, negative_read=inputs.negative_read)
     plan = dataclasses.replace(plan, notices=(*inputs.notices, *unused(request, spec, plan)))
     plan = plan_stages(plan, spec, inputs)
     return dataclasses.replace(plan, notices=(*plan.notices, *_made_anew(plan, spec, request.model)))
+
+
+def _check_ranks(plan: Plan, spec: CheckpointSpec, ranks: int) -> None:
+    """Raises UsageError for more devices than rows of the token map, of any size that a picture grows through."""
+    patch = spec.transformer.patch_size
+    smallest = min(plan.sizes, key=lambda size: size.latent_height)
+    rows = smallest.latent_height // patch
+    if ranks > rows:
+        growing = ", which the picture grows from" if smallest is not plan else ""
+        pixels = spec.autoencoder.spatial_compression_ratio * patch
+        raise UsageError(
+            f"{ranks} devices cannot share the {rows} rows of {smallest.width}x{smallest.height}{growing}, of {pixels} "
+            f"pixels each: use --devices {rows} or fewer"
+        )
 
 
 def _made_anew(plan: Plan, spec: CheckpointSpec, model: str) -> Iterator[str]:

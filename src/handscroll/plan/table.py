@@ -7,16 +7,21 @@ from collections.abc import Iterable
 from typing import Any
 
 from handscroll.models.checkpoint import CheckpointSpec
+from handscroll.plan.communication import Share
 from handscroll.plan.plan import Plan
 from handscroll.plan.search import SmallerWeights
 from handscroll.plan.unused import guidance_used
 
 
 def plan_dict(
-    spec: CheckpointSpec, plan: Plan, minimum_bytes: int | None, smaller: Iterable[SmallerWeights] = ()
+    spec: CheckpointSpec,
+    plan: Plan,
+    minimum_bytes: int | None,
+    smaller: Iterable[SmallerWeights] = (),
+    shares: Iterable[Share] = (),
 ) -> dict[str, Any]:
-    """JSON values: the request's numbers, the budget, for each stage its bytes, seconds and choices, and what it would
-    take with smaller weights.
+    """JSON values: the request's numbers, the budget, for each stage its bytes, seconds and choices, what it would take
+    with smaller weights, and what one of several devices does.
     """
     stages = {name: dataclasses.asdict(stage) for name, stage in plan.own_parts.items()}
     growth = [
@@ -48,9 +53,21 @@ def plan_dict(
         "growth": growth,
         "seconds": round(sum(plan.planned_seconds.values()), 1),
         "smaller_weights": [dataclasses.asdict(each) for each in smaller],
+        **({"devices": plan.ranks, "shares": [_share(each) for each in shares]} if plan.ranks > 1 else {}),
         "planned_from": "known figures" if spec.from_figures else "files",
         **_texts(plan),
         "notices": list(plan.notices),
+    }
+
+
+def _share(share: Share) -> dict[str, Any]:
+    return {
+        "name": share.name,
+        "flops": share.flops,
+        "seconds": share.seconds,
+        "efficiency": share.efficiency,
+        "sent_bytes": share.traffic.bytes,
+        "messages": share.traffic.messages,
     }
 
 

@@ -76,6 +76,18 @@ class UnitShape:
         return max((size // 2 for size in self.scales), default=0)
 
     @property
+    def reach(self) -> int:
+        """The input rows above and below its own that an output row depends on; a whole attention is no such unit."""
+        match self.kind:
+            case "res_block":
+                return 2
+            case "attention" | "sums":
+                return self.lag_rows
+            case "norm_out":
+                return 0
+        return 1
+
+    @property
     def queued_channels(self) -> int:
         """Rows times channels that wait for a slower branch."""
         match self.kind:
@@ -159,6 +171,16 @@ class UnitShape:
             case _:
                 elements = rows * channels + rows * out_channels
         return elements * columns * element_bytes
+
+    def called_bytes(self, rows: int, columns: int, element_bytes: int) -> int:
+        """What an attention holds that is called as the module that it is, on a whole map of a few pixels.
+
+        At the most its input, queries, keys and values of each scale, all of them together, each of the three once
+        more, what they give, and the scores of every head.
+        """
+        positions, channels = rows * columns, self.inner * (1 + len(self.scales))
+        scores = channels // self.head_dim * positions**2
+        return (positions * (10 * channels + self.channels) + scores) * element_bytes
 
     def unfused_bytes(self, rows: int, columns: int, element_bytes: int) -> int:
         """What it holds beside without fused kernels: all windows, or of a depthwise convolution its results twice."""

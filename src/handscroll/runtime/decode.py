@@ -11,11 +11,13 @@ from torch import Tensor
 
 from handscroll.banded.autoencoder import OnRows
 from handscroll.banded.autoencoder import decode_rows as decoder_rows
+from handscroll.bands import common
 from handscroll.errors import NumericsError
 from handscroll.events import OnEvent, Progress
 from handscroll.limits import PIXEL_PIECE_BYTES
 from handscroll.plan.plan import Plan
 from handscroll.plan.stages import DECODE
+from handscroll.runtime.distributed.rows import received_rows
 from handscroll.runtime.maps import map_maker
 from handscroll.runtime.memory import trim
 from handscroll.runtime.session import Session
@@ -30,11 +32,34 @@ def decode_rows(
     on_sweep_rows: told between two row blocks of each sweep, where the picture is decoded by rows.
     Raises NumericsError for NaN or infinity, OutputError where a map finds no room on disk.
     """
+    team = session.team
+    if team is None:
+        yield from own_rows(session, plan, latent, on_sweep_rows)
+        return
+    team.tell("decode", plan, latent=latent)
+    yield from own_rows(session, plan, latent, on_sweep_rows)
+    for rank in range(1, team.ranks.size):
+        yield from received_rows(team, rank, picture_rows(session, plan, rank), plan.width)
+
+
+def picture_rows(session: Session, plan: Plan, rank: int | None = None) -> range:
+    """The picture's rows that a rank makes, this one if None: all where there is no team."""
+    if session.team is None:
+        return range(plan.height)
+    bands = session.team.exchange(plan).scaled(session.spec.autoencoder.spatial_compression_ratio).bands
+    return common(bands.rows(session.team.ranks.rank if rank is None else rank), range(plan.height))
+
+
+def own_rows(
+    session: Session, plan: Plan, latent: Tensor, on_sweep_rows: OnRows | None = None
+) -> Generator[np.ndarray, None, None]:
+    """`decode_rows` of the rows that this rank makes."""
+    height = len(picture_rows(session, plan))
     row = 0
     waiting: _Pixels | None = None
     with closing(_row_blocks(session, plan, latent, on_sweep_rows)) as row_blocks:
         for row_block in row_blocks:
-            row_block = row_block[..., : plan.height - row, : plan.width]
+            row_block = row_block[..., : height - row, : plan.width]
             row += row_block.shape[-2]
             if not row_block.shape[-2]:
                 continue
@@ -119,6 +144,7 @@ def _row_blocks(
                 materialize=opened.materialize,
                 on_sweep=lambda done, of: trim(),
                 on_rows=on_sweep_rows,
+                exchange=None if session.team is None else session.team.exchange(plan),
             )
         case "patch":
             from handscroll.banded.patches import decode_by_patches

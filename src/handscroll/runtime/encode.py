@@ -24,6 +24,8 @@ def encode_picture(session: Session, plan: Plan, picture: np.ndarray) -> Tensor:
     The enlarged picture exists only in row blocks. Raises OutputError where a map finds no room on disk,
     NumericsError for NaN or infinity.
     """
+    if session.team is not None:
+        session.team.tell("encode", plan, picture=torch.from_numpy(picture))
     opened, encoding = session.open_autoencoder(plan, "encoder"), plan.encoding
     assert encoding is not None
     autoencoder, dtype = opened.module, DTYPES[plan.precision.autoencoder]
@@ -31,7 +33,7 @@ def encode_picture(session: Session, plan: Plan, picture: np.ndarray) -> Tensor:
     height, width = plan.latent_height * factor, plan.latent_width * factor
     latent = encode_row_blocks(
         autoencoder.encoder,
-        lambda rows: enlarged(picture, height, width, rows, dtype, plan.device),
+        lambda rows, of: enlarged(picture, height, width, rows, dtype, plan.device, of),
         height,
         width,
         encoding.strip_rows,
@@ -40,6 +42,7 @@ def encode_picture(session: Session, plan: Plan, picture: np.ndarray) -> Tensor:
         materialize=opened.materialize,
         on_sweep=lambda done, of: trim(),
         on_rows=lambda *_: session.pulse(ENCODE_PART.name),
+        exchange=None if session.team is None else session.team.exchange(plan),
     )
     if not torch.isfinite(latent).all():
         raise NumericsError("the autoencoder gave numbers that are not finite", "autoencoder")

@@ -21,11 +21,12 @@ from handscroll.banded.transformer import Branch, predict
 from handscroll.errors import HandscrollError
 from handscroll.events import OnEvent, Progress, ignore, pulse
 from handscroll.models.checkpoint import CheckpointSpec
-from handscroll.models.transformer import EMBEDDERS
+from handscroll.models.transformer import EMBEDDERS, TransformerSpec
 from handscroll.plan.host import layers_room_bytes
 from handscroll.plan.plan import Plan
 from handscroll.plan.stages import DENOISE, DENOISE_PART, TEXT, TEXT_PART
 from handscroll.plan.store import Store
+from handscroll.runtime.distributed import Team
 from handscroll.runtime.lending import lend
 from handscroll.runtime.maps import new_map
 from handscroll.runtime.memory import release
@@ -61,12 +62,21 @@ class OpenedAs:
 class Transformer:
     """A checkpoint's transformer as a plan runs it: in row blocks, layer by layer.
 
-    `scratch`: where its maps go. `pulse` is called before each layer.
+    `scratch`: where its maps go. `pulse` is called before each layer. `team`: who makes the other bands of its maps.
     """
 
-    def __init__(self, opened: Opened, plan: Plan, scratch: Path | None, pulse: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        opened: Opened,
+        spec: TransformerSpec,
+        plan: Plan,
+        scratch: Path | None,
+        pulse: Callable[[str], None],
+        team: Team | None = None,
+    ) -> None:
+        self.spec = spec
         self.module, self.stream, self.plan, self.scratch = opened.module, opened.stream, plan, scratch
-        self._pulse = pulse
+        self._pulse, self._team = pulse, team
         self.config = opened.module.config
         self.dtype, self.device = DTYPES[plan.precision.transformer], torch.device(plan.device)
 
@@ -76,14 +86,23 @@ class Transformer:
         if plan is not None and not plan.together and len(branches) > 1:
             return [self.predict([branch])[0] for branch in branches]
         residual: Store = "memory" if plan is None else plan.residual
-        return predict(
+        exchanges = None
+        if self._team is not None:
+            self._team.tell_branches(self.plan, branches)
+            exchanges = self._team.exchanges(self.plan, self.spec, branches)
+        made = predict(
             self.module,
             branches,
             layer=self._materialize,
             band_rows=None if plan is None else plan.band_rows,
             new_map=lambda height: new_map(residual, height, self.scratch),
             lay_out=plan is not None and plan.lay_out,
+            exchanges=exchanges,
         )
+        if exchanges is None:
+            return made
+        scaled = [exchange.scaled(self.spec.patch_size) for exchange in exchanges]
+        return [exchange.whole(each, dim=2) for exchange, each in zip(scaled, made, strict=True)]
 
     @contextmanager
     def _materialize(self, index: int) -> Iterator[nn.Module]:
@@ -107,11 +126,18 @@ class Session:
     whole. `scratch` is the folder for maps that a plan puts on disk. What a module is opened in, and how much of it
     stays in memory, is the plan's that it is first opened with; `free_but` before another plan is to be followed.
     `opened` says what is open, by module, precision and device. `on_event` is given a pulse between two blocks, and
-    told once of each tensor that is not used.
+    told once of each tensor that is not used. With a `team` this is one rank of several, which make bands of a picture.
     """
 
-    def __init__(self, spec: CheckpointSpec, *, scratch: Path | None = None, on_event: OnEvent = ignore) -> None:
-        self.spec, self.scratch, self.on_event = spec, scratch, on_event
+    def __init__(
+        self,
+        spec: CheckpointSpec,
+        *,
+        scratch: Path | None = None,
+        on_event: OnEvent = ignore,
+        team: Team | None = None,
+    ) -> None:
+        self.spec, self.scratch, self.on_event, self.team = spec, scratch, on_event, team
         self._told: set[str] = set()
         self._untold: list[Progress] | None = None  # while a file is read: what is told after
         self._raised: OSError | None = None  # by the listener, while a file is read
@@ -187,7 +213,7 @@ class Session:
 
         precision = plan.precision.told("transformer")
         opened_as = self._once(DENOISE_PART.module, "transformer", precision, plan, opened)
-        return Transformer(opened_as, plan, self.scratch, self.pulse)
+        return Transformer(opened_as, self.spec.transformer, plan, self.scratch, self.pulse, self.team)
 
     def open_autoencoder(self, plan: Plan, half: Half) -> Opened:
         """The autoencoder with one half alone."""

@@ -66,7 +66,9 @@ def _not_taken(spec: CheckpointSpec, component: str) -> Iterator[str]:
         module, name = CLASSES[component]
         file = spec.folder / component / "config.json"
         config = read_config(file)
-    taken = inspect.signature(getattr(importlib.import_module(module), name).__init__).parameters
+    known = inspect.signature(getattr(importlib.import_module(module), name).__init__).parameters
+    # How weights are stored is read where they are, or refused there.
+    taken = {*known, "quantization_config"}
     others = [key for key, value in config.items() if key not in taken and not key.startswith("_") and _asks(value)]
     if others:
         are = "is no setting" if len(others) == 1 else "are no settings"

@@ -14,7 +14,7 @@ from torch import Tensor
 from handscroll.banded.backend import Conv
 from handscroll.banded.layers import Pass, check_dense
 from handscroll.banded.modules import SanaMultiscaleAttentionProjection, SanaMultiscaleLinearAttention
-from handscroll.banded.rows import Chain, Join, Pointwise, Residual, RowBlock, RowOp, Whole
+from handscroll.banded.rows import Chain, Cropped, Join, Pointwise, Residual, RowBlock, RowOp, Whole
 from handscroll.banded.sums import LinearAttentionSums
 
 # What an attention keeps of the whole map: the sums of each of its scales.
@@ -61,16 +61,34 @@ def _thirds_of(weight: Tensor, thirds: Sequence[int], head_dim: int) -> Tensor:
     return groups[:, list(thirds)].flatten(0, 2).contiguous()
 
 
+def reach_of(attention: SanaMultiscaleLinearAttention) -> int:
+    """The rows above and below one that its keys, values and queries depend on: those of the largest scale."""
+    scales = [cast(SanaMultiscaleAttentionProjection, module) for module in attention.to_qkv_multiscale]
+    return max((int(scale.proj_in.kernel_size[0]) // 2 for scale in scales), default=0)
+
+
 class AttentionSums(RowOp):
     """Accumulates `sum_i v_i relu(k_i)^T` and `sum_i relu(k_i)` of one attention over all rows. Yields no rows.
 
-    `sums` lives on without the op, whose line buffers and weights end with the pass.
+    given, own: the rows that it is given, and of these the ones that it sums, where other ranks sum the others. `sums`
+    lives on without the op, whose line buffers and weights end with the pass.
     """
 
-    def __init__(self, attention: SanaMultiscaleLinearAttention, this: Pass) -> None:
+    def __init__(
+        self,
+        attention: SanaMultiscaleLinearAttention,
+        this: Pass,
+        given: range | None = None,
+        own: range | None = None,
+    ) -> None:
         self.head_dim = attention.attention_head_dim
-        self.project, self.scales = _scales(attention, (1, 2), this)
-        self.sums: Sums = tuple(LinearAttentionSums() for _ in self.scales)
+        self.project, scales = _scales(attention, (1, 2), this)
+        first_row = 0
+        if given is not None and own is not None:
+            first_row = own.start
+            scales = [Cropped(scale, own.start - given.start, len(own)) for scale in scales]
+        self.scales: list[RowOp] = scales
+        self.sums: Sums = tuple(LinearAttentionSums(first_row) for _ in scales)
 
     def push(self, row_block: RowBlock, last: bool) -> RowBlock:
         held = [None if row_block is None else self.project(row_block)]

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, closing, nullcontext
 from functools import partial
+from itertools import pairwise
 from math import ceil
 from typing import Any, TypedDict, Unpack
 
@@ -13,14 +14,18 @@ import torch
 from torch import Tensor, nn
 
 from handscroll.banded.autoencoder.attention import Sums
+from handscroll.banded.autoencoder.route import Route, scaled
 from handscroll.banded.autoencoder.sweeps import Sweep, cut_at_barriers, strip_heights
-from handscroll.banded.autoencoder.units import Unit, decoder_units, encoder_units
+from handscroll.banded.autoencoder.units import Attention, Unit, decoder_units, encoder_units
+from handscroll.banded.exchange import BandMap, Exchange, Halo
 from handscroll.banded.layers import Pass, check_dense
 from handscroll.banded.modules import DCDownBlock2d, Decoder, Encoder, is_down_block
-from handscroll.banded.rows import RowMap, Stage, Tee, cut, sweep
+from handscroll.banded.rows import Cropped, RowMap, RowOp, Stage, Tee, cut, sweep
 
 # Makes the parameters and buffers of these modules real while it is entered; outside they may be on the meta device.
 Materialize = Callable[[Sequence[nn.Module]], AbstractContextManager[Any]]
+# Of so many rows at a time, the rows of a map that are asked for, from top to bottom: `[B, rows, W, C]`.
+RowBlocksOf = Callable[[int, range], Iterable[Tensor]]
 # Told between two row blocks: the number of the sweep, of how many, and how much of its rows it has made, 0 to 1.
 OnRows = Callable[[int, int, float], None]
 
@@ -34,12 +39,13 @@ class StreamOptions(TypedDict, total=False):
     on_sweep: Callable[[int, int], None] | None
     on_rows: OnRows | None
     plain: bool
+    exchange: Exchange | None
 
 
 def stream(
     sweeps: Sequence[Sweep],
-    row_blocks_of: Callable[[int], Iterable[Tensor]],
-    height: int,
+    row_blocks_of: RowBlocksOf,
+    size: tuple[int, int],
     heights: Sequence[int],
     *,
     starts: Sequence[int] | None = None,
@@ -48,45 +54,44 @@ def stream(
     on_sweep: Callable[[int, int], None] | None = None,
     on_rows: OnRows | None = None,
     plain: bool = False,
+    exchange: Exchange | None = None,
 ) -> Generator[Tensor, None, None]:
-    """Runs a network sweep by sweep and yields the rows of its output.
+    """Runs a network sweep by sweep and yields the rows of its output, or with an exchange those of the own band.
 
-    `row_blocks_of(rows)` gives the input as row blocks `[B, rows, W, C]`; `height` is its height; `heights` are
-    the row block heights of the sweeps. The rest is as in `decode_rows`.
+    row_blocks_of gives the input; size is its height and width; heights are the row block heights of the sweeps; the
+    exchange's bands are in rows of the input. The rest is as in `decode_rows`.
     """
     count = len(sweeps)
     starts = range(count) if starts is None else starts
     _check_route(count, heights, starts)
     last_reader = {start: index for index, start in enumerate(starts)}
-    real: Materialize = (lambda modules: nullcontext()) if materialize is None else materialize
-    maps: dict[int, RowMap] = {}
+    real: Materialize = materialize or (lambda modules: nullcontext())
+    route, own = Route(sweeps, starts, *size), range(size[0]) if exchange is None else exchange.rows
+    maps: dict[int, BandMap] = {}
     sums: dict[int, Sums] = {}
     try:
         for index, start in enumerate(starts):
             this = Pass(plain, copies=materialize is not None)
             # The height is in rows of this sweep's own map, wherever it starts: what it holds depends little on that.
             rows_at_1 = heights[index] / sweeps[index].in_scale
-            stages = list(_stages(sweeps, range(start, index + 1), sums, rows_at_1, real, this))
-            source_rows = _rows_at(sweeps[start].in_scale, rows_at_1)
-            if start == 0:
-                source = row_blocks_of(source_rows)
-            else:
-                source = maps[start].row_blocks(source_rows, keep=last_reader[start] != index)
+            needed, made = route.needed(index, own), route.made(index, own)
+            stages = list(_stages(route, index, needed, sums, rows_at_1, real, this))
+            asked = _rows_at(sweeps[start].in_scale, rows_at_1), needed[0]
+            source = maps[start].row_blocks(*asked, last_reader[start] != index) if start else row_blocks_of(*asked)
             following = sweeps[index + 1].attention if index + 1 < count else None
             told = None if on_rows is None else partial(on_rows, index, count)
             if following is None:
-                yield from _told_of_rows(sweep(source, stages), height * sweeps[-1].out_scale, told)
+                yield from _told_of_rows(sweep(source, stages), len(made), told)
             else:
                 with real(_modules_of(following)):
-                    side = following.sum(this)
-                stages.append(Stage(Tee(side), sys.maxsize))
-                result, map_height = None, round(height * following.in_scale)
-                if index + 1 in last_reader:
-                    result = RowMap(map_height) if new_map is None else new_map(index + 1, map_height)
-                    maps[index + 1] = result
-                _fill(result, _told_of_rows(sweep(source, stages), map_height, told))
+                    side = following.sum(this, needed[-1], made)
+                stages.append(Stage(_cropped(Tee(side), needed[-1], made), sys.maxsize))
                 sums[index + 1] = side.sums
                 del side
+                if index + 1 in last_reader:
+                    maps[index + 1] = _band_map(route, index + 1, len(made), new_map, exchange)
+                _fill(maps.get(index + 1), _told_of_rows(sweep(source, stages), len(made), told))
+                _put_together(sums[index + 1], None if exchange is None else exchange.scaled(following.in_scale))
             # Before the listener, who may trim the heap: with its buffers and weights.
             del stages, this, source
             if start and last_reader[start] == index:
@@ -99,32 +104,62 @@ def stream(
 
 
 def _stages(
-    sweeps: Sequence[Sweep],
-    indices: Iterable[int],
+    route: Route,
+    index: int,
+    needed: Sequence[range],
     sums: dict[int, Sums],
     rows_at_1: float,
     real: Materialize,
     this: Pass,
 ) -> Iterator[Stage]:
-    """The ops of consecutive sweeps; each unit's weights are real while they are laid out, and no longer."""
-    for index in indices:
-        attention = sweeps[index].attention
-        if attention is not None:
-            with real(_modules_of(attention)):
-                op = attention.apply(sums[index], this)
-            yield Stage(op, _rows_at(attention.in_scale, rows_at_1))
-        for unit in sweeps[index].local:
-            with real(_modules_of(unit)):
-                op = unit.build(this)
-            yield Stage(op, _rows_at(unit.in_scale * unit.factor, rows_at_1))
+    """The ops of sweep `index`; each unit's weights are real while they are laid out, and no longer.
+
+    needed: the rows that go into each of them, and last those that come out.
+    """
+    for unit, (given, wanted) in zip(route.units(index), pairwise(needed), strict=True):
+        with real(_modules_of(unit)):
+            number = route.barrier(unit)
+            op = (
+                unit.apply(sums[number], this)
+                if isinstance(unit, Attention) and number is not None
+                else unit.build(this)
+            )
+        op = _cropped(op, scaled(given, unit.factor), wanted)
+        yield Stage(op, _rows_at(unit.in_scale * unit.factor, rows_at_1))
 
 
-def _fill(result: RowMap | None, row_blocks: Iterable[Tensor]) -> None:
+def _cropped(op: RowOp, made: range, wanted: range) -> RowOp:
+    """An op that is given a part of a map and makes some rows; those at its ends may be wrong, and are not wanted."""
+    return op if made == wanted else Cropped(op, wanted.start - made.start, len(wanted))
+
+
+def _band_map(
+    route: Route, index: int, rows: int, new_map: Callable[[int, int], RowMap] | None, exchange: Exchange | None
+) -> BandMap:
+    """Where the own rows of map `index` go, and what ranks need of each other's."""
+    halo = None
+    if exchange is not None:
+        needed = [route.of_map(index, own) for own in exchange.bands]
+        halo = Halo(exchange.scaled(route.sweeps[index].in_scale), needed)
+    return BandMap(RowMap(rows) if new_map is None else new_map(index, rows), halo)
+
+
+def _put_together(sums: Sums, exchange: Exchange | None) -> None:
+    """Makes sums of what rows gave; until then a tree's nodes are held."""
+    if exchange is not None:
+        exchange.merge(sums)()
+    for part in sums:
+        part.finish()
+
+
+def _fill(result: BandMap | None, row_blocks: Iterable[Tensor]) -> None:
     """Runs a sweep to its end; its rows are kept where a map is given."""
     for row_block in row_blocks:
         if result is not None:
             result.write(row_block)
         del row_block
+    if result is not None:
+        result.finish()
 
 
 def _told_of_rows(
@@ -199,6 +234,8 @@ def decode_rows(
     module's weights are laid out, before the sweep runs.
     on_sweep: told after each sweep its number, from 1, and how many there are. on_rows: told between two row blocks of
     every sweep. What either raises ends the decoding.
+    exchange: of the latent's rows, where several ranks make a band each. The latent is whole on every rank, which
+    yields the rows of its own band; starts must be the same on all.
 
     Raises ValueError for a latent that does not fit, and for heights or starts that cannot be.
     """
@@ -208,7 +245,11 @@ def decode_rows(
     if heights is None:
         heights = strip_heights(sweeps, latent, strip_rows)
     map_ = latent.permute(0, 2, 3, 1).contiguous()
-    row_blocks = stream(sweeps, lambda rows: cut(map_, rows), height, heights, **options)
+
+    def row_blocks_of(rows: int, of: range) -> Iterator[Tensor]:
+        return cut(map_[:, of.start : of.stop], rows)
+
+    row_blocks = stream(sweeps, row_blocks_of, (height, width), heights, **options)
     with closing(row_blocks):
         for row_block in row_blocks:
             yield row_block.permute(0, 3, 1, 2)
@@ -226,7 +267,7 @@ def encode(
 ) -> Tensor:
     """The encoder of an `AutoencoderDC`, row by row: image `[B, 3, H, W]` -> latent `[B, C, h, w]`, not scaled.
 
-    The other arguments are as in `decode_rows`.
+    The other arguments are as in `decode_rows`; the image is whole on every rank, and so is the latent.
     """
     _check_input(encoder.conv_in, image, options.get("materialize") is not None)
     height, width = image.shape[2:]
@@ -234,8 +275,8 @@ def encode(
         heights = strip_heights(cut_at_barriers(encoder_units(encoder), height, width), image, strip_rows)
     map_ = image.permute(0, 2, 3, 1)
 
-    def row_blocks_of(rows: int) -> Iterator[Tensor]:
-        return (row_block.contiguous() for row_block in cut(map_, rows))
+    def row_blocks_of(rows: int, of: range) -> Iterator[Tensor]:
+        return (row_block.contiguous() for row_block in cut(map_[:, of.start : of.stop], rows))
 
     return encode_row_blocks(encoder, row_blocks_of, height, width, heights, **options)
 
@@ -243,18 +284,23 @@ def encode(
 @torch.no_grad()
 def encode_row_blocks(
     encoder: Encoder,
-    row_blocks_of: Callable[[int], Iterable[Tensor]],
+    row_blocks_of: RowBlocksOf,
     height: int,
     width: int,
     heights: Sequence[int],
     **options: Unpack[StreamOptions],
 ) -> Tensor:
-    """`encode` of an image that need not exist: `row_blocks_of(rows)` gives it from top to bottom, `[B, rows, width,
-    3]` contiguous in the encoder's dtype, as often as a sweep starts from it. Raises ValueError as `encode`.
+    """`encode` of an image that need not exist: `row_blocks_of(rows, of)` gives its rows `of` from top to bottom, `[B,
+    rows, width, 3]` contiguous in the encoder's dtype, as often as a sweep starts from it. Raises ValueError as
+    `encode`.
     """
     units = encoder_units(encoder)
     ratio = round(1 / units[-1].in_scale)
     if height % ratio or width % ratio:
         raise ValueError(f"an image of {width}x{height} cannot be encoded: its sides must be multiples of {ratio}")
-    row_blocks = stream(cut_at_barriers(units, height, width), row_blocks_of, height, heights, **options)
-    return torch.cat(list(row_blocks), dim=1).permute(0, 3, 1, 2).contiguous()
+    exchange = options.get("exchange")
+    if exchange is not None:
+        options["exchange"] = exchange.scaled(ratio)
+    row_blocks = stream(cut_at_barriers(units, height, width), row_blocks_of, (height, width), heights, **options)
+    latent = torch.cat(list(row_blocks), dim=1).permute(0, 3, 1, 2).contiguous()
+    return latent if exchange is None else exchange.whole(latent, dim=2)

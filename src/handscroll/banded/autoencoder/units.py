@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from handscroll.banded import backend
-from handscroll.banded.autoencoder.attention import AttentionSums, Sums, apply_attention, whole_attention
+from handscroll.banded.autoencoder.attention import AttentionSums, Sums, apply_attention, reach_of, whole_attention
 from handscroll.banded.autoencoder.blocks import (
     conv_with_mean,
     conv_with_repeat,
@@ -42,12 +42,14 @@ class Unit(ABC):
 
     `in_scale` is the size of its input map over the size of the network's input, `factor` what it multiplies that by,
     `channels` the most channels it holds for a pixel of its output (the estimate behind default row block heights).
+    `reach`: an output row depends on so many input rows above and below its own (on two own ones where it halves).
     """
 
     module: Any
     in_scale: float
     factor: float = 1.0
     channels: int
+    reach: int
 
     @abstractmethod
     def build(self, this: Pass) -> RowOp:
@@ -63,6 +65,7 @@ class Local(Unit):
     in_scale: float
     channels: int
     factor: float = 1.0
+    reach: int = 1
 
     def build(self, this: Pass) -> RowOp:
         return self.make(this)
@@ -70,7 +73,7 @@ class Local(Unit):
 
 @dataclass(frozen=True)
 class Attention(Unit):
-    """A barrier: linear attention over the whole map."""
+    """A barrier: linear attention over the whole map. `reach` is that of its rows once the sums are known."""
 
     module: SanaMultiscaleLinearAttention
     in_scale: float
@@ -81,11 +84,15 @@ class Attention(Unit):
         """diffusers attends quadratically on maps of at most head_dim pixels; `pixels` are the network input's."""
         return round(pixels * self.in_scale**2) > self.module.attention_head_dim
 
+    @property
+    def reach(self) -> int:  # type: ignore[override]
+        return reach_of(self.module)
+
     def build(self, this: Pass) -> RowOp:
         return whole_attention(_bare_copy(self.module) if this.copies else self.module)
 
-    def sum(self, this: Pass) -> AttentionSums:
-        return AttentionSums(self.module, this)
+    def sum(self, this: Pass, given: range | None = None, own: range | None = None) -> AttentionSums:
+        return AttentionSums(self.module, this, given, own)
 
     def apply(self, sums: Sums, this: Pass) -> RowOp:
         return apply_attention(self.module, sums, this)
@@ -117,7 +124,7 @@ def _block_units(block: nn.Module, scale: float) -> Iterator[Unit]:
         hidden_channels = feed_forward.conv_inverted.out_channels
         yield Local(feed_forward, lambda this: glu_mb_conv(feed_forward, this), scale, hidden_channels)
     elif is_res_block(block):
-        yield Local(block, lambda this: res_block(block, this), scale, block.conv1.out_channels)
+        yield Local(block, lambda this: res_block(block, this), scale, block.conv1.out_channels, reach=2)
     else:
         raise TypeError(f"rows cannot be streamed through a {type(block)}")
 
@@ -157,7 +164,7 @@ def decoder_units(decoder: Decoder) -> list[Unit]:
         norm_ = this.norm_(norm_out)
         return Pointwise(lambda row_block: activation_(norm_(row_block)))
 
-    units.append(Local(norm_out, norm_and_activation, scale, norm_out.dim[0]))
+    units.append(Local(norm_out, norm_and_activation, scale, norm_out.dim[0], reach=0))
     units.append(_up(final, scale) if is_up_block(final) else _conv(final, scale, final.in_channels))
     return units
 

@@ -13,8 +13,8 @@ from handscroll.banded.modules import PatchEmbed, SanaTransformer2DModel
 from handscroll.banded.transformer.branch import BranchState
 
 
-def embedded(embed: PatchEmbed, latent: Tensor, band_rows: int, this: LayerPass) -> Iterator[Tensor]:
-    """`PatchEmbed` in row blocks: latent [B, C, H, W] -> tokens [B, rows, w, width]."""
+def embedded(embed: PatchEmbed, latent: Tensor, own: range, band_rows: int, this: LayerPass) -> Iterator[Tensor]:
+    """`PatchEmbed` in row blocks: latent [B, C, H, W] -> tokens [B, rows, w, width] of the map's `own` rows."""
     if embed.pos_embed_max_size is not None or embed.layer_norm:
         raise TypeError("a patch embedding with a norm or with cropped positions cannot be run in row blocks")
     batch, channels, height, width = latent.shape
@@ -25,8 +25,9 @@ def embedded(embed: PatchEmbed, latent: Tensor, band_rows: int, this: LayerPass)
     positions = None
     if embed.pos_embed is not None:
         positions = [_sincos(embed, count, latent.device) for count in (columns, rows)]  # [count, width / 2] fp32
-    for top in range(0, rows, band_rows):
-        row_block = latent[:, :, top * patch : (top + band_rows) * patch]
+    for top in own[::band_rows]:
+        end = min(top + band_rows, own.stop)
+        row_block = latent[:, :, top * patch : end * patch]
         if project is None:
             tokens = proj(row_block).permute(0, 2, 3, 1).contiguous()
         else:
@@ -39,7 +40,7 @@ def embedded(embed: PatchEmbed, latent: Tensor, band_rows: int, this: LayerPass)
             of_columns, of_rows = positions
             half = of_columns.shape[-1]
             tokens[..., :half] += of_columns
-            tokens[..., half:] += of_rows[top : top + band_rows, None]
+            tokens[..., half:] += of_rows[top:end, None]
         yield tokens
 
 
@@ -59,6 +60,9 @@ def projected(transformer: SanaTransformer2DModel, state: BranchState, this: Lay
     shift, scale = (transformer.scale_shift_table[None] + state.embedded[:, None]).chunk(2, dim=1)
     shift, scale = shift[:, None], 1 + scale[:, None]
     out: Tensor | None = None
+    if not state.rows:
+        channels = transformer.proj_out.out_features // patch**2
+        return state.text.new_empty(len(state.text), channels, 0, state.columns * patch)
     top = 0
     for row_block in state.map.row_blocks(state.band_rows):
         patches = project(norm(row_block).mul_(scale).add_(shift))

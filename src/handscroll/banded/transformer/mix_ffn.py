@@ -20,10 +20,20 @@ from handscroll.limits import CUDA_SLAB_CHANNELS, SLAB_CHANNELS, SLAB_MULTIPLE
 class MixFFN(RowOp):
     """`gate * GLUMBConv(norm(x))`: 1x1 expand, SiLU, 3x3 depthwise, gate, 1x1 project. Lags one row.
 
-    Of the hidden channels a slab exists at a time: values and the gates that belong to them.
+    Of the hidden channels a slab exists at a time: values and the gates that belong to them. above and below: whether
+    the first and the last row that it is given are not its own but those next to them (`Windowed`).
     """
 
-    def __init__(self, feed_forward: GLUMBConv, normed: Function, gate: Tensor, this: LayerPass) -> None:
+    def __init__(
+        self,
+        feed_forward: GLUMBConv,
+        normed: Function,
+        gate: Tensor,
+        this: LayerPass,
+        *,
+        above: bool = False,
+        below: bool = False,
+    ) -> None:
         expand, depthwise = feed_forward.conv_inverted, feed_forward.conv_depth
         activation = feed_forward.nonlinearity
         if feed_forward.norm is not None or feed_forward.residual_connection or type(activation) is not nn.SiLU:
@@ -49,11 +59,12 @@ class MixFFN(RowOp):
                 weights.append(depthwise.weight[start:stop])
                 biases.append(None if depthwise.bias is None else depthwise.bias[start:stop])
             if in_one:
-                ops = [Windowed(_itself, 3, workspace=each) for each in (this.workspace, this.workspace_of_gates)]
+                workspaces = (this.workspace, this.workspace_of_gates)
+                ops = [Windowed(_itself, 3, workspace=each, above=above, below=below) for each in workspaces]
                 combine, halo_rows = _convolve_and_gate(weights, biases), 2
             else:
                 convs = [this.conv_by(w, b, groups=len(w)) for w, b in zip(weights, biases, strict=True)]
-                ops = [this.windowed(convolve, 3) for convolve in convs]
+                ops = [this.windowed(convolve, 3, above=above, below=below) for convolve in convs]
                 combine, halo_rows = _gate, 0
             self.slabs.append(_Slab(first, end, makes[0], ops[0], makes[1], ops[1], combine, halo_rows))
         self.expand_whole = None if sliceable else this.linear(expand, activation)

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 
+from handscroll.banded.exchange import Exchange
 from handscroll.banded.layers import LayerPass
 from handscroll.banded.modules import SanaTransformer2DModel, SanaTransformerBlock
 from handscroll.banded.rows import RowMap, Workspace
-from handscroll.banded.transformer.block import through_block
+from handscroll.banded.transformer.block import BlockPass
 from handscroll.banded.transformer.branch import Branch, BranchState
 from handscroll.banded.transformer.embed import embedded, projected
 
@@ -30,6 +31,7 @@ def predict(
     new_map: Callable[[int], RowMap] | None = None,
     lay_out: bool = False,
     plain: bool = False,
+    exchanges: Sequence[Exchange] | None = None,
 ) -> list[Tensor]:
     """What `SanaTransformer2DModel` gives for each branch, [B, C', H, W] in the dtype of its latent.
 
@@ -40,6 +42,9 @@ def predict(
     height, that holds a branch's residual stream. lay_out: each layer's matrices are reordered for the CPU's kernels,
     once for all branches, which takes a layer's memory again and saves a twentieth of the time; it changes no bit.
     plain: by `torch.nn.functional` alone, but for norms and sums where Triton is asked for (triton.in_use).
+    exchanges: for each branch that of the rows of its token map, where several ranks make a band each. The latents are
+    whole on every rank; of what is predicted each gives the rows of its own band, [B, C', rows * patch, W], of which
+    there may be none.
 
     Raises TypeError for a module that cannot be run in row blocks, ValueError for a latent that does not fit.
     """
@@ -48,16 +53,26 @@ def predict(
     materialize = layer or (lambda index: nullcontext(transformer.transformer_blocks[index]))
     make_map = new_map or RowMap
     workspace = Workspace()
-    states = [BranchState.of(transformer, branch, band_rows) for branch in branches]
+    shared: Sequence[Exchange | None] = [None] * len(branches) if exchanges is None else exchanges
+    states = [
+        BranchState.of(transformer, branch, band_rows, each) for branch, each in zip(branches, shared, strict=True)
+    ]
     try:
         for state, branch in zip(states, branches, strict=True):
-            state.refill(make_map, embedded(transformer.patch_embed, branch.latent, state.band_rows, LayerPass(plain)))
+            rows = range(state.first_row, state.first_row + state.rows)
+            tokens = embedded(transformer.patch_embed, branch.latent, rows, state.band_rows, LayerPass(plain))
+            state.refill(make_map, tokens)
         for index in range(len(transformer.transformer_blocks)):
             with materialize(index) as block:
                 this = LayerPass(plain, workspace, lay_out=lay_out)
-                for state in states:
-                    state.refill(make_map, through_block(cast(SanaTransformerBlock, block), state, this))
-                del this
+                passes: Iterable[BlockPass]
+                passes = (BlockPass(cast(SanaTransformerBlock, block), state, this) for state in states)
+                if exchanges is not None:
+                    passes = list(passes)  # sums of one branch are on their way while those of the next are made
+                for state, each in zip(states, passes, strict=True):
+                    state.refill(make_map, each.row_blocks())
+                    del each
+                del this, passes
             del block
         workspace.memory = None
         return [projected(transformer, state, LayerPass(plain)) for state in states]

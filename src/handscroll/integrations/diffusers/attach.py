@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
@@ -29,6 +30,7 @@ def attach(
     strip_rows: int | None = None,
     memory: str | int | None = None,
     *,
+    group: Any = None,
     on_event: OnEvent = ignore,
 ) -> Any:
     """Makes a diffusers pipeline's autoencoder, or an `AutoencoderDC`, run row by row. Returns `target`.
@@ -42,13 +44,17 @@ def attach(
     decoding or encoding may take above weights, input and result: of the process's resident memory on a CPU, of what
     PyTorch's allocator reserves on a CUDA device. The row block heights follow from it. on_event: hears of each sweep
     that is done, as `Progress("decode" or "encode", done, of)`; a pipeline also shows its own progress bar.
+    group: a process group of torch.distributed, or True for all ranks, as under torchrun: each rank makes a band of
+    the rows, and every one gets the whole result, to the bits of one. All must decode and encode the same inputs.
     Attaching again changes the settings. A pipeline that is made of another's parts (`from_pipe`) is to be attached
     itself, or its sizes are looked at only when it decodes.
 
     Raises UsageError if there is no AutoencoderDC, or for settings that cannot be meant or kept. Where the memory is
     too little for a size, BudgetError: by a pipeline before its first step, else by decoding or encoding.
     """
-    settings = _settings(strip_rows, memory, on_event)
+    settings = replace(_settings(strip_rows, memory, on_event), group=_group(group))
+    if settings.group is not None and memory is not None:
+        raise UsageError("memory is planned for one rank alone; leave memory or group out")
     autoencoder = _autoencoder(target)
     _check_methods(autoencoder)
     pipeline = target if is_pipeline(target) else None
@@ -92,6 +98,20 @@ def _settings(strip_rows: int | None, memory: str | int | None, on_event: OnEven
             f"memory {shown(memory)} is no amount that a machine can allow; give bytes, or text such as '1GiB'"
         )
     return Settings(None, memory_bytes, on_event)
+
+
+def _group(group: Any) -> Any:
+    """The process group that is meant, None for a single rank. Raises UsageError."""
+    import torch.distributed as dist
+
+    if group is None or group is False:
+        return None
+    if not (dist.is_available() and dist.is_initialized()):
+        raise UsageError("group: no ranks are there; start the script with torchrun and call init_process_group first")
+    found = dist.group.WORLD if group is True else group
+    if not isinstance(found, dist.ProcessGroup):
+        raise UsageError(f"group {shown(group)} is no process group; give True for all ranks, or one of new_group")
+    return found if dist.get_world_size(found) > 1 else None
 
 
 def _whole_number(name: str, value: object, meant: str) -> int:

@@ -15,12 +15,15 @@ import torch
 from torch import Tensor
 
 from handscroll.banded.autoencoder import decode_rows, decoder_units, encode, encoder_units
+from handscroll.banded.exchange import Exchange
+from handscroll.bands import Bands
 from handscroll.errors import BudgetError, SizeError, UsageError
 from handscroll.events import OnEvent, Progress, ignore
 from handscroll.integrations.diffusers.budget import VERBS, Job, check_allocator, route_within, spec_of
 from handscroll.integrations.diffusers.modes import Half, reason_of_call, reason_of_modes, reason_of_module
 from handscroll.integrations.diffusers.weights import execution_device
 from handscroll.runtime.arithmetic import full_fp32
+from handscroll.runtime.distributed.processes import ProcessRanks
 from handscroll.runtime.heap import large_blocks_returned
 from handscroll.runtime.memory import enforced, trim
 
@@ -40,6 +43,7 @@ class Settings:
     strip_rows: int | None = None
     memory_bytes: int | None = None
     on_event: OnEvent = ignore
+    group: Any = None  # of ranks that make a band each
 
 
 class Attachment:
@@ -63,7 +67,7 @@ class Attachment:
         return autoencoder
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"autoencoder": self._of(), "settings": replace(self.settings, on_event=ignore)}
+        return {"autoencoder": self._of(), "settings": replace(self.settings, on_event=ignore, group=None)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(state["autoencoder"], state["settings"])  # type: ignore[misc]
@@ -155,16 +159,27 @@ class Attachment:
     def _decoded(self, half: Half, z: Tensor, route: dict[str, Any]) -> Tensor:
         factor = _upscales(half.module)
         batch, _, height, width = z.shape
-        out = z.new_empty(batch, self.autoencoder.config.in_channels, height * factor, width * factor)
+        exchange = self._exchange(height)
+        rows = height if exchange is None else len(exchange.rows)
+        out = z.new_empty(batch, self.autoencoder.config.in_channels, rows * factor, width * factor)
         row = 0
-        for row_block in decode_rows(half.module, z, self.settings.strip_rows, **route):
+        for row_block in decode_rows(half.module, z, self.settings.strip_rows, exchange=exchange, **route):
             out[:, :, row : row + row_block.shape[2]] = row_block
             row += row_block.shape[2]
             del row_block
-        return out
+        return out if exchange is None else exchange.scaled(factor).whole(out, dim=2)
 
     def _encoded(self, half: Half, x: Tensor, route: dict[str, Any]) -> Tensor:
-        return encode(half.module, x, self.settings.strip_rows, **route)
+        factor = round(1 / encoder_units(half.module)[-1].in_scale)
+        exchange = self._exchange(x.shape[2] // factor)
+        return encode(half.module, x, self.settings.strip_rows, exchange=exchange, **route)
+
+    def _exchange(self, rows: int) -> Exchange | None:
+        """Of so many rows of the latent; None where one rank makes all, or each of them does."""
+        if self.settings.group is None:
+            return None
+        ranks = ProcessRanks.of(self.settings.group)
+        return None if ranks.size > rows else Exchange(ranks, Bands.of(rows, ranks.size))
 
     # What is decided before any work
 

@@ -1,0 +1,206 @@
+"""Several processes for one picture: starts a rank for each of `--devices`, watches them, and ends all when one ends.
+
+Every rank runs the same command line and is told its number in the environment, as torchrun does; under torchrun this
+module starts nothing. torch's elastic agent would do for most of it, but gives a rank that was stopped 30 s to end.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import IO, Any, NoReturn
+
+import typer
+
+from handscroll.cli.output import to_json
+from handscroll.request import Request, count_devices
+from handscroll.system import LAUNCHER
+from handscroll.units import one_line
+
+# What this process was called with, for the ranks that it starts.
+ARGUMENTS: ContextVar[Sequence[str]] = ContextVar("ARGUMENTS", default=())
+
+POLL_S = 0.1
+GRACE_S = 2.0  # for a rank to say why, once another has ended
+STOPPED_S = 8.0  # a rank that somebody stopped is taken for lost
+
+
+def start_ranks(devices: str | None) -> None:
+    """Runs the command on several ranks and leaves, where it names devices and this is not one of the ranks yet."""
+    if devices is not None and count_devices(devices) > 1 and "RANK" not in os.environ:
+        raise typer.Exit(_run_ranks(count_devices(devices), ARGUMENTS.get()))
+
+
+def follows() -> bool:
+    """Whether this process is a rank that does what another tells it."""
+    return os.environ.get("RANK", "0") != "0" and os.environ.get("WORLD_SIZE", "1") != "1"
+
+
+def reads_nothing(devices: str | None) -> bool:
+    """Whether this process is not the one that reads standard input and asks: it starts ranks, or follows one."""
+    return follows() or (devices is not None and count_devices(devices) > 1 and "RANK" not in os.environ)
+
+
+def follow(request: Request) -> None:
+    """Does what the first rank tells. Ctrl-C is that one's to obey."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    from handscroll import pipeline
+
+    pipeline.follow(request, end_of_rank)
+
+
+def end_of_rank(message: str, facts: Mapping[str, Any]) -> NoReturn:
+    """Ends this process with the cause, because another rank has ended or does not answer."""
+    print(f"error: {one_line(message)}", file=sys.stderr, flush=True)
+    if "--json" in ARGUMENTS.get() and not follows():
+        print(to_json({"error": {key: value for key, value in facts.items() if key != "exit_code"}}), flush=True)
+    os._exit(int(facts.get("exit_code", 1)))
+
+
+@dataclass
+class _Rank:
+    number: int
+    process: subprocess.Popen[bytes]
+    said: IO[bytes] | None  # on stderr; the leader's goes where ours goes
+    stopped_s: float = 0.0
+
+    @property
+    def last_line(self) -> str:
+        if self.said is None:
+            return ""
+        self.said.seek(0)
+        lines = self.said.read().decode(errors="replace").strip().splitlines()
+        return lines[-1] if lines else ""
+
+    def look(self) -> None:
+        """Counts how long it has been stopped, by looks of ours: while we are stopped too, nothing counts."""
+        self.stopped_s = self.stopped_s + POLL_S if _is_stopped(self.process.pid) else 0.0
+
+
+def _run_ranks(count: int, arguments: Sequence[str]) -> int:
+    """The exit code of all ranks together."""
+    port = _free_port()
+    ranks: list[_Rank] = []
+    before = {number: signal.signal(number, lambda number, _: _pass_on(ranks, number)) for number in _SIGNALS}
+    try:
+        for number in range(count):
+            ranks.append(_started(number, count, port, arguments))
+        return _watched(ranks)
+    finally:
+        for rank in ranks:
+            if rank.process.poll() is None:
+                rank.process.kill()
+            rank.process.wait()
+            if rank.said is not None:
+                rank.said.close()
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+
+
+def _pass_on(ranks: Sequence[_Rank], number: int) -> None:
+    """Hands a wish to end to the leader, which ends in order and ends the others."""
+    if ranks and ranks[0].process.poll() is None:
+        ranks[0].process.send_signal(number)
+
+
+def _started(number: int, count: int, port: int, arguments: Sequence[str]) -> _Rank:
+    environ = {**os.environ, "RANK": str(number), "LOCAL_RANK": str(number), LAUNCHER: str(os.getpid())}
+    environ |= {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
+    environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    # Teams of threads that share cores wait for each other.
+    environ.setdefault("OMP_NUM_THREADS", str(max(1, _cores() // count)))
+    command = [sys.executable, "-m", "handscroll", *arguments]
+    # In sessions of their own: a terminal's Ctrl-C comes here alone, and is passed on as any other.
+    if number == 0:
+        return _Rank(number, subprocess.Popen(command, env=environ, start_new_session=True), None)
+    said = tempfile.TemporaryFile()  # noqa: SIM115
+    nothing = subprocess.DEVNULL
+    process = subprocess.Popen(command, env=environ, stdin=nothing, stdout=nothing, stderr=said, start_new_session=True)
+    return _Rank(number, process, said)
+
+
+def _watched(ranks: Sequence[_Rank]) -> int:
+    while True:
+        time.sleep(POLL_S)
+        for rank in ranks:
+            rank.look()
+        ended = [rank for rank in ranks if rank.process.poll() is not None]
+        if len(ended) == len(ranks) and not any(rank.process.returncode for rank in ranks):
+            return 0
+        failed = [rank for rank in ended if rank.process.returncode]
+        stopped = [rank for rank in ranks if rank.stopped_s > STOPPED_S]
+        if failed or stopped:
+            return _failed(ranks, failed, stopped)
+        if ranks[0] in ended and len(ended) < len(ranks):
+            # The leader is done, and has told the others; what they still do is nobody's concern.
+            return _left(ranks)
+
+
+def _left(ranks: Sequence[_Rank]) -> int:
+    until = time.monotonic() + GRACE_S
+    while time.monotonic() < until and any(rank.process.poll() is None for rank in ranks):
+        time.sleep(POLL_S)
+    return 0
+
+
+def _failed(ranks: Sequence[_Rank], failed: Sequence[_Rank], stopped: Sequence[_Rank]) -> int:
+    """Waits a moment for the leader to say why; else says it for it."""
+    leader = ranks[0].process
+    until = time.monotonic() + GRACE_S
+    while not stopped and leader.poll() is None and time.monotonic() < until:
+        time.sleep(POLL_S)
+    code = leader.poll()
+    if code is not None and code > 0:
+        return code
+    if code is not None and code < 0:
+        line = f"rank 0 (process {leader.pid}) was ended by {_signal_name(-code)}"
+    elif failed:
+        rank = failed[0]
+        returned = rank.process.returncode
+        by = f" was ended by {_signal_name(-returned)}" if returned < 0 else " has ended"
+        line = f"rank {rank.number} (process {rank.process.pid}){by}"
+        said = rank.last_line.removeprefix("error: ")
+        line += f": {said}" if said else ""
+    else:
+        line = f"rank {stopped[0].number} (process {stopped[0].process.pid}) is stopped and does not answer any more"
+    print(f"error: {one_line(line)}; the same command, or `handscroll resume`, goes on", file=sys.stderr, flush=True)
+    if "--json" in ARGUMENTS.get():
+        print(to_json({"error": {"code": "rank_failed", "message": line}}), flush=True)
+    returned = failed[0].process.returncode if failed else 1
+    return returned if returned > 0 else 1
+
+
+def _signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"
+
+
+def _is_stopped(process: int) -> bool:
+    try:
+        with open(f"/proc/{process}/stat", "rb") as file:
+            return file.read().rpartition(b")")[2].split()[0] == b"T"
+    except (OSError, IndexError):
+        return False
+
+
+def _free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -1,0 +1,193 @@
+"""What ranks that make bands of a picture send each other: bytes and messages in closed form, and what that takes.
+
+Of a transformer's layer and branch: a row of tokens to each neighbour, for the Mix-FFN's depthwise convolution, and a
+slice of the attention's sums to each rank, which adds it for all and sends what it comes to. Of an autoencoder: once
+for each map that is kept the rows that others need beside their own, and each attention's sums. Moving keys and values
+around instead, as a ring attention does, sends the whole map a layer.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from handscroll.bands import Bands, common, messages, whole_nodes
+from handscroll.models.checkpoint import CheckpointSpec
+from handscroll.models.transformer import TransformerSpec
+from handscroll.plan.decode import DecodeStage
+from handscroll.plan.decoder_shape import DecoderShape
+from handscroll.plan.denoise import Sampling, bands_of_branches, halo_row_flops, row_flops
+from handscroll.plan.inputs import Rates
+from handscroll.plan.plan import Plan
+from handscroll.plan.precision import BYTES
+
+
+@dataclass(frozen=True, slots=True)
+class Link:
+    """Between two ranks, in each direction. The defaults are those of a network of 100 Gbit/s."""
+
+    bytes_a_second: float = 12.5e9
+    latency_s: float = 20e-6
+
+
+@dataclass(frozen=True, slots=True)
+class Traffic:
+    """What one rank sends. A message is a tensor to one other rank; what is gathered goes to each of them. rounds: how
+    often ranks wait for each other: messages of one round are on their way at the same time.
+    """
+
+    traded_bytes: int = 0
+    traded_messages: int = 0
+    gathered_bytes: int = 0
+    gathered_messages: int = 0
+    rounds: int = 0
+
+    def __add__(self, other: Traffic) -> Traffic:
+        names = [field.name for field in dataclasses.fields(self)]
+        return Traffic(*(getattr(self, name) + getattr(other, name) for name in names))
+
+    def __mul__(self, times: int) -> Traffic:
+        return Traffic(*(getattr(self, field.name) * times for field in dataclasses.fields(self)))
+
+    @property
+    def bytes(self) -> int:
+        return self.traded_bytes + self.gathered_bytes
+
+    @property
+    def messages(self) -> int:
+        return self.traded_messages + self.gathered_messages
+
+    def seconds(self, link: Link) -> float:
+        """As if nothing of it were sent while a rank computes."""
+        return self.bytes / link.bytes_a_second + self.rounds * link.latency_s
+
+
+def step_traffic(spec: TransformerSpec, job: Sampling, tokens: Sequence[int], rank: int) -> Traffic:
+    """Of a step's forwards, with what is predicted, which all ranks get whole; tokens: of each branch's text."""
+    element_bytes, total = BYTES[job.precision], Traffic()
+    if job.ranks == 1:
+        return total
+    for bands in bands_of_branches(spec, job.rows, job.columns, tokens, job.ranks):
+        own = bands.rows(rank)
+        neighbours = sum(bands.owner(row) is not None for row in (own.start - 1, own.stop)) if own else 0
+        rows = Traffic(neighbours * job.columns * spec.width * element_bytes, neighbours, rounds=1)
+        total += (rows + _sums_traffic(bands, rank, spec.width * (spec.attention_head_dim + 1))) * spec.num_layers
+        positions = max(map(len, bands)) * job.columns
+        predicted_bytes = positions * spec.patch_size**2 * spec.out_channels * element_bytes
+        others = job.ranks - 1
+        total += Traffic(gathered_bytes=others * predicted_bytes, gathered_messages=others, rounds=1)
+    return total
+
+
+def step_flops(spec: TransformerSpec, job: Sampling, tokens: Sequence[int], rank: int) -> float:
+    """Of a step's forwards, the work of one rank."""
+    total = 0.0
+    for bands, count in zip(bands_of_branches(spec, job.rows, job.columns, tokens, job.ranks), tokens, strict=True):
+        own = bands.rows(rank)
+        halo_rows = sum(bands.owner(row) is not None for row in (own.start - 1, own.stop)) if own else 0
+        total += len(own) * row_flops(spec, job.columns, count)
+        total += halo_rows * halo_row_flops(spec, job.columns)
+    return total * spec.num_layers
+
+
+def sweeps_traffic(shape: DecoderShape, stage: DecodeStage, rank: int) -> Traffic:
+    """Of decoding or encoding a picture, without the picture or latent that comes out."""
+    bands, total = Bands.of(shape.rows, shape.ranks), Traffic()
+    if shape.ranks == 1:
+        return total
+    for index in range(1, len(shape)):
+        attention = shape.sweeps[index][0]
+        of_map = bands.scaled(attention.scale)
+        sums = attention.inner * (attention.head_dim + 1) * (1 + len(attention.scales)) * shape.batch
+        total += _sums_traffic(of_map, rank, sums)
+        readers = [reader for reader, start in enumerate(stage.starts) if start == index]
+        if readers:
+            total += _halo_traffic(shape, index, readers, of_map, rank)
+    return total
+
+
+def _halo_traffic(shape: DecoderShape, index: int, readers: Iterable[int], bands: Bands, rank: int) -> Traffic:
+    halo_rows = max(shape.halo_rows(index, reader)[0] for reader in readers)
+    needed = [common(range(own.start - halo_rows, own.stop + halo_rows), range(bands.height)) for own in bands]
+    sent = [len(message.rows) for message in messages(bands, needed) if message.sender == rank]
+    row_bytes = shape.map_bytes(index) // shape.map_rows(index)
+    return Traffic(sum(sent) * row_bytes, len(sent), rounds=1)
+
+
+def _sums_traffic(bands: Bands, rank: int, sums: int) -> Traffic:
+    """Of so many sums in fp32: a slice of each of the own nodes to every rank, and what the own slice comes to."""
+    size = -(-sums // len(bands))
+    slices = [max(0, min(size, sums - size * each)) for each in range(len(bands))]
+    sent = [each for other, each in enumerate(slices) if each and other != rank]
+    others = len(bands) - 1
+    return Traffic(4 * len(whole_nodes(bands.rows(rank))) * sum(sent), len(sent), 4 * size * others, others, rounds=2)
+
+
+def keys_and_values_bytes(spec: TransformerSpec, job: Sampling) -> int:
+    """What a step's ring attention moves from rank to rank: the keys and values of every layer and branch, whole."""
+    positions = job.rows * job.columns
+    return 2 * positions * spec.width * BYTES[job.precision] * spec.num_layers * job.branches
+
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    """What one of several ranks does of a stage: a step of denoising, or decoding a picture.
+
+    flops: of the rank with most to do. seconds: its own, sending among them. efficiency: of a rank's time, the share
+    in which one rank alone would do the same work; 1 where nothing is done twice and nothing is waited for.
+    """
+
+    name: str
+    flops: float
+    traffic: Traffic
+    seconds: float
+    efficiency: float
+
+
+def shares(plan: Plan, spec: CheckpointSpec, tokens: Sequence[int], rates: Rates, link: Link) -> list[Share]:
+    """A step at the plan's size, and decoding it. tokens: of each branch's text."""
+    patch = spec.transformer.patch_size
+    rows, columns = plan.latent_height // patch, plan.latent_width // patch
+    precision, transformer = plan.precision.transformer, spec.transformer
+    job = Sampling(rows, columns, max(tokens), 1, len(tokens), precision, ranks=plan.ranks)
+    alone = dataclasses.replace(job, ranks=1)
+    of_ranks = range(plan.ranks)
+    found = [
+        _share(
+            "step",
+            step_flops(transformer, alone, tokens, 0),
+            max(step_flops(transformer, job, tokens, rank) for rank in of_ranks),
+            max((step_traffic(transformer, job, tokens, rank) for rank in of_ranks), key=lambda each: each.bytes),
+            rates.flops(precision),
+            link,
+            plan.ranks,
+        )
+    ]
+    if plan.decoding is not None:
+        element_bytes = BYTES[plan.precision.autoencoder]
+        shape = DecoderShape(spec.autoencoder, plan.latent_height, plan.latent_width, element_bytes, ranks=plan.ranks)
+        found.append(
+            _share(
+                "decode",
+                _sweeps_flops(dataclasses.replace(shape, ranks=1), plan.decoding),
+                _sweeps_flops(shape, plan.decoding),
+                max((sweeps_traffic(shape, plan.decoding, rank) for rank in of_ranks), key=lambda each: each.bytes),
+                rates.flops(plan.precision.autoencoder),
+                link,
+                plan.ranks,
+            )
+        )
+    return found
+
+
+def _sweeps_flops(shape: DecoderShape, stage: DecodeStage) -> float:
+    sweeps = enumerate(stage.sweeps)
+    return sum(shape.pass_shape(sweep.start, index, sweep.strip_rows).flops for index, sweep in sweeps)
+
+
+def _share(
+    name: str, whole: float, own: float, traffic: Traffic, flops_a_second: float, link: Link, ranks: int
+) -> Share:
+    seconds = own / flops_a_second + traffic.seconds(link)
+    return Share(name, own, traffic, seconds, whole / flops_a_second / ranks / seconds)

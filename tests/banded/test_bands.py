@@ -1,0 +1,132 @@
+"""A picture in bands on several ranks: the same bits as one rank gives, and as many bytes sent as the closed form."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import miniatures
+from autoencoder_cases import CASES, DTYPES, autoencoder, latent_of
+from handscroll.banded import sums
+from handscroll.banded.autoencoder import cut_at_barriers, decode_rows, decoder_units, encode
+from handscroll.banded.exchange import Exchange
+from handscroll.banded.transformer import Branch, predict
+from handscroll.bands import Bands
+from rank_cases import ThreadRanks, on_ranks
+from transformer_cases import branches, transformer
+
+SIZES = [(4, 4), (7, 1), (5, 9), (16, 3)]
+
+
+def predicted(
+    model: Any, given: list[Branch], size: int, weights: tuple[float, ...] | None = None, **options: Any
+) -> list[list[Tensor]]:
+    """What every rank gives of every branch; weights: of rows of stacked branches, else each is cut alike."""
+    rows = given[0].latent.shape[-2] // model.config.patch_size
+    bands = [Bands.of(rows, size)] * len(given) if weights is None else Bands.stacked(rows, weights, size)
+
+    def work(ranks: ThreadRanks) -> list[Tensor]:
+        exchanges = [Exchange(ranks, each) for each in bands]
+        own = predict(model, given, exchanges=exchanges, **options)
+        scaled = [each.scaled(model.config.patch_size) for each in exchanges]
+        return [exchange.whole(each, dim=2) for exchange, each in zip(scaled, own, strict=True)]
+
+    return on_ranks(size, work)
+
+
+def each(names: Iterable[str], *always: str) -> list[Any]:
+    """Every name in both types, most of them only where there is time."""
+    marks = {torch.float32: pytest.mark.thorough, torch.bfloat16: pytest.mark.slow}
+    return [
+        pytest.param(name, dtype, marks=() if name in always else marks[dtype], id=f"{name}-{dtype}")
+        for name in names
+        for dtype in DTYPES
+    ]
+
+
+@pytest.mark.parametrize(("row", "dtype"), each(miniatures.ROWS, "1.6b"))
+def test_bands_of_a_transformer_change_no_bit(row: str, dtype: torch.dtype) -> None:
+    model = transformer(row, dtype)
+    for height, width in SIZES:
+        given = branches(model, height, width, texts=(5, 1))
+        expected = predict(model, given)
+        for size in (1, 2, 3, 4, 7):
+            if size > height:
+                continue
+            for rows, weights in ((1, None), (2, (5.0, 4.0)), (None, (1.0, 1.0))):
+                for of_rank in predicted(model, given, size, weights, band_rows=rows):
+                    assert all(map(torch.equal, of_rank, expected)), f"{size} ranks, {height} rows, blocks of {rows}"
+
+
+def test_bands_of_patches_change_no_bit() -> None:
+    model = transformer("1.6b", patch_size=2, interpolation_scale=0.5)
+    given = branches(model, 10, 6)
+    made = predicted(model, given, 3, (1.0, 1.0))
+    assert all(map(torch.equal, made[1], predict(model, given)))
+
+
+def test_bands_of_another_height_are_refused() -> None:
+    model = transformer("1.6b")
+    with pytest.raises(ValueError, match="bands of 5 rows are not those of the token map"):
+        predict(model, branches(model, 4, 4), exchanges=[Exchange(ThreadRanks(0, {}, 1), Bands.of(5, 1))] * 2)
+
+
+@pytest.mark.parametrize(("name", "dtype"), each(CASES, "f32"))
+def test_bands_of_a_decoder_change_no_bit(name: str, dtype: torch.dtype) -> None:
+    model = copy.deepcopy(autoencoder(name)).to(dtype)
+    for height, width in ((2, 2), (5, 7), (9, 1)):
+        latent = latent_of(model, height, width, batch=1).to(dtype)
+        whole = torch.cat(list(decode_rows(model.decoder, latent, 2)), dim=2)
+        sweeps = len(cut_at_barriers(decoder_units(model.decoder), height, width))
+        for size, starts, strip_rows in ((2, None, 3), (3, [0] * sweeps, 1), (5, restarted(sweeps), None)):
+            if size > height:
+                continue
+            bands = Bands.of(height, size)
+
+            def work(ranks: ThreadRanks) -> Tensor:
+                exchange = Exchange(ranks, bands)  # noqa: B023
+                options: Any = {"starts": starts, "exchange": exchange}  # noqa: B023
+                return torch.cat(list(decode_rows(model.decoder, latent, strip_rows, **options)), dim=2)  # noqa: B023
+
+            made = on_ranks(size, work)
+            scale = whole.shape[2] // height
+            assert [each.shape[2] for each in made] == [len(rows) * scale for rows in bands]
+            assert torch.equal(torch.cat(made, dim=2), whole), f"{size} ranks, {height}x{width}, starts {starts}"
+
+
+def restarted(sweeps: int) -> list[int]:
+    """All but the first two sweeps begin from map 1."""
+    return [min(index, 1) for index in range(sweeps)]
+
+
+@pytest.mark.parametrize(("name", "dtype"), each(CASES, "f32"))
+def test_bands_of_an_encoder_change_no_bit(name: str, dtype: torch.dtype) -> None:
+    model = copy.deepcopy(autoencoder(name)).to(dtype)
+    scale = model.decoder(latent_of(model, 1, 1, batch=1).to(dtype)).shape[-1]
+    for height, width, size in ((2, 2, 2), (5, 3, 3), (7, 1, 5)):
+        image = torch.randn(1, 3, height * scale, width * scale, generator=torch.Generator().manual_seed(2)).to(dtype)
+        whole = encode(model.encoder, image, 2)
+        bands = Bands.of(height, size)
+
+        def work(ranks: ThreadRanks) -> Tensor:
+            return encode(model.encoder, image, 3, exchange=Exchange(ranks, bands))  # noqa: B023
+
+        for of_rank in on_ranks(size, work):
+            assert torch.equal(of_rank, whole), f"{size} ranks, {height}x{width}"
+
+
+def test_sums_of_row_blocks_are_added_in_the_order_of_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on CUDA devices, where rows are not added each by itself: near to one rank's, and the same on all."""
+    monkeypatch.setattr(sums, "adds_rows", lambda device: False)
+    model = transformer("1.6b")
+    given = branches(model, 7, 5)
+    made = predicted(model, given, 3, (2.0, 1.0))
+    for of_rank in made:
+        for one, other, expected in zip(of_rank, made[0], predict(model, given), strict=True):
+            assert torch.equal(one, other)
+            torch.testing.assert_close(one, expected, atol=2e-5, rtol=0)
