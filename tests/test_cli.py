@@ -33,8 +33,8 @@ from huggingface_hub import constants
 from rich.console import Console
 
 from handscroll import pipeline
+from handscroll.cli import launch, work
 from handscroll.cli import main as cli
-from handscroll.cli import work
 from handscroll.cli.doctor import health_text
 from handscroll.cli.progress import progress_bars
 from handscroll.errors import BudgetError
@@ -282,6 +282,7 @@ def test_every_option_reaches_the_pipeline(shell: Shell, asked: list[dict[str, A
         "save_latent": None,
         "quality": 70,
         "on_event": call["on_event"],
+        "on_failure": launch.end_of_rank,
     }
 
 
@@ -320,6 +321,7 @@ def test_every_option_of_resume_reaches_the_pipeline(shell: Shell, asked: list[d
             "save_latent": None,
             "fetch": False,
             "on_event": ignore,
+            "on_failure": launch.end_of_rank,
         }
     ]
 

@@ -26,16 +26,17 @@ from handscroll.plan.precision import BYTES
 from handscroll.request import COMPUTED, STORED, DecodeName, Request, TextPrecisionName
 
 # What commands have beside the table, by the names of their parameters.
-OF_NO_PICTURE = {"output", "save_latent", "quality", "yes", "as_json", "quiet", "help"}
+OF_NO_PICTURE = {"output", "save_latent", "quality", "yes", "as_json", "quiet", "help", "link", "latency"}
 OF_A_PICTURE = {"negative", "size", "steps", "guidance", "compose"}
 TAKEN = {
     "generate": OF_A_PICTURE
     | {"model", "revision", "seed", "count", "precision", "device", "decode", "patches", "strip_rows", "memory"}
-    | {"text_precision"},
-    "plan": OF_A_PICTURE | {"model", "revision", "precision", "text_precision", "device", "strip_rows", "memory"},
+    | {"text_precision", "devices"},
+    "plan": OF_A_PICTURE
+    | {"model", "revision", "precision", "text_precision", "device", "devices", "strip_rows", "memory"},
     "decode": {"model", "revision", "precision", "device", "decode", "patches", "strip_rows", "memory"},
     "bench": {"model", "revision", "size", "precision", "device"},
-    "resume": {"model", "device", "memory"},
+    "resume": {"model", "device", "devices", "memory"},
     "compare": OF_A_PICTURE
     | {"model", "revision", "seed", "precision", "device", "decode", "patches", "strip_rows", "memory"}
     | {"text_precision"},

@@ -189,15 +189,6 @@ class Request:
         commands=OPENING,
         left_to={"resume": "What to compute on. Left out, as before."},
     )
-    devices: str | None = option(
-        None,
-        "Make every picture on several devices, a band of rows each, to the same picture: how many, cpu:N for N "
-        "processes, or a list. --memory is then of each.",
-        metavar="N|cpu:N|cuda:A,cuda:B",
-        check=check_devices,
-        commands=("generate", "plan"),
-        left_to={"resume": "Devices to go on with, as of `generate`; also more or fewer than before."},
-    )
     decode: DecodeName = option(
         "rows",
         "From latent to pixels: by rows, exact in little memory; or as others do it, to compare: whole, exact; in "
@@ -240,6 +231,15 @@ class Request:
         "auto",
         "What to keep the text encoder's weights in.",
         commands=("generate", "plan", "compare", "from_pretrained"),
+    )
+    devices: str | None = option(
+        None,
+        "Make every picture on several devices, a band of rows each, to the same picture: how many, cpu:N for N "
+        "processes, or a list. --memory is then of each.",
+        metavar="N|cpu:N|cuda:A,cuda:B",
+        check=check_devices,
+        commands=("generate", "plan"),
+        left_to={"resume": "Devices to go on with, as of `generate`; also more or fewer than before."},
     )
 
     @classmethod
