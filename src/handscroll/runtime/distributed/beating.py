@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import socket
 import sys
 import threading
@@ -19,7 +20,7 @@ from handscroll.system import LAUNCHER
 
 BEAT_S = 0.5
 SILENT_S = 6.0  # a process that is merely slow beats from a thread of its own
-JOIN_S = 60.0
+JOIN_S, HELLO_S = 60.0, 3.0
 MAX_LINE = 4096
 
 # Told why the run cannot go on, an exit code and the error's facts; it does not return.
@@ -160,7 +161,8 @@ def accept(server: socket.socket, secret: str, count: int) -> dict[int, Line]:
         server.settimeout(max(0.01, until - time.monotonic()))
         line = Line(server.accept()[0])
         for facts in _first(line):
-            if facts.get("secret") == secret and isinstance(rank := facts.get("rank"), int):
+            known = secrets.compare_digest(str(facts.get("secret")).encode(), secret.encode())
+            if known and isinstance(rank := facts.get("rank"), int):
                 lines[rank] = line
     return lines
 
@@ -173,7 +175,8 @@ def connect(host: str, port: int, secret: str, rank: int) -> Line:
 
 
 def _first(line: Line) -> list[dict[str, Any]]:
-    until = time.monotonic() + JOIN_S
+    """What somebody says who has connected; a stranger who says nothing is not waited for."""
+    until = time.monotonic() + HELLO_S
     while not line.closed and time.monotonic() < until:
         if found := line.receive():
             return found
