@@ -144,15 +144,17 @@ def test_a_rank_that_ends_or_hangs_ends_all(
     model, asked = miniature("1.6b"), ["--size", "160x96", "--steps", "20"]
     alone = made(tmp_path / "alone.png", model, *asked)
     path = tmp_path / "ranks.png"
-    with started(path, model, *asked, "--devices", "cpu:2", **slowly) as launched:
+    with started(path, model, *asked, "--devices", "cpu:2", "--json", **slowly) as launched:
         until(tmp_path / "ranks.png.run" / sign)
         ranks = ranks_of(launched.pid)
         os.kill(ranks[rank], by)
         at = time.monotonic()
-        _, errors = launched.communicate(timeout=60)
+        printed, errors = launched.communicate(timeout=60)
         assert time.monotonic() - at < SOON_S
     assert launched.returncode == 1
     assert said in errors, errors
+    assert json.loads(printed)["error"]["code"] == "rank_failed"
+    assert "handscroll resume" in errors.splitlines()[-1]
     assert not any(map(is_there, ranks.values()))
     if sign == "job.json":
         return
@@ -224,7 +226,7 @@ def test_more_ranks_than_rows(miniature: Miniature, tmp_path: Path) -> None:
     asked = ["generate", "a lake", "--model", str(miniature("1.6b")), "-o", str(tmp_path / "a.png"), "--size", "64"]
     done = run(*asked, "--devices", "cpu:3", "--json")
     assert done.returncode == 2
-    assert "3 devices cannot share the 2 rows of 64x64" in done.stderr
+    assert "3 devices cannot share a picture of 64 pixels" in done.stderr
     assert "--devices 2 or fewer" in done.stderr
     told: dict[str, Any] = json.loads(done.stdout)
     assert told["error"]["code"] == "bad_usage"
@@ -238,15 +240,26 @@ def test_an_address_where_nobody_answers(tmp_path: Path) -> None:
     assert done.stderr.count("\n") == 1
 
 
-def as_ranks(tmp_path: Path, port: int, *models: Path) -> list[subprocess.CompletedProcess[str]]:
+def test_devices_that_cannot_be_and_a_prompt_on_stdin(tmp_path: Path) -> None:
+    done = run("generate", "-", "--devices", "cpu,cuda:0", "-o", str(tmp_path / "a.png"))
+    assert done.returncode == 2
+    assert "cannot be mixed" in done.stderr
+    done = run("generate", "a lake", "--devices", "cpu:1000", "--size", "65536", "-o", str(tmp_path / "a.png"))
+    assert done.returncode == 2
+    assert "1000 processes are too many" in done.stderr
+
+
+def as_ranks(
+    tmp_path: Path, port: int, *models: Path, asked: tuple[str, ...] = ()
+) -> list[subprocess.CompletedProcess[str]]:
     """A rank for each model, as torchrun starts them on hosts of their own."""
     with ThreadPoolExecutor(len(models)) as pool:
 
         def rank(number: int) -> subprocess.CompletedProcess[str]:
-            asked = ["generate", "a lake", "--model", str(models[number]), "-o", str(tmp_path / "a.png")]
+            line = ["generate", "a lake", "--model", str(models[number]), "-o", str(tmp_path / "a.png"), *asked]
             place = {"RANK": str(number), "WORLD_SIZE": str(len(models)), "LOCAL_RANK": str(number)}
             place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-            return run(*asked, "--size", "64", "--quiet", *ASKED, HANDSCROLL_JOIN_S="30", **place)
+            return run(*line, "--size", "64", "--quiet", *ASKED, HANDSCROLL_JOIN_S="30", **place)
 
         return list(pool.map(rank, range(len(models))))
 
@@ -262,6 +275,15 @@ def test_ranks_of_torchrun_with_different_checkpoints(miniature: Miniature, tmp_
         assert done.returncode == 2
         assert "the checkpoint (a digest of its files) is" in done.stderr
         assert done.stderr.count("\n") == 1
+    assert not (tmp_path / "a.png").exists()
+
+
+@pytest.mark.thorough
+def test_ranks_of_torchrun_decode_by_rows_alone(miniature: Miniature, tmp_path: Path) -> None:
+    model = miniature("1.6b")
+    first, _ = as_ranks(tmp_path, free_port(), model, model, asked=("--decode", "tiled"))
+    assert first.returncode == 2
+    assert "several devices decode by rows alone" in first.stderr
     assert not (tmp_path / "a.png").exists()
 
 

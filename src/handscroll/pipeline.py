@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +85,8 @@ def follow(request: Request, on_failure: OnFailure = end_process) -> None:
     the model and the device are used. Raises HandscrollError; on_failure as in `generate`.
     """
     spec = open_checkpoint(request.model, request.revision)
-    hardware = find_hardware(of_this_process(request).device)
+    folder = scratch_folder(None) or Path(tempfile.gettempdir())
+    hardware = find_hardware(of_this_process(request).device, folder)
     with joined(spec, hardware, on_failure) as found:
         do_as_told(found.team, spec)
 
@@ -125,7 +127,8 @@ def _made_by(
     latent_paths = _latent_targets(save_latent, plan)
     plan = _told(plan, not_in_file(path.suffix, quality, picture_facts(request, spec, plan, 0)), on_event)
     meter = Meter(plan.device)
-    job = Job.of(request, spec, plan, path, save_latent, quality)
+    asked = request if team is None else dataclasses.replace(request, device="auto")  # ranks have one each
+    job = Job.of(asked, spec, plan, path, save_latent, quality)
 
     with (
         job_settings(plan.device, plan.budget_bytes),

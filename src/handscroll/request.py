@@ -234,8 +234,8 @@ class Request:
     )
     devices: str | None = option(
         None,
-        "Make every picture on several devices, a band of rows each, to the same picture: how many, cpu:N for N "
-        "processes, or a list. --memory is then of each.",
+        "Make every picture on several devices, a band of rows each: how many, cpu:N for N processes, or a list. "
+        "--memory is then of each.",
         metavar="N|cpu:N|cuda:A,cuda:B",
         check=check_devices,
         commands=("generate", "plan"),

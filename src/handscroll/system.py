@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 # In the environment of a rank: the process that started it.
 LAUNCHER = "HANDSCROLL_LAUNCHER"
+# And the file that ranks of one host find each other by.
+STORE = "HANDSCROLL_STORE"
 
 
 @dataclass(frozen=True)

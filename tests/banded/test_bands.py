@@ -13,7 +13,8 @@ from torch import Tensor
 import miniatures
 from autoencoder_cases import CASES, DTYPES, autoencoder, latent_of
 from handscroll.banded import sums
-from handscroll.banded.autoencoder import cut_at_barriers, decode_rows, decoder_units, encode
+from handscroll.banded.autoencoder import Attention, cut_at_barriers, decode_rows, decoder_units, encode
+from handscroll.banded.autoencoder.route import Route
 from handscroll.banded.exchange import Exchange
 from handscroll.banded.transformer import Branch, predict
 from handscroll.bands import Bands
@@ -130,3 +131,15 @@ def test_sums_of_row_blocks_are_added_in_the_order_of_ranks(monkeypatch: pytest.
         for one, other, expected in zip(of_rank, made[0], predict(model, given), strict=True):
             assert torch.equal(one, other)
             torch.testing.assert_close(one, expected, atol=2e-5, rtol=0)
+
+
+def test_a_whole_attention_gets_its_whole_map() -> None:
+    """Of a narrow picture: below head_dim pixels an attention is called whole, at several scales of the latent's."""
+    model = autoencoder("f32")
+    units = cut_at_barriers(decoder_units(model.decoder), 4, 1)
+    route = Route(units, range(len(units)), 4, 1)
+    for own in Bands.of(4, 4):
+        for index in range(len(units)):
+            for unit, rows in zip(route.units(index), route.needed(index, own), strict=False):
+                if isinstance(unit, Attention) and not unit.is_linear(4):
+                    assert rows == range(round(4 * unit.in_scale))

@@ -55,7 +55,7 @@ def generate(
         request = dataclasses.replace(request, seed=random_seed())
     path = output or free_name(request)
     work.refuse_early(request.model, path, request.width, request.height, save_latent)
-    launch.start_ranks(request.devices)
+    launch.start_ranks(request.devices, request.height)
     with work.watching(quiet, request.count) as on_event:
         from handscroll import pipeline
 

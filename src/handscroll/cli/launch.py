@@ -7,36 +7,51 @@ module starts nothing. torch's elastic agent would do for most of it, but gives 
 from __future__ import annotations
 
 import os
+import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import IO, Any, NoReturn
 
 import typer
 
 from handscroll.cli.output import to_json
-from handscroll.request import Request, count_devices
-from handscroll.system import LAUNCHER
-from handscroll.units import one_line
+from handscroll.errors import UsageError
+from handscroll.request import Request, check_devices, count_devices
+from handscroll.system import LAUNCHER, STORE
+from handscroll.units import MAX_SIDE_PX, MIN_SIDE_PX, one_line
 
 # What this process was called with, for the ranks that it starts.
-ARGUMENTS: ContextVar[Sequence[str]] = ContextVar("ARGUMENTS", default=())
+called_with: list[str] = []
 
 POLL_S = 0.1
+MOST_A_CORE = 8
+GOES_ON = "; the same command, or `handscroll resume`, goes on"
 GRACE_S = 2.0  # for a rank to say why, once another has ended
 STOPPED_S = 8.0  # a rank that somebody stopped is taken for lost
 
 
-def start_ranks(devices: str | None) -> None:
-    """Runs the command on several ranks and leaves, where it names devices and this is not one of the ranks yet."""
+def start_ranks(devices: str | None, height_px: int | None = None, more: Sequence[str] = ()) -> None:
+    """Runs the command on several ranks and leaves, where it names devices and this is not one of the ranks yet.
+
+    height_px: of the picture, where that is known. more: arguments that the ranks get beside this process's.
+    Raises UsageError for more devices than any picture has rows for.
+    """
     if devices is not None and count_devices(devices) > 1 and "RANK" not in os.environ:
-        raise typer.Exit(_run_ranks(count_devices(devices), ARGUMENTS.get()))
+        count, most = count_devices(devices), -(-(height_px or MAX_SIDE_PX) // MIN_SIDE_PX)
+        if count > most:
+            raise UsageError(
+                f"{count} devices cannot share a picture of {height_px or MAX_SIDE_PX} pixels: at most one for each "
+                f"{MIN_SIDE_PX} rows of pixels; use --devices {most} or fewer"
+            )
+        cores = _cores()
+        if devices.startswith("cpu") and count > (most := MOST_A_CORE * cores):
+            raise UsageError(f"{count} processes are too many for {cores} cores; use --devices cpu:{most} or fewer")
+        raise typer.Exit(_run_ranks(count, [*called_with, *more]))
 
 
 def follows() -> bool:
@@ -46,6 +61,8 @@ def follows() -> bool:
 
 def reads_nothing(devices: str | None) -> bool:
     """Whether this process is not the one that reads standard input and asks: it starts ranks, or follows one."""
+    if devices is not None:
+        check_devices("devices", devices)
     return follows() or (devices is not None and count_devices(devices) > 1 and "RANK" not in os.environ)
 
 
@@ -59,8 +76,10 @@ def follow(request: Request) -> None:
 
 def end_of_rank(message: str, facts: Mapping[str, Any]) -> NoReturn:
     """Ends this process with the cause, because another rank has ended or does not answer."""
+    if facts.get("code") == "rank_failed":
+        message += GOES_ON
     print(f"error: {one_line(message)}", file=sys.stderr, flush=True)
-    if "--json" in ARGUMENTS.get() and not follows():
+    if "--json" in called_with and not follows():
         print(to_json({"error": {key: value for key, value in facts.items() if key != "exit_code"}}), flush=True)
     os._exit(int(facts.get("exit_code", 1)))
 
@@ -87,12 +106,14 @@ class _Rank:
 
 def _run_ranks(count: int, arguments: Sequence[str]) -> int:
     """The exit code of all ranks together."""
-    port = _free_port()
+    folder = tempfile.mkdtemp(prefix="handscroll-ranks-")  # which nobody else may read
     ranks: list[_Rank] = []
-    before = {number: signal.signal(number, lambda number, _: _pass_on(ranks, number)) for number in _SIGNALS}
+    told: list[int] = []
+    heard = [number for number in _SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]  # as under nohup
+    before = {number: signal.signal(number, lambda number, _: _pass_on(ranks, number, told)) for number in heard}
     try:
         for number in range(count):
-            ranks.append(_started(number, count, port, arguments))
+            ranks.append(_started(number, count, os.path.join(folder, "store"), arguments))
         return _watched(ranks)
     finally:
         for rank in ranks:
@@ -103,24 +124,29 @@ def _run_ranks(count: int, arguments: Sequence[str]) -> int:
                 rank.said.close()
         for number, handler in before.items():
             signal.signal(number, handler)
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 _SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 
 
-def _pass_on(ranks: Sequence[_Rank], number: int) -> None:
-    """Hands a wish to end to the leader, which ends in order and ends the others."""
-    if ranks and ranks[0].process.poll() is None:
-        ranks[0].process.send_signal(number)
+def _pass_on(ranks: Sequence[_Rank], number: int, told: list[int]) -> None:
+    """Hands a wish to end to the leader, which ends in order and ends the others; the second ends all at once."""
+    told.append(number)
+    for rank in ranks if len(told) > 1 else ranks[:1]:
+        if rank.process.poll() is None:
+            rank.process.send_signal(number if len(told) == 1 else signal.SIGKILL)
 
 
-def _started(number: int, count: int, port: int, arguments: Sequence[str]) -> _Rank:
+def _started(number: int, count: int, store: str, arguments: Sequence[str]) -> _Rank:
     environ = {**os.environ, "RANK": str(number), "LOCAL_RANK": str(number), LAUNCHER: str(os.getpid())}
     environ |= {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
-    environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0", STORE: store}
+    if sys.platform.startswith("linux"):
+        environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     # Teams of threads that share cores wait for each other.
     environ.setdefault("OMP_NUM_THREADS", str(max(1, _cores() // count)))
-    command = [sys.executable, "-m", "handscroll", *arguments]
+    command = [sys.executable, "-P", "-m", "handscroll", *arguments]
     # In sessions of their own: a terminal's Ctrl-C comes here alone, and is passed on as any other.
     if number == 0:
         return _Rank(number, subprocess.Popen(command, env=environ, start_new_session=True), None)
@@ -161,7 +187,7 @@ def _failed(ranks: Sequence[_Rank], failed: Sequence[_Rank], stopped: Sequence[_
     while not stopped and leader.poll() is None and time.monotonic() < until:
         time.sleep(POLL_S)
     code = leader.poll()
-    if code is not None and code > 0:
+    if code is not None and code >= 0:
         return code
     if code is not None and code < 0:
         line = f"rank 0 (process {leader.pid}) was ended by {_signal_name(-code)}"
@@ -174,10 +200,11 @@ def _failed(ranks: Sequence[_Rank], failed: Sequence[_Rank], stopped: Sequence[_
         line += f": {said}" if said else ""
     else:
         line = f"rank {stopped[0].number} (process {stopped[0].process.pid}) is stopped and does not answer any more"
-    print(f"error: {one_line(line)}; the same command, or `handscroll resume`, goes on", file=sys.stderr, flush=True)
-    if "--json" in ARGUMENTS.get():
-        print(to_json({"error": {"code": "rank_failed", "message": line}}), flush=True)
     returned = failed[0].process.returncode if failed else 1
+    line += "" if returned == UsageError.exit_code else GOES_ON
+    print(f"error: {one_line(line)}", file=sys.stderr, flush=True)
+    if "--json" in called_with:
+        print(to_json({"error": {"code": "rank_failed", "message": line}}), flush=True)
     return returned if returned > 0 else 1
 
 
@@ -194,12 +221,6 @@ def _is_stopped(process: int) -> bool:
             return file.read().rpartition(b")")[2].split()[0] == b"T"
     except (OSError, IndexError):
         return False
-
-
-def _free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return int(free.getsockname()[1])
 
 
 def _cores() -> int:

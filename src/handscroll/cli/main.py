@@ -22,7 +22,7 @@ from handscroll.cli.decode import decode
 from handscroll.cli.doctor import doctor
 from handscroll.cli.generate import generate
 from handscroll.cli.info import info
-from handscroll.cli.launch import ARGUMENTS
+from handscroll.cli.launch import called_with, follows
 from handscroll.cli.models import models
 from handscroll.cli.output import to_json
 from handscroll.cli.plan import plan
@@ -111,7 +111,7 @@ def run(arguments: Sequence[str]) -> int:
 
 def _attempt(arguments: Sequence[str]) -> int:
     command = typer.main.get_command(app)
-    called_with = ARGUMENTS.set(tuple(arguments))
+    called_with[:] = arguments
     try:
         with command.make_context("handscroll", prompts_apart(command, arguments)) as context:
             command.invoke(context)
@@ -122,11 +122,9 @@ def _attempt(arguments: Sequence[str]) -> int:
     except (Exception, KeyboardInterrupt) as error:
         exit_code, line, facts = _told(error, way_out(arguments))
         print(line, file=sys.stderr)
-        if "--json" in arguments:
+        if "--json" in arguments and not follows():
             print(to_json({"error": facts}))
         return exit_code
-    finally:
-        ARGUMENTS.reset(called_with)
     return 0
 
 

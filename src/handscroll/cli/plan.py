@@ -13,7 +13,7 @@ from handscroll.cli.options import Json, Quiet, output_option, takes_options
 from handscroll.cli.output import columns, print_text, to_json
 from handscroll.errors import UsageError
 from handscroll.models.registry import resolve
-from handscroll.request import Request
+from handscroll.request import Request, count_devices
 from handscroll.units import budget_text, duration, gibibytes, parse_latency, parse_rate
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ def plan(
     resolve(request.model)
     between = {} if link is None else {"bytes_a_second": parse_rate(link)}
     between |= {} if latency is None else {"latency_s": parse_latency(latency)}
-    if between and request.devices is None:
+    if between and (request.devices is None or count_devices(request.devices) == 1):
         raise UsageError("--link and --latency are between devices; say how many with --devices")
     with work.watching(quiet) as on_event:
         from handscroll import pipeline

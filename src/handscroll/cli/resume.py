@@ -48,11 +48,12 @@ def resume(
     job = read_job(folder)
     model = wanted.get("model") or job.request.model
     resolve(model)
+    if "model" not in wanted:
+        quiet_now = quiet or launch.follows()
+        yes = work.may_fetch(model, job.request.revision, folder / "job.json", yes=yes, quiet=quiet_now)
     if launch.follows():
         return launch.follow(job.resumed(wanted.get("device"), None, model, wanted.get("devices")))
-    if "model" not in wanted and not launch.reads_nothing(wanted.get("devices")):
-        yes = work.may_fetch(model, job.request.revision, folder / "job.json", yes=yes, quiet=quiet)
-    launch.start_ranks(wanted.get("devices"))
+    launch.start_ranks(wanted.get("devices"), job.request.height, ["--yes"] if yes else [])
     with work.watching(quiet, job.request.count) as on_event:
         from handscroll import pipeline
 

@@ -86,6 +86,10 @@ def make_plan(spec: CheckpointSpec, request: Request, inputs: PlanInputs, seed: 
 
 def _check_ranks(plan: Plan, spec: CheckpointSpec, ranks: int) -> None:
     """Raises UsageError for more devices than rows of the token map, of any size that a picture grows through."""
+    if ranks > 1 and plan.decode != "rows":
+        raise UsageError(
+            f"several devices decode by rows alone, and this is decoded {plan.decode}; use one device, or --decode rows"
+        )
     patch = spec.transformer.patch_size
     smallest = min(plan.sizes, key=lambda size: size.latent_height)
     rows = smallest.latent_height // patch

@@ -50,7 +50,7 @@ class Route:
         for unit in reversed(self.units(index)):
             rows = scaled(rows, 1 / unit.factor)
             if isinstance(unit, Attention) and not unit.is_linear(self.height * self.width):
-                rows = self._within(rows, self.height, unit.in_scale)
+                rows = range(round(self.height * unit.in_scale))
             else:
                 # A window that halves begins at an even row.
                 rows = self._within(rows, unit.reach + (unit.reach % 2 if unit.factor < 1 else 0), unit.in_scale)

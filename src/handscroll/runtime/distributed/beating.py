@@ -160,7 +160,10 @@ def accept(server: socket.socket, secret: str, count: int) -> dict[int, Line]:
     while len(lines) < count:
         server.settimeout(max(0.01, until - time.monotonic()))
         line = Line(server.accept()[0])
-        for facts in _first(line):
+        said = _first(line)
+        if not said:
+            line.close()
+        for facts in said:
             known = secrets.compare_digest(str(facts.get("secret")).encode(), secret.encode())
             if known and isinstance(rank := facts.get("rank"), int):
                 lines[rank] = line

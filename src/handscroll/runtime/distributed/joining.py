@@ -30,11 +30,12 @@ from handscroll.runtime.distributed.beating import Beating, Line, OnFailure, acc
 from handscroll.runtime.distributed.plain import as_plain, of_plain
 from handscroll.runtime.distributed.processes import ProcessRanks
 from handscroll.runtime.distributed.team import Team
+from handscroll.system import STORE
 from handscroll.units import one_line
 from handscroll.version import __version__
 
 MAX_REASON = 200  # characters, of what a library says
-JOIN_S = float(os.environ.get("HANDSCROLL_JOIN_S", "60"))
+JOIN_S = 60.0
 # The leader reads prompts and writes files while others wait: whether all are alive is seen otherwise (beating.py).
 WAIT_TIMEOUT = timedelta(days=30)
 SAMPLES, SAMPLE_BYTES = 16, 4096  # of a checkpoint's files, which are too large to be read whole
@@ -75,9 +76,11 @@ def of_this_process(request: Request) -> Request:
             "devices: one process makes pictures on one device; the command line's --devices starts a process for "
             "each, and so does torchrun"
         )
+    if devices is not None and place is not None and count_devices(devices) != place.size:
+        raise UsageError(f"--devices {devices} are {count_devices(devices)}, and {place.size} ranks were started")
     rank = 0 if place is None else place.local_rank
     device = request.device if devices is None else device_of_rank(devices, rank)
-    if place is not None and device == "auto":
+    if place is not None and (device == "auto" or (device == "cuda" and torch.cuda.is_available())):
         device = _device_of_rank(rank)
     return dataclasses.replace(request, device=device, devices=None)
 
@@ -166,11 +169,14 @@ class Joined:
 
         own: this rank's, as it is now.
         """
-        found = [own, *(of_plain(Hardware, each["hardware"]) for each in self.facts)]
+        hosts = [each["host"] for each in self.facts]
+        of_ranks = [of_plain(Hardware, each["hardware"]) for each in self.facts]
+        of_ranks[self.team.ranks.rank] = own
+        found = [each.shared(hosts.count(host)) for each, host in zip(of_ranks, hosts, strict=True)]
         held = [each.base_bytes for each in found]
         free = [each.free_bytes for each in found if each.free_bytes is not None]
         names = [field.name for field in dataclasses.fields(Rates)]
-        least = dataclasses.replace(
+        return dataclasses.replace(
             own,
             base_bytes=None if None in held else max(each for each in held if each is not None),
             free_bytes=min(free, default=None),
@@ -180,8 +186,6 @@ class Joined:
             has_fp8=all(each.has_fp8 for each in found),
             bf16_is_faster=all(each.bf16_is_faster for each in found),
         )
-        own_host = self.facts[self.team.ranks.rank]["host"]
-        return least.shared(sum(each["host"] == own_host for each in self.facts))
 
 
 def _told(error: BaseException, rank: int) -> dict[str, Any]:
@@ -189,7 +193,8 @@ def _told(error: BaseException, rank: int) -> dict[str, Any]:
     facts = error.as_dict() if isinstance(error, HandscrollError) else {"code": "rank_failed"}
     message = str(error) if isinstance(error, HandscrollError) else f"{type(error).__name__}: {error}"
     code = getattr(error, "exit_code", 130 if isinstance(error, KeyboardInterrupt) else 1)
-    return {**facts, "exit_code": code, "message": f"rank {rank}: {one_line(message, MAX_REASON)}"}
+    message = "; ".join([one_line(message, MAX_REASON), *getattr(error, "__notes__", ())])
+    return {**facts, "exit_code": code, "message": f"rank {rank}: {message}"}
 
 
 def _init(place: Place, device: str) -> None:
@@ -198,16 +203,29 @@ def _init(place: Place, device: str) -> None:
     if "MASTER_PORT" not in os.environ:
         raise UsageError("MASTER_PORT is not in the environment; start ranks with --devices, or with torchrun")
     where = f"{place.address}:{os.environ['MASTER_PORT']}"
+    where_from: dict[str, Any] = {}
+    if (file := os.environ.get(STORE)) is not None:  # of one host: no port that others could reach
+        where_from["store"] = dist.FileStore(file, place.size)  # type: ignore[attr-defined]
     try:
-        dist.init_process_group(backend, rank=place.rank, world_size=place.size, timeout=timedelta(seconds=JOIN_S))
+        dist.init_process_group(
+            backend, rank=place.rank, world_size=place.size, timeout=timedelta(seconds=_join_s()), **where_from
+        )
     except (RuntimeError, ValueError, OSError) as error:
         said = one_line(str(error).partition("Exception raised from")[0], MAX_REASON)
         if "EADDRINUSE" in said or "address already in use" in said.lower():
             raise HandscrollError(f"port {where} is in use; choose another MASTER_PORT") from None
         raise HandscrollError(
             f"rank {place.rank} of {place.size} does not reach the others at {where} within "
-            f"{JOIN_S:g} s: {said}; are all started, and is that address the first one's?"
+            f"{_join_s():g} s: {said}; are all started, and is that address the first one's?"
         ) from None
+
+
+def _join_s() -> float:
+    """HANDSCROLL_JOIN_S: how long a rank waits for the others."""
+    try:
+        return max(1.0, float(os.environ.get("HANDSCROLL_JOIN_S", JOIN_S)))
+    except ValueError:
+        return JOIN_S
 
 
 def _host_of(place: Place) -> str:
@@ -222,7 +240,13 @@ def _lines(place: Place, of_ranks: Sequence[Mapping[str, Any]], server: socket.s
     if server is None:
         same_host = leader["host"] == of_ranks[place.rank]["host"]
         host = "127.0.0.1" if same_host else place.address
-        line = connect(host, int(leader["port"]), str(leader["secret"]), place.rank)
+        try:
+            line = connect(host, int(leader["port"]), str(leader["secret"]), place.rank)
+        except OSError as error:
+            raise HandscrollError(
+                f"rank {place.rank} does not reach the first one at {host}:{leader['port']}: "
+                f"{error.strerror or error}; is there a firewall between them?"
+            ) from None
         return {_name(0, leader): line}
     try:
         with server:
