@@ -12,8 +12,8 @@ import dataclasses
 import json
 
 from handscroll.models.known import known_specs
-from handscroll.plan.communication import Link, Traffic, keys_and_values_bytes, step_flops, step_traffic, sweeps_traffic
-from handscroll.plan.decode import DecodeStage, decode_stages
+from handscroll.plan.communication import Link, Most, keys_and_values_bytes, most_of_step, most_of_sweeps
+from handscroll.plan.decode import decode_stages
 from handscroll.plan.decoder_shape import DecoderShape
 from handscroll.plan.denoise import Sampling
 from handscroll.plan.inputs import Hardware
@@ -58,22 +58,14 @@ def main() -> None:
     print(json.dumps(found))
 
 
-def _step(side: int, ranks: int) -> tuple[float, Traffic]:
-    """Work and what is sent by the rank that has most of each."""
-    transformer, rows = known_specs()[MODEL].transformer, side // 32
-    job = Sampling(rows, rows, max(TOKENS), 1, 2, "bf16", ranks=ranks)
-    flops = max(step_flops(transformer, job, TOKENS, rank) for rank in range(ranks))
-    traffic = max((step_traffic(transformer, job, TOKENS, rank) for rank in range(ranks)), key=lambda each: each.bytes)
-    return flops, traffic
+def _step(side: int, ranks: int) -> Most:
+    job = Sampling(side // 32, side // 32, max(TOKENS), 1, 2, "bf16", ranks=ranks)
+    return most_of_step(known_specs()[MODEL].transformer, job, TOKENS)
 
 
-def _decoding(side: int, ranks: int) -> tuple[float, Traffic]:
+def _decoding(side: int, ranks: int) -> Most:
     shape = DecoderShape(known_specs()[MODEL].autoencoder, side // 32, side // 32, 2, ranks=ranks)
-    stage: DecodeStage = next(iter(decode_stages(shape, "bf16", Hardware("cuda:0"), None)))
-    flops = sum(
-        shape.pass_shape(sweep.start, index, sweep.strip_rows).flops for index, sweep in enumerate(stage.sweeps)
-    )
-    return flops, max((sweeps_traffic(shape, stage, rank) for rank in range(ranks)), key=lambda each: each.bytes)
+    return most_of_sweeps(shape, next(iter(decode_stages(shape, "bf16", Hardware("cuda:0"), None))))
 
 
 if __name__ == "__main__":

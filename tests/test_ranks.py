@@ -16,6 +16,11 @@ from typing import Any
 
 import pytest
 
+from handscroll.models.checkpoint import CheckpointSpec
+from handscroll.runtime.distributed import Team
+from handscroll.runtime.distributed.processes import ProcessRanks
+from handscroll.runtime.session import Session
+
 ASKED = ["--steps", "3", "--seed", "5", "--precision", "fp32"]
 Miniature = Callable[..., Path]
 SOON_S = 10.0
@@ -303,6 +308,12 @@ def test_a_port_in_use(tmp_path: Path) -> None:
     assert done.returncode == 1
     assert f"port 127.0.0.1:{place['MASTER_PORT']} is in use" in done.stderr
     assert done.stderr.count("\n") == 1
+
+
+def test_others_are_told_of_the_leaders_scratch_folder(miniature: Miniature, tmp_path: Path) -> None:
+    team = Team(ProcessRanks(group=None, rank=0, size=2), "cpu")
+    Session(CheckpointSpec.from_folder(miniature("1.6b")), scratch=tmp_path, team=team)
+    assert team.scratch == tmp_path
 
 
 PIPELINE = """

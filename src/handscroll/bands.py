@@ -72,6 +72,11 @@ class Bands:
         """The rank that has a row; None where there is no such row."""
         return next((rank for rank, rows in enumerate(self) if row in rows), None)
 
+    def neighbours(self, rank: int) -> tuple[int | None, int | None]:
+        """The ranks that have the row above a band and the row below it; None where there is none."""
+        own = self.rows(rank)
+        return (self.owner(own.start - 1), self.owner(own.stop)) if own else (None, None)
+
     def scaled(self, scale: float) -> Bands:
         """The same bands of a map `scale` times as tall. Raises ValueError where rows are cut."""
         ends = [end * scale for end in self.ends]

@@ -44,7 +44,6 @@ from handscroll.request import Request, as_request, count_devices, device_of_ran
 from handscroll.runtime.decode import DecodeProgress, decode_rows
 from handscroll.runtime.denoise import denoise_picture
 from handscroll.runtime.device import find_hardware, scratch_folder
-from handscroll.runtime.distributed import Team
 from handscroll.runtime.distributed.beating import OnFailure, end_process
 from handscroll.runtime.distributed.following import do_as_told
 from handscroll.runtime.distributed.joining import joined, leading, of_this_process
@@ -104,60 +103,44 @@ def _made(
 ) -> list[Result]:
     """`generate` by a model that is there, alone or as the first of several. `must_go_on` refuses to start over."""
     request = of_this_process(request)
-    with leading(spec, probe(spec, request, path), on_failure) as (found, inputs):
-        team = None if found is None else found.team
-        results = _made_by(team, inputs, request, spec, path, save_latent, quality, on_event, must_go_on)
-        of_ranks = None if found is None else found.measured([result.stage_peak_bytes for result in results])
-    return [dataclasses.replace(result, ranks=of_ranks) for result in results]
-
-
-def _made_by(
-    team: Team | None,
-    inputs: PlanInputs,
-    request: Request,
-    spec: CheckpointSpec,
-    path: Path,
-    save_latent: Path | None,
-    quality: int | None,
-    on_event: OnEvent,
-    must_go_on: bool,
-) -> list[Result]:
-    plan = make_plan(spec, request, inputs, random_seed())
-    targets = _targets(path, plan)
-    latent_paths = _latent_targets(save_latent, plan)
-    plan = _told(plan, not_in_file(path.suffix, quality, picture_facts(request, spec, plan, 0)), on_event)
-    meter = Meter(plan.device)
-    asked = request if team is None else dataclasses.replace(request, device="auto")  # ranks have one each
-    job = Job.of(asked, spec, plan, path, save_latent, quality)
-
-    with (
-        job_settings(plan.device, plan.budget_bytes),
-        torch.inference_mode(),
-        RunFolder.open(job, on_event, must_go_on=must_go_on) as run,
-        Session(spec, scratch=scratch_folder(run.folder), on_event=on_event, team=team) as session,
-    ):
-        plan = dataclasses.replace(plan, seeds=run.seeds)
-        plans = [plan] * len(plan.seeds)
-        recovery = Recovery(session, inputs, plan.precision, on_event)
-        if run.to_denoise():
-            with meter.stage(TEXT.name):
-                texts, plan = encode_stage(recovery, plan, request)
-            session.free()  # here, so that no stage is measured with the one before
-        meters = [meter.fork() for _ in plan.seeds]
-        for index in run.to_denoise():
-            with meters[index].stage(DENOISE.name):
-                plan = denoise_stage(recovery, plan, request, texts, index, run)
-        session.free()
-        for index, latent_path in enumerate(latent_paths):
-            if latent_path is not None:
-                run.keep_copy(index, latent_path)
-        for index in run.to_decode():
-            with meters[index].stage(DECODE.name):
-                plan, plans[index] = decode_stage(recovery, plan, request, index, run, targets[index], quality)
-                run.mark_done(index)
+    with leading(spec, probe(spec, request, path), on_failure) as (ranks, inputs):
+        plan = make_plan(spec, request, inputs, random_seed())
+        targets = _targets(path, plan)
+        latent_paths = _latent_targets(save_latent, plan)
+        plan = _told(plan, not_in_file(path.suffix, quality, picture_facts(request, spec, plan, 0)), on_event)
+        meter = Meter(plan.device)
+        asked = request if ranks is None else dataclasses.replace(request, device="auto")  # each has its own
+        job = Job.of(asked, spec, plan, path, save_latent, quality)
+        team = None if ranks is None else ranks.team
+        with (
+            job_settings(plan.device, plan.budget_bytes),
+            torch.inference_mode(),
+            RunFolder.open(job, on_event, must_go_on=must_go_on) as run,
+            Session(spec, scratch=scratch_folder(run.folder), on_event=on_event, team=team) as session,
+        ):
+            plan = dataclasses.replace(plan, seeds=run.seeds)
+            plans = [plan] * len(plan.seeds)
+            recovery = Recovery(session, inputs, plan.precision, on_event)
+            if run.to_denoise():
+                with meter.stage(TEXT.name):
+                    texts, plan = encode_stage(recovery, plan, request)
+                session.free()  # here, so that no stage is measured with the one before
+            meters = [meter.fork() for _ in plan.seeds]
+            for index in run.to_denoise():
+                with meters[index].stage(DENOISE.name):
+                    plan = denoise_stage(recovery, plan, request, texts, index, run)
+            session.free()
+            for index, latent_path in enumerate(latent_paths):
+                if latent_path is not None:
+                    run.keep_copy(index, latent_path)
+            for index in run.to_decode():
+                with meters[index].stage(DECODE.name):
+                    plan, plans[index] = decode_stage(recovery, plan, request, index, run, targets[index], quality)
+                    run.mark_done(index)
+        of_ranks = None if ranks is None else ranks.measured([each.stage_peak_bytes for each in meters])
     facts = [picture_facts(request, spec, made, index) for index, made in enumerate(plans)]
     return [
-        Result.of(target.path, spec, plans[index], meters[index], facts[index], run.resumed_from(index))
+        Result.of(target.path, spec, plans[index], meters[index], facts[index], run.resumed_from(index), of_ranks)
         for index, target in enumerate(targets)
     ]
 

@@ -8,10 +8,11 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import AutoencoderDC
 from torch import Tensor
 
 import miniatures
-from autoencoder_cases import CASES, DTYPES, autoencoder, latent_of
+from autoencoder_cases import CASES, DTYPES, F32, autoencoder, latent_of
 from handscroll.banded import sums
 from handscroll.banded.autoencoder import Attention, cut_at_barriers, decode_rows, decoder_units, encode
 from handscroll.banded.autoencoder.route import Route
@@ -134,12 +135,28 @@ def test_sums_of_row_blocks_are_added_in_the_order_of_ranks(monkeypatch: pytest.
 
 
 def test_a_whole_attention_gets_its_whole_map() -> None:
-    """Of a narrow picture: below head_dim pixels an attention is called whole, at several scales of the latent's."""
-    model = autoencoder("f32")
-    units = cut_at_barriers(decoder_units(model.decoder), 4, 1)
-    route = Route(units, range(len(units)), 4, 1)
-    for own in Bands.of(4, 4):
+    """Of a narrow picture: below head_dim pixels an attention is called whole, at two scales of the latent's here."""
+    config = {**F32, "attention_head_dim": 32, "decoder_layers_per_block": (1, 1, 1, 1, 3, 3)}
+    config |= {f"{half}_block_out_channels": (8, 8, 8, 32, 32, 32) for half in ("encoder", "decoder")}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = AutoencoderDC(**config).eval()
+    units = cut_at_barriers(decoder_units(model.decoder), 8, 1)
+    route, called = Route(units, range(len(units)), 8, 1), set()
+    for own in Bands.of(8, 4):
         for index in range(len(units)):
             for unit, rows in zip(route.units(index), route.needed(index, own), strict=False):
-                if isinstance(unit, Attention) and not unit.is_linear(4):
-                    assert rows == range(round(4 * unit.in_scale))
+                if isinstance(unit, Attention) and not unit.is_linear(8):
+                    called.add(unit.in_scale)
+                    assert rows == range(round(8 * unit.in_scale))
+    assert called == {1.0, 2.0}
+    latent = torch.randn(1, 4, 8, 1, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        whole = torch.cat(list(decode_rows(model.decoder, latent, 2)), dim=2)
+    for size in (4, 8):
+        bands = Bands.of(8, size)
+
+        def work(ranks: ThreadRanks) -> Tensor:
+            return torch.cat(list(decode_rows(model.decoder, latent, 2, exchange=Exchange(ranks, bands))), dim=2)  # noqa: B023
+
+        assert torch.equal(torch.cat(on_ranks(size, work), dim=2), whole)

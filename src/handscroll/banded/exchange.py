@@ -101,8 +101,8 @@ class Exchange:
         padded = rows.new_zeros(most, *rows.shape[1:])
         padded[: len(rows)] = rows
         parts = self.ranks.gather(padded)()
-        cut = [part[: len(band)] for part, band in zip(parts, self.bands, strict=True)]
-        return torch.cat(cut).transpose(0, dim).contiguous()
+        of_bands = [part[: len(band)] for part, band in zip(parts, self.bands, strict=True)]
+        return torch.cat(of_bands).transpose(0, dim).contiguous()
 
 
 def _total(sums_of_ranks: Sequence[Tensor], nodes_of_ranks: Sequence[Sequence[tuple[int, int]]]) -> Tensor:
@@ -123,12 +123,10 @@ class Halo:
 
     def __init__(self, exchange: Exchange, needed: Sequence[range]) -> None:
         self.ranks, self.own = exchange.ranks, exchange.rows
-        self.needed = needed[self.ranks.rank]
         wanted = messages(exchange.bands, needed)
         self._sends = [(message, list[Tensor]()) for message in wanted if message.sender == self.ranks.rank]
         self._takes = [message for message in wanted if message.receiver == self.ranks.rank]
         self._taken: list[tuple[Message, Tensor]] = []
-        self._shape: tuple[int, ...] = ()
         self._wait: Wait | None = None
         self._row = self.own.start
         self._like: Tensor | None = None
@@ -139,9 +137,8 @@ class Halo:
         self._row = rows.stop
         self._like = row_block[:, :0]
         for message, kept in self._sends:
-            first, end = max(rows.start, message.rows.start), min(rows.stop, message.rows.stop)
-            if first < end:
-                kept.append(row_block[:, first - rows.start : end - rows.start].clone())
+            if shared := common(rows, message.rows):
+                kept.append(row_block[:, shared.start - rows.start : shared.stop - rows.start].clone())
 
     def send(self) -> None:
         assert self._like is not None

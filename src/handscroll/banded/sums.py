@@ -91,7 +91,8 @@ class LinearAttentionSums:
     def add(self, keys: Tensor, values: Tensor) -> None:
         """Takes the next rows: keys (before their ReLU) and values `[B, rows, W, heads, head_dim]`, of any strides."""
         batch, rows, _, heads, key_dim = keys.shape
-        self.expect(batch, heads, key_dim, values.shape[-1], keys.device)
+        if not self.count:
+            self.expect(batch, heads, key_dim, values.shape[-1], keys.device)
         if not self.by_rows:
             return self._accumulate(keys, values)
         for row in range(rows):

@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import IO, Any, NoReturn
 
@@ -22,7 +22,7 @@ import typer
 from handscroll.cli.output import to_json
 from handscroll.errors import UsageError
 from handscroll.request import Request, check_devices, count_devices
-from handscroll.system import LAUNCHER, STORE
+from handscroll.system import LAUNCHER, STORE, usable_cores
 from handscroll.units import MAX_SIDE_PX, MIN_SIDE_PX, one_line
 
 # What this process was called with, for the ranks that it starts.
@@ -41,17 +41,24 @@ def start_ranks(devices: str | None, height_px: int | None = None, more: Sequenc
     height_px: of the picture, where that is known. more: arguments that the ranks get beside this process's.
     Raises UsageError for more devices than any picture has rows for.
     """
-    if devices is not None and count_devices(devices) > 1 and "RANK" not in os.environ:
-        count, most = count_devices(devices), -(-(height_px or MAX_SIDE_PX) // MIN_SIDE_PX)
-        if count > most:
-            raise UsageError(
-                f"{count} devices cannot share a picture of {height_px or MAX_SIDE_PX} pixels: at most one for each "
-                f"{MIN_SIDE_PX} rows of pixels; use --devices {most} or fewer"
-            )
-        cores = _cores()
-        if devices.startswith("cpu") and count > (most := MOST_A_CORE * cores):
-            raise UsageError(f"{count} processes are too many for {cores} cores; use --devices cpu:{most} or fewer")
-        raise typer.Exit(_run_ranks(count, [*called_with, *more]))
+    if devices is None or not _is_launcher(devices):
+        return
+    height_px = height_px or MAX_SIDE_PX
+    count, most = count_devices(devices), -(-height_px // MIN_SIDE_PX)
+    if count > most:
+        raise UsageError(
+            f"{count} devices cannot share a picture of {height_px} pixels: at most one for each {MIN_SIDE_PX} rows of "
+            f"pixels; use --devices {most} or fewer"
+        )
+    cores = usable_cores()
+    if devices.startswith("cpu") and count > (most := MOST_A_CORE * cores):
+        raise UsageError(f"{count} processes are too many for {cores} cores; use --devices cpu:{most} or fewer")
+    raise typer.Exit(_run_ranks(count, [*called_with, *more]))
+
+
+def _is_launcher(devices: str) -> bool:
+    """Whether this process is to start ranks for these devices, and is none itself."""
+    return count_devices(devices) > 1 and "RANK" not in os.environ
 
 
 def follows() -> bool:
@@ -63,7 +70,7 @@ def reads_nothing(devices: str | None) -> bool:
     """Whether this process is not the one that reads standard input and asks: it starts ranks, or follows one."""
     if devices is not None:
         check_devices("devices", devices)
-    return follows() or (devices is not None and count_devices(devices) > 1 and "RANK" not in os.environ)
+    return follows() or (devices is not None and _is_launcher(devices))
 
 
 def follow(request: Request) -> None:
@@ -145,7 +152,7 @@ def _started(number: int, count: int, store: str, arguments: Sequence[str]) -> _
     if sys.platform.startswith("linux"):
         environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     # Teams of threads that share cores wait for each other.
-    environ.setdefault("OMP_NUM_THREADS", str(max(1, _cores() // count)))
+    environ.setdefault("OMP_NUM_THREADS", str(max(1, usable_cores() // count)))
     command = [sys.executable, "-P", "-m", "handscroll", *arguments]
     # In sessions of their own: a terminal's Ctrl-C comes here alone, and is passed on as any other.
     if number == 0:
@@ -162,34 +169,31 @@ def _watched(ranks: Sequence[_Rank]) -> int:
         for rank in ranks:
             rank.look()
         ended = [rank for rank in ranks if rank.process.poll() is not None]
-        if len(ended) == len(ranks) and not any(rank.process.returncode for rank in ranks):
-            return 0
         failed = [rank for rank in ended if rank.process.returncode]
         stopped = [rank for rank in ranks if rank.stopped_s > STOPPED_S]
         if failed or stopped:
             return _failed(ranks, failed, stopped)
-        if ranks[0] in ended and len(ended) < len(ranks):
+        if ranks[0] in ended:
             # The leader is done, and has told the others; what they still do is nobody's concern.
-            return _left(ranks)
+            _wait_while(lambda: any(rank.process.poll() is None for rank in ranks))
+            return 0
 
 
-def _left(ranks: Sequence[_Rank]) -> int:
+def _wait_while(is_so: Callable[[], bool]) -> None:
+    """For a moment at most."""
     until = time.monotonic() + GRACE_S
-    while time.monotonic() < until and any(rank.process.poll() is None for rank in ranks):
+    while time.monotonic() < until and is_so():
         time.sleep(POLL_S)
-    return 0
 
 
 def _failed(ranks: Sequence[_Rank], failed: Sequence[_Rank], stopped: Sequence[_Rank]) -> int:
     """Waits a moment for the leader to say why; else says it for it."""
     leader = ranks[0].process
-    until = time.monotonic() + GRACE_S
-    while not stopped and leader.poll() is None and time.monotonic() < until:
-        time.sleep(POLL_S)
+    _wait_while(lambda: not stopped and leader.poll() is None)
     code = leader.poll()
     if code is not None and code >= 0:
         return code
-    if code is not None and code < 0:
+    if code is not None:
         line = f"rank 0 (process {leader.pid}) was ended by {_signal_name(-code)}"
     elif failed:
         rank = failed[0]
@@ -221,7 +225,3 @@ def _is_stopped(process: int) -> bool:
             return file.read().rpartition(b")")[2].split()[0] == b"T"
     except (OSError, IndexError):
         return False
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -14,6 +14,7 @@ from typing import Any, Self
 
 from handscroll.errors import HandscrollError, RunFolderError
 from handscroll.models.checkpoint import CheckpointSpec
+from handscroll.models.folder import files_of
 from handscroll.models.registry import resolve, split_revision
 from handscroll.plan.plan import Plan
 from handscroll.request import Request
@@ -240,10 +241,6 @@ def _latent_shape(spec: CheckpointSpec, plan: Plan) -> tuple[int, ...]:
 
 def _fingerprint(folder: Path) -> str:
     """Of a checkpoint's files: names, sizes and times, not contents."""
-    files = [
-        (str(path.relative_to(folder)), path.stat().st_size, path.stat().st_mtime_ns)
-        for part in ("model_index.json", "tokenizer/*", "text_encoder/*", "transformer/*", "vae/*", "scheduler/*")
-        for path in sorted(folder.glob(part))
-        if path.is_file()
-    ]
+    stats = [(str(path.relative_to(folder)), path.stat()) for path in files_of(folder)]
+    files = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
     return hashlib.sha256(json.dumps(files).encode()).hexdigest()[:32]

@@ -52,7 +52,7 @@ class Result:
 
     None stands for what is not known, or not so of this picture. model: what denoised it; autoencoder: what decoded it,
     where that is not the model's own. prompt_tokens and negative_tokens: how many each has, and how many were read.
-    notices: what was asked for and not used, a line each.
+    notices: what was asked for and not used, a line each. ranks: what each of several processes took.
     """
 
     path: Path
@@ -77,16 +77,6 @@ class Result:
     notices: tuple[str, ...] = ()
     ranks: tuple[dict[str, Any], ...] | None = None
 
-    @property
-    def stage_peak_bytes(self) -> dict[str, int]:
-        """What each stage took at most; without those that the system did not tell of."""
-        stages = self.memory["stages"].items()
-        return {name: each["measured_bytes"] for name, each in stages if each["measured_bytes"] is not None}
-
-    @property
-    def peak_bytes(self) -> int:
-        return max(self.stage_peak_bytes.values(), default=0)
-
     @classmethod
     def of(
         cls,
@@ -96,6 +86,7 @@ class Result:
         meter: Meter,
         facts: Facts,
         resumed_from_step: int | None = None,
+        ranks: tuple[dict[str, Any], ...] | None = None,
     ) -> Result:
         """A picture of these facts, which was written to `path` by a plan, with what this session's meter says."""
         names = [stage.name for stage in STAGES if stage.name in meter.seconds]
@@ -128,6 +119,7 @@ class Result:
             seconds={**seconds, "total": round(sum(seconds.values()), 3)},
             note=plan.precision.note,
             resumed_from_step=resumed_from_step,
+            ranks=ranks,
             prompt_tokens=None if plan.prompt_read is None else plan.prompt_read.as_dict(),
             negative_tokens=None if plan.negative_read is None else plan.negative_read.as_dict(),
             notices=plan.notices,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -53,6 +54,12 @@ class OwnSettings:
         for text in (self.name, self.licence, *(self.complex_human_instruction or ())):
             if text is not None and len(text) > MAX_TEXT:
                 raise ValueError(f"a text has {len(text)} characters; at most {MAX_TEXT} are read: {shown(text)}")
+
+
+def files_of(folder: Path) -> Iterator[Path]:
+    """The files of a checkpoint's components, always in the same order."""
+    for part in ("model_index.json", "tokenizer/*", "text_encoder/*", "transformer/*", "vae/*", "scheduler/*"):
+        yield from (path for path in sorted(folder.glob(part)) if path.is_file())
 
 
 def read_own_settings(folder: Path) -> OwnSettings:

@@ -9,7 +9,7 @@ around instead, as a ring attention does, sends the whole map a layer.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from handscroll.bands import Bands, common, messages, whole_nodes
@@ -69,8 +69,7 @@ def step_traffic(spec: TransformerSpec, job: Sampling, tokens: Sequence[int], ra
     if job.ranks == 1:
         return total
     for bands in bands_of_branches(spec, job.rows, job.columns, tokens, job.ranks):
-        own = bands.rows(rank)
-        neighbours = sum(bands.owner(row) is not None for row in (own.start - 1, own.stop)) if own else 0
+        neighbours = _neighbours(bands, rank)
         rows = Traffic(neighbours * job.columns * spec.width * element_bytes, neighbours, rounds=1)
         total += (rows + _sums_traffic(bands, rank, spec.width * (spec.attention_head_dim + 1))) * spec.num_layers
         positions = max(map(len, bands)) * job.columns
@@ -84,11 +83,13 @@ def step_flops(spec: TransformerSpec, job: Sampling, tokens: Sequence[int], rank
     """Of a step's forwards, the work of one rank."""
     total = 0.0
     for bands, count in zip(bands_of_branches(spec, job.rows, job.columns, tokens, job.ranks), tokens, strict=True):
-        own = bands.rows(rank)
-        halo_rows = sum(bands.owner(row) is not None for row in (own.start - 1, own.stop)) if own else 0
-        total += len(own) * row_flops(spec, job.columns, count)
-        total += halo_rows * halo_row_flops(spec, job.columns)
+        total += len(bands.rows(rank)) * row_flops(spec, job.columns, count)
+        total += _neighbours(bands, rank) * halo_row_flops(spec, job.columns)
     return total * spec.num_layers
+
+
+def _neighbours(bands: Bands, rank: int) -> int:
+    return sum(other is not None for other in bands.neighbours(rank))
 
 
 def sweeps_traffic(shape: DecoderShape, stage: DecodeStage, rank: int) -> Traffic:
@@ -101,14 +102,13 @@ def sweeps_traffic(shape: DecoderShape, stage: DecodeStage, rank: int) -> Traffi
         of_map = bands.scaled(attention.scale)
         sums = attention.inner * (attention.head_dim + 1) * (1 + len(attention.scales)) * shape.batch
         total += _sums_traffic(of_map, rank, sums)
-        readers = [reader for reader, start in enumerate(stage.starts) if start == index]
-        if readers:
-            total += _halo_traffic(shape, index, readers, of_map, rank)
+        if index in stage.starts:
+            total += _halo_traffic(shape, index, stage.starts, of_map, rank)
     return total
 
 
-def _halo_traffic(shape: DecoderShape, index: int, readers: Iterable[int], bands: Bands, rank: int) -> Traffic:
-    halo_rows = max(shape.halo_rows(index, reader)[0] for reader in readers)
+def _halo_traffic(shape: DecoderShape, index: int, starts: Sequence[int], bands: Bands, rank: int) -> Traffic:
+    halo_rows = shape.map_halo_rows(index, starts)
     needed = [common(range(own.start - halo_rows, own.stop + halo_rows), range(bands.height)) for own in bands]
     sent = [len(message.rows) for message in messages(bands, needed) if message.sender == rank]
     row_bytes = shape.map_bytes(index) // shape.map_rows(index)
@@ -152,42 +152,37 @@ def shares(plan: Plan, spec: CheckpointSpec, tokens: Sequence[int], rates: Rates
     precision, transformer = plan.precision.transformer, spec.transformer
     job = Sampling(rows, columns, max(tokens), 1, len(tokens), precision, ranks=plan.ranks)
     alone = dataclasses.replace(job, ranks=1)
-    of_ranks = range(plan.ranks)
-    found = [
-        _share(
-            "step",
-            step_flops(transformer, alone, tokens, 0),
-            max(step_flops(transformer, job, tokens, rank) for rank in of_ranks),
-            max((step_traffic(transformer, job, tokens, rank) for rank in of_ranks), key=lambda each: each.bytes),
-            rates.flops(precision),
-            link,
-            plan.ranks,
-        )
-    ]
+    of_step = most_of_step(transformer, alone, tokens), most_of_step(transformer, job, tokens)
+    found = [_share("step", *of_step, rates.flops(precision), link, plan.ranks)]
     if plan.decoding is not None:
-        element_bytes = BYTES[plan.precision.autoencoder]
-        shape = DecoderShape(spec.autoencoder, plan.latent_height, plan.latent_width, element_bytes, ranks=plan.ranks)
-        found.append(
-            _share(
-                "decode",
-                _sweeps_flops(dataclasses.replace(shape, ranks=1), plan.decoding),
-                _sweeps_flops(shape, plan.decoding),
-                max((sweeps_traffic(shape, plan.decoding, rank) for rank in of_ranks), key=lambda each: each.bytes),
-                rates.flops(plan.precision.autoencoder),
-                link,
-                plan.ranks,
-            )
+        precision = plan.precision.autoencoder
+        shape = DecoderShape(
+            spec.autoencoder, plan.latent_height, plan.latent_width, BYTES[precision], ranks=plan.ranks
         )
+        alone_shape = dataclasses.replace(shape, ranks=1)
+        of_sweeps = most_of_sweeps(alone_shape, plan.decoding), most_of_sweeps(shape, plan.decoding)
+        found.append(_share("decode", *of_sweeps, rates.flops(precision), link, plan.ranks))
     return found
 
 
-def _sweeps_flops(shape: DecoderShape, stage: DecodeStage) -> float:
+# Work, and what is sent: of the rank that has most of each.
+Most = tuple[float, Traffic]
+
+
+def most_of_step(spec: TransformerSpec, job: Sampling, tokens: Sequence[int]) -> Most:
+    flops = max(step_flops(spec, job, tokens, rank) for rank in range(job.ranks))
+    traffic = (step_traffic(spec, job, tokens, rank) for rank in range(job.ranks))
+    return flops, max(traffic, key=lambda each: each.bytes)
+
+
+def most_of_sweeps(shape: DecoderShape, stage: DecodeStage) -> Most:
     sweeps = enumerate(stage.sweeps)
-    return sum(shape.pass_shape(sweep.start, index, sweep.strip_rows).flops for index, sweep in sweeps)
+    flops = sum(shape.pass_shape(sweep.start, index, sweep.strip_rows).flops for index, sweep in sweeps)
+    traffic = (sweeps_traffic(shape, stage, rank) for rank in range(shape.ranks))
+    return flops, max(traffic, key=lambda each: each.bytes)
 
 
-def _share(
-    name: str, whole: float, own: float, traffic: Traffic, flops_a_second: float, link: Link, ranks: int
-) -> Share:
-    seconds = own / flops_a_second + traffic.seconds(link)
-    return Share(name, own, traffic, seconds, whole / flops_a_second / ranks / seconds)
+def _share(name: str, alone: Most, shared: Most, flops_a_second: float, link: Link, ranks: int) -> Share:
+    flops, traffic = shared
+    seconds = flops / flops_a_second + traffic.seconds(link)
+    return Share(name, flops, traffic, seconds, alone[0] / flops_a_second / ranks / seconds)

@@ -234,11 +234,8 @@ class _Layout:
 
     def _halo_bytes(self, index: int) -> int:
         """Of the map that a sweep reads the rows of other ranks; of the one that it makes those that they need."""
-
-        def of_map(number: int) -> int:
-            return self.shape.halo_bytes(number, [each for each, start in enumerate(self.starts) if start == number])
-
-        return of_map(self.starts[index]) + (of_map(index + 1) if index + 1 < len(self.shape) else 0)
+        made = self.shape.halo_bytes(index + 1, self.starts) if index + 1 < len(self.shape) else 0
+        return self.shape.halo_bytes(self.starts[index], self.starts) + made
 
     def _map_bytes(self, index: int) -> int:
         """Device bytes of the maps that a sweep reads and writes."""

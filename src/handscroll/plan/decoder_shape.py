@@ -93,11 +93,16 @@ class DecoderShape:
             found.append(-int(-found[-1] / unit.factor // 1) + reach if self.ranks > 1 else 0)
         return found[::-1]
 
-    def halo_bytes(self, index: int, readers: Sequence[int]) -> int:
-        """The rows beside the own ones of map `index`, which sweeps `readers` start from: sent or received."""
-        if self.ranks == 1 or not index or not readers:
+    def map_halo_rows(self, index: int, starts: Sequence[int]) -> int:
+        """What is needed of map `index` above the own rows, and below, by all sweeps that start from it."""
+        readers = [reader for reader, start in enumerate(starts) if start == index]
+        return max((self.halo_rows(index, reader)[0] for reader in readers), default=0)
+
+    def halo_bytes(self, index: int, starts: Sequence[int]) -> int:
+        """The rows of map `index` beside the own ones, which are sent or received; none are of the first."""
+        if not index:
             return 0
-        rows = min(self.rows * self.sweeps[index][0].scale, 2 * max(self.halo_rows(index, each)[0] for each in readers))
+        rows = min(self.rows * self.sweeps[index][0].scale, 2 * self.map_halo_rows(index, starts))
         return rows * self.map_bytes(index) // self.map_rows(index)
 
     def map_bytes(self, index: int) -> int:
@@ -161,18 +166,17 @@ class DecoderShape:
             scratch_bytes=max(part.called_row_bytes * self.rows * part.unit.scale * self.batch for part in parts),
             weight_bytes=sum(part.laid_out_bytes for part in parts),
             layout_bytes=max(part.layout_bytes for part in parts) + sum(sums),
-            flops=2.0 * self.columns * sum(map(_macs_of_column, parts, self._latent_rows(start, index, parts))),
+            flops=2.0 * self.columns * self._macs_of_column(start, index, parts),
             calls=8 * len(parts),
         )
 
-    def _latent_rows(self, start: int, index: int, parts: Sequence[_Part]) -> Iterator[float]:
-        """How many rows of the latent each unit of a pass works on, the halo's among them."""
-        for part, halo_rows in zip(parts, self.halo_rows(start, index), strict=False):
-            yield min(self.rows, self.own_rows + 2 * halo_rows / part.unit.scale)
-
-
-def _macs_of_column(part: _Part, latent_rows: float) -> float:
-    return part.macs * latent_rows
+    def _macs_of_column(self, start: int, index: int, parts: Sequence[_Part]) -> float:
+        """Of a column of the latent, in the units of a pass: each works on its own rows and on the halo's."""
+        halos = self.halo_rows(start, index)
+        return sum(
+            part.macs * min(self.rows, self.own_rows + 2 * halo_rows / part.unit.scale)
+            for part, halo_rows in zip(parts, halos, strict=False)
+        )
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -271,11 +271,15 @@ def bands_of_branches(spec: TransformerSpec, rows: int, columns: int, tokens: Se
 
 def row_flops(spec: TransformerSpec, columns: int, tokens: int) -> float:
     """Of a layer, what one row of tokens takes. A text of one token is not asked: its answer is known."""
-    width, cross, hidden = spec.width, spec.cross_width, spec.hidden_channels
+    width, hidden = spec.width, spec.hidden_channels
     attention = 2 * columns * (4 * width**2 + 2 * width * spec.attention_head_dim)
-    asked = 2 * columns * 2 * width * cross + 4 * columns * tokens * cross if tokens > 1 else 0
     feed_forward = 2 * columns * (width * 2 * hidden + 9 * 2 * hidden + hidden * width)
-    return float(attention + asked + feed_forward)
+    return float(attention + feed_forward) + (_asking_flops(spec, columns, tokens) if tokens > 1 else 0.0)
+
+
+def _asking_flops(spec: TransformerSpec, columns: int, tokens: int) -> float:
+    """Of a layer, what one row of tokens takes to ask a text."""
+    return float(2 * columns * 2 * spec.width * spec.cross_width + 4 * columns * tokens * spec.cross_width)
 
 
 def halo_row_flops(spec: TransformerSpec, columns: int) -> float:
@@ -313,15 +317,12 @@ def band_heights(spec: TransformerSpec, job: Sampling, hardware: Hardware) -> li
 
 
 def forward_flops(spec: TransformerSpec, job: Sampling) -> float:
-    """One forward: two a weight and position it meets, and the attentions themselves."""
-    width, cross, hidden = spec.width, spec.cross_width, spec.hidden_channels
-    positions = job.positions
-    self_attention = 2 * positions * (4 * width**2 + 2 * width * spec.attention_head_dim)
-    cross_attention = 2 * positions * 2 * width * cross + 4 * positions * job.tokens * cross
-    cross_attention += 2 * job.tokens * 2 * width * cross
-    feed_forward = 2.0 * positions * (width * 2 * hidden + 9 * 2 * hidden + hidden * width)
-    feed_forward += 2 * job.halo_rows * job.columns * width * 2 * hidden  # its first matrix, of the rows of others too
-    return float(spec.num_layers * (self_attention + cross_attention + feed_forward))
+    """One forward: two a weight and position it meets, and the attentions themselves; any text is asked."""
+    asking = _asking_flops(spec, job.columns, job.tokens) if job.tokens <= 1 else 0.0
+    own = job.own_rows * (row_flops(spec, job.columns, job.tokens) + asking)
+    halo = job.halo_rows * halo_row_flops(spec, job.columns)
+    text = 2 * job.tokens * 2 * spec.width * spec.cross_width
+    return spec.num_layers * (own + halo + text)
 
 
 @lru_cache(maxsize=4096)

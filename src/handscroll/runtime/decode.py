@@ -44,10 +44,11 @@ def decode_rows(
 
 def picture_rows(session: Session, plan: Plan, rank: int | None = None) -> range:
     """The picture's rows that a rank makes, this one if None: all where there is no team."""
-    if session.team is None:
+    exchange = session.exchange(plan)
+    if exchange is None:
         return range(plan.height)
-    bands = session.team.exchange(plan).scaled(session.spec.autoencoder.spatial_compression_ratio).bands
-    return common(bands.rows(session.team.ranks.rank if rank is None else rank), range(plan.height))
+    exchange = exchange.scaled(session.spec.autoencoder.spatial_compression_ratio)
+    return common(exchange.rows if rank is None else exchange.bands.rows(rank), range(plan.height))
 
 
 def own_rows(
@@ -144,7 +145,7 @@ def _row_blocks(
                 materialize=opened.materialize,
                 on_sweep=lambda done, of: trim(),
                 on_rows=on_sweep_rows,
-                exchange=None if session.team is None else session.team.exchange(plan),
+                exchange=session.exchange(plan),
             )
         case "patch":
             from handscroll.banded.patches import decode_by_patches

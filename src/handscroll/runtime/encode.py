@@ -42,7 +42,7 @@ def encode_picture(session: Session, plan: Plan, picture: np.ndarray) -> Tensor:
         materialize=opened.materialize,
         on_sweep=lambda done, of: trim(),
         on_rows=lambda *_: session.pulse(ENCODE_PART.name),
-        exchange=None if session.team is None else session.team.exchange(plan),
+        exchange=session.exchange(plan),
     )
     if not torch.isfinite(latent).all():
         raise NumericsError("the autoencoder gave numbers that are not finite", "autoencoder")

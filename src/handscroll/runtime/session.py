@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from handscroll.banded.autoencoder import Materialize
+from handscroll.banded.exchange import Exchange
 from handscroll.banded.transformer import Branch, predict
 from handscroll.errors import HandscrollError
 from handscroll.events import OnEvent, Progress, ignore, pulse
@@ -138,6 +139,8 @@ class Session:
         team: Team | None = None,
     ) -> None:
         self.spec, self.scratch, self.on_event, self.team = spec, scratch, on_event, team
+        if team is not None:
+            team.scratch = scratch
         self._told: set[str] = set()
         self._untold: list[Progress] | None = None  # while a file is read: what is told after
         self._raised: OSError | None = None  # by the listener, while a file is read
@@ -150,6 +153,10 @@ class Session:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.free()
+
+    def exchange(self, plan: Plan) -> Exchange | None:
+        """Of the rows of the plan's latent; None where this rank makes all."""
+        return None if self.team is None else self.team.exchange(plan)
 
     def pulse(self, stage: str) -> None:
         """Gives the listener a moment to end the job in."""

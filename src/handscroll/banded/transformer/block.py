@@ -105,14 +105,10 @@ class _Edges:
 
     def __init__(self, exchange: Exchange, rows: Tensor | None) -> None:
         """rows: [B, 2, w, width], the first and the last, or [B, 1, w, width] of a band of one row; None of none."""
-        own, near = exchange.rows, list[tuple[int, int]]()
-        self.above = self.below = self._single = False
-        self._own: list[Tensor] = []
-        if rows is not None:
-            before, after = exchange.bands.owner(own.start - 1), exchange.bands.owner(own.stop)
-            near = [(other, end) for end, other in enumerate((before, after)) if other is not None]
-            self.above, self.below, self._single = before is not None, after is not None, len(own) == 1
-            self._own = [rows[:, :1].contiguous(), rows[:, -1:].contiguous()]
+        before, after = exchange.bands.neighbours(exchange.ranks.rank)
+        near = [(other, end) for end, other in enumerate((before, after)) if other is not None]
+        self.above, self.below, self._single = before is not None, after is not None, len(exchange.rows) == 1
+        self._own = [] if rows is None else [rows[:, :1].contiguous(), rows[:, -1:].contiguous()]
         self._others = [torch.empty_like(each) for each in self._own]
         self._wait = exchange.ranks.trade(
             [(other, self._own[end]) for other, end in near], [(other, self._others[end]) for other, end in near]

@@ -33,6 +33,14 @@ def end_process(message: str, facts: Mapping[str, Any]) -> NoReturn:
     os._exit(int(facts.get("exit_code", 1)))
 
 
+def join_s() -> float:
+    """HANDSCROLL_JOIN_S: how long a rank waits for the others."""
+    try:
+        return max(1.0, float(os.environ.get("HANDSCROLL_JOIN_S", JOIN_S)))
+    except ValueError:
+        return JOIN_S
+
+
 class Line:
     """A connection on which texts are sent, a line each; an empty line is a beat."""
 
@@ -85,7 +93,7 @@ def _parsed(line: bytes) -> Any:
 
 
 class Beating:
-    """Beats on all lines, and listens on them. `names` say whose each is, as 'rank 2 (cpu, process 31)'.
+    """Beats on all lines, and listens on them. Their names say whose each is, as 'rank 2 (cpu, process 31)'.
 
     on_failure is called once, on a thread of its own, when a line is closed or silent before `stop`, or says an error.
     """
@@ -156,7 +164,7 @@ def listen(host: str) -> socket.socket:
 def accept(server: socket.socket, secret: str, count: int) -> dict[int, Line]:
     """The lines of `count` followers by rank, each of which has said the secret. Raises TimeoutError."""
     lines: dict[int, Line] = {}
-    until = time.monotonic() + JOIN_S
+    until = time.monotonic() + join_s()
     while len(lines) < count:
         server.settimeout(max(0.01, until - time.monotonic()))
         line = Line(server.accept()[0])
@@ -172,7 +180,7 @@ def accept(server: socket.socket, secret: str, count: int) -> dict[int, Line]:
 
 def connect(host: str, port: int, secret: str, rank: int) -> Line:
     """A follower's line to the leader."""
-    line = Line(socket.create_connection((host, port), timeout=JOIN_S))
+    line = Line(socket.create_connection((host, port), timeout=join_s()))
     line.send({"secret": secret, "rank": rank})
     return line
 

@@ -24,9 +24,10 @@ import torch.distributed as dist
 
 from handscroll.errors import HandscrollError, UsageError
 from handscroll.models.checkpoint import CheckpointSpec
+from handscroll.models.folder import files_of
 from handscroll.plan.inputs import Hardware, PlanInputs, Rates
 from handscroll.request import Request, count_devices, device_of_rank
-from handscroll.runtime.distributed.beating import Beating, Line, OnFailure, accept, connect, listen
+from handscroll.runtime.distributed.beating import Beating, Line, OnFailure, accept, connect, join_s, listen
 from handscroll.runtime.distributed.plain import as_plain, of_plain
 from handscroll.runtime.distributed.processes import ProcessRanks
 from handscroll.runtime.distributed.team import Team
@@ -35,7 +36,6 @@ from handscroll.units import one_line
 from handscroll.version import __version__
 
 MAX_REASON = 200  # characters, of what a library says
-JOIN_S = 60.0
 # The leader reads prompts and writes files while others wait: whether all are alive is seen otherwise (beating.py).
 WAIT_TIMEOUT = timedelta(days=30)
 SAMPLES, SAMPLE_BYTES = 16, 4096  # of a checkpoint's files, which are too large to be read whole
@@ -208,7 +208,7 @@ def _init(place: Place, device: str) -> None:
         where_from["store"] = dist.FileStore(file, place.size)  # type: ignore[attr-defined]
     try:
         dist.init_process_group(
-            backend, rank=place.rank, world_size=place.size, timeout=timedelta(seconds=_join_s()), **where_from
+            backend, rank=place.rank, world_size=place.size, timeout=timedelta(seconds=join_s()), **where_from
         )
     except (RuntimeError, ValueError, OSError) as error:
         said = one_line(str(error).partition("Exception raised from")[0], MAX_REASON)
@@ -216,16 +216,8 @@ def _init(place: Place, device: str) -> None:
             raise HandscrollError(f"port {where} is in use; choose another MASTER_PORT") from None
         raise HandscrollError(
             f"rank {place.rank} of {place.size} does not reach the others at {where} within "
-            f"{_join_s():g} s: {said}; are all started, and is that address the first one's?"
+            f"{join_s():g} s: {said}; are all started, and is that address the first one's?"
         ) from None
-
-
-def _join_s() -> float:
-    """HANDSCROLL_JOIN_S: how long a rank waits for the others."""
-    try:
-        return max(1.0, float(os.environ.get("HANDSCROLL_JOIN_S", JOIN_S)))
-    except ValueError:
-        return JOIN_S
 
 
 def _host_of(place: Place) -> str:
@@ -300,11 +292,9 @@ def _check_same(of_ranks: Sequence[Mapping[str, Any]]) -> None:
 def checkpoint_digest(spec: CheckpointSpec) -> str:
     """Of the names, sizes and some of the bytes of a checkpoint's files: the same wherever they lie."""
     digest = hashlib.sha256()
-    for part in ("model_index.json", "text_encoder/*", "tokenizer/*", "transformer/*", "vae/*", "scheduler/*"):
-        for path in sorted(spec.folder.glob(part)):
-            if path.is_file():
-                digest.update(f"{path.relative_to(spec.folder)} {path.stat().st_size}\n".encode())
-                _sample(path, digest)
+    for path in files_of(spec.folder):
+        digest.update(f"{path.relative_to(spec.folder)} {path.stat().st_size}\n".encode())
+        _sample(path, digest)
     return digest.hexdigest()[:16]
 
 

@@ -20,7 +20,7 @@ from handscroll.models.transformer import TransformerSpec
 from handscroll.plan.denoise import bands_of_branches
 from handscroll.plan.plan import Plan
 from handscroll.runtime.distributed.plain import as_plain, of_plain
-from handscroll.runtime.distributed.processes import ProcessRanks
+from handscroll.runtime.distributed.processes import ProcessRanks, as_bytes
 from handscroll.weights.dtypes import DTYPES
 
 LEADER = 0
@@ -44,7 +44,8 @@ class Command:
 class Team:
     """`ranks` that make one picture. `device`: of this rank. All but the leader `hear` what the leader `tell`s.
 
-    `scratch`: the leader's folder for files that are read again soon, which others use too where they have it.
+    `scratch`: the leader's folder for files that are read again soon (`Session` sets it), which others use where they
+    have it too.
     """
 
     ranks: ProcessRanks
@@ -85,7 +86,7 @@ class Team:
         }
         self._send(json.dumps(header).encode())
         for tensor in tensors.values():
-            dist.broadcast(_as_bytes(tensor), self._leader, self.ranks.group)
+            self._broadcast(as_bytes(tensor))
 
     def tell_branches(self, plan: Plan, branches: Sequence[Branch]) -> None:
         """Tells all ranks to predict; `branches_of` makes of the command what was given here."""
@@ -115,7 +116,7 @@ class Team:
         tensors = {}
         for name, dtype, shape in header["tensors"]:
             tensor = torch.empty(shape, dtype=DTYPES[dtype])
-            dist.broadcast(_as_bytes(tensor), self._leader, self.ranks.group)
+            self._broadcast(as_bytes(tensor))
             tensors[name] = tensor
         plan = None if header["plan"] is None else self._of_device(of_plain(Plan, header["plan"]))
         return Command(header["do"], plan, tensors, header["facts"], header["scratch"])
@@ -126,30 +127,24 @@ class Team:
         if len(data) > MAX_FACTS_BYTES:
             raise ValueError(f"{len(data)} bytes are more than {MAX_FACTS_BYTES}")
         own = torch.frombuffer(bytearray(data.ljust(MAX_FACTS_BYTES)), dtype=torch.uint8)
-        parts = [torch.empty_like(own) for _ in range(self.ranks.size)]
-        dist.all_gather(parts, own, self.ranks.group)
-        return [json.loads(part.numpy().tobytes()) for part in parts]
+        return [json.loads(part.numpy().tobytes()) for part in self.ranks.gather(own)()]
 
     def _of_device(self, plan: Plan) -> Plan:
         """A plan of the leader's for this rank's device."""
         smaller = None if plan.smaller is None else self._of_device(plan.smaller)
         return dataclasses.replace(plan, device=self.device, smaller=smaller)
 
-    @property
-    def _leader(self) -> int:
-        return dist.get_global_rank(self.ranks.group, LEADER)
-
     def _send(self, data: bytes) -> None:
-        dist.broadcast(torch.tensor([len(data)]), self._leader, self.ranks.group)
-        dist.broadcast(torch.frombuffer(bytearray(data), dtype=torch.uint8), self._leader, self.ranks.group)
+        self._broadcast(torch.tensor([len(data)]))
+        self._broadcast(torch.frombuffer(bytearray(data), dtype=torch.uint8))
 
     def _receive(self) -> bytes:
         count = torch.zeros(1, dtype=torch.int64)
-        dist.broadcast(count, self._leader, self.ranks.group)
+        self._broadcast(count)
         data = torch.empty(int(count), dtype=torch.uint8)
-        dist.broadcast(data, self._leader, self.ranks.group)
+        self._broadcast(data)
         return data.numpy().tobytes()
 
-
-def _as_bytes(tensor: Tensor) -> Tensor:
-    return tensor.view(-1).view(torch.uint8)
+    def _broadcast(self, tensor: Tensor) -> None:
+        """From the leader, into the tensors of the others."""
+        dist.broadcast(tensor, dist.get_global_rank(self.ranks.group, LEADER), self.ranks.group)
