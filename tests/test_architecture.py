@@ -36,7 +36,8 @@ MAY_IMPORT = {
     "integrations": RUNTIME,
     "pipeline": JOBS,
     "api": JOBS | {"pipeline"},
-    "cli": JOBS | {"pipeline", "api"},
+    "batch": JOBS | {"pipeline"},
+    "cli": JOBS | {"pipeline", "api", "batch"},
     "__main__": {"cli"},
     "__init__": JOBS | {"pipeline", "api"},
 }

@@ -233,7 +233,7 @@ def test_errors_keep_their_kinds() -> None:
 def test_a_command_takes_its_own_options_alone() -> None:
     assert fields_of(Request, {"device": "cpu", "memory": None}, "resume") == {"device": "cpu"}
     with pytest.raises(
-        UsageError, match="size is no option of resume; it is one of generate, plan, scroll, compare, bench"
+        UsageError, match="size is no option of resume; it is one of generate, batch, plan, scroll, compare, bench"
     ):
         fields_of(Request, {"size": "64"}, "resume")
 

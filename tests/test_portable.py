@@ -22,10 +22,10 @@ from typing import Any
 import pytest
 
 import handscroll
-from handscroll.cli.naming import free_name
 from handscroll.errors import BusyError, OutputError
 from handscroll.files import Lock, can_lock, lock_file, lock_folder, open_to_read, why_not_on_windows
 from handscroll.jobs.folder import leave_folder, take_folder
+from handscroll.pictures.naming import free_name
 from handscroll.pictures.targets import check_target
 from handscroll.request import Request
 from handscroll.runtime import health

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 
 from handscroll import pipeline
 from handscroll.cli import main as cli
-from handscroll.cli.naming import NAME_BYTES, NAME_CHARACTERS, clusters, words_of
 from handscroll.jobs.result import Result
+from handscroll.pictures.naming import NAME_BYTES, NAME_CHARACTERS, clusters, words_of
 from handscroll.request import Request
 
 Asked = list[tuple[Request, Path]]

@@ -62,6 +62,24 @@ def write_whole(
     sync_folder(path.parent)
 
 
+def move_whole(source: Path, target: Path) -> None:
+    """Moves a file to where it appears whole, in place of an older one, also on another disk. Raises OSError."""
+    try:
+        os.replace(source, target)
+    except OSError as error:
+        if error.errno != errno.EXDEV:
+            raise
+        part = part_beside(target)
+        try:
+            shutil.copyfile(source, part)
+            sync_file(part)
+            os.replace(part, target)
+        finally:
+            discard(part)
+        source.unlink()
+    sync_folder(target.parent)
+
+
 def write_all(descriptor: int, data: Any) -> None:
     """Writes all bytes of a buffer to what is open, however many the system takes at a time. Raises OSError."""
     left = memoryview(data).cast("B")

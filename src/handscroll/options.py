@@ -23,7 +23,7 @@ from handscroll.units import check_range, shown
 Check = Callable[[str, Any], None]  # of an option's name and its value; raises UsageError
 
 # What takes an option that names no command. `scroll` is a call of the class, which has its model already.
-MAKING = ("generate", "plan", "scroll", "compare")
+MAKING = ("generate", "batch", "plan", "scroll", "compare")
 
 _KEY = "option"
 _KINDS = {

@@ -47,6 +47,7 @@ from handscroll.runtime.device import find_hardware, scratch_folder
 from handscroll.runtime.distributed.beating import OnFailure, end_process
 from handscroll.runtime.distributed.following import do_as_told
 from handscroll.runtime.distributed.joining import joined, leading, of_this_process
+from handscroll.runtime.keeping import Keeping
 from handscroll.runtime.memory import Meter
 from handscroll.runtime.probe import probe
 from handscroll.runtime.session import Session
@@ -62,12 +63,15 @@ def generate(
     quality: int | None = None,
     on_event: OnEvent = ignore,
     on_failure: OnFailure = end_process,
+    processes: int = 1,
+    keeping: Keeping | None = None,
 ) -> list[Result]:
     """Makes the pictures of a request and writes them to `path` (`name-1.png`, ... for more than one).
 
     Whatever can be refused is refused before a weight is read. What is finished is kept in a run folder beside `path`
     until the pictures are written: the same request goes on from there, another starts over.
-    Seconds and memory in the results are this session's. Raises HandscrollError, and what `on_event` raises.
+    Seconds and memory in the results are this session's. processes: how many like this one share the machine's memory.
+    keeping: what this process keeps for its next call. Raises HandscrollError, and what `on_event` raises.
 
     In a process that is one of several, as torchrun starts them, the first makes the pictures so, and all others
     `follow`; on_failure is called, and must end the process, when one of them has ended or does not answer.
@@ -76,7 +80,7 @@ def generate(
     path, quality = as_path("path", path), check_quality(quality)
     save_latent = None if save_latent is None else as_path("save_latent", save_latent)
     spec = open_checkpoint(request.model, request.revision, on_progress=on_fetch(on_event))
-    return _made(request, spec, path, save_latent, quality, on_event, on_failure)
+    return _made(request, spec, path, save_latent, quality, on_event, on_failure, processes=processes, keeping=keeping)
 
 
 def follow(request: Request, on_failure: OnFailure = end_process) -> None:
@@ -99,11 +103,18 @@ def _made(
     on_event: OnEvent,
     on_failure: OnFailure,
     *,
+    processes: int = 1,
+    keeping: Keeping | None = None,
     must_go_on: bool = False,
 ) -> list[Result]:
     """`generate` by a model that is there, alone or as the first of several. `must_go_on` refuses to start over."""
     request = of_this_process(request)
-    with leading(spec, probe(spec, request, path), on_failure) as (ranks, inputs):
+    keeps = keeping is not None and request.memory_bytes is None
+    keeping = keeping or Keeping()
+    with (
+        keeping.job(probe(spec, request, path, processes=processes), keeps=keeps) as own_inputs,
+        leading(spec, own_inputs, on_failure) as (ranks, inputs),
+    ):
         plan = make_plan(spec, request, inputs, random_seed())
         targets = _targets(path, plan)
         latent_paths = _latent_targets(save_latent, plan)
@@ -116,7 +127,7 @@ def _made(
             job_settings(plan.device, plan.budget_bytes),
             torch.inference_mode(),
             RunFolder.open(job, on_event, must_go_on=must_go_on) as run,
-            Session(spec, scratch=scratch_folder(run.folder), on_event=on_event, team=team) as session,
+            keeping.opened(spec, plan, scratch_folder(run.folder), on_event, team) as session,
         ):
             plan = dataclasses.replace(plan, seeds=run.seeds)
             plans = [plan] * len(plan.seeds)
@@ -124,12 +135,12 @@ def _made(
             if run.to_denoise():
                 with meter.stage(TEXT.name):
                     texts, plan = encode_stage(recovery, plan, request)
-                session.free()  # here, so that no stage is measured with the one before
+                session.free_but(plan.kept)  # here, so that no stage is measured with the one before
             meters = [meter.fork() for _ in plan.seeds]
             for index in run.to_denoise():
                 with meters[index].stage(DENOISE.name):
                     plan = denoise_stage(recovery, plan, request, texts, index, run)
-            session.free()
+            session.free_but(plan.kept)
             for index, latent_path in enumerate(latent_paths):
                 if latent_path is not None:
                     run.keep_copy(index, latent_path)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 from handscroll.errors import PromptError, UsageError
-from handscroll.options import MAKING, check_fields, fields_of, option, within
+from handscroll.options import MAKING, check_fields, fields_of, option, options_of, within
 from handscroll.units import (
     MAX_SIDE_PX,
     MIN_COMPOSE_PX,
@@ -111,8 +111,8 @@ def check_compose(name: str, side_px: int) -> None:
 
 
 # Beside those that make a picture (`MAKING`): what opens a model, and what turns a latent into a picture.
-OPENING = ("generate", "plan", "compare", "decode", "bench", "from_pretrained")
-DECODING = ("generate", "compare", "decode", "scroll")
+OPENING = ("generate", "batch", "plan", "compare", "decode", "bench", "from_pretrained")
+DECODING = ("generate", "batch", "compare", "decode", "scroll")
 
 
 @dataclass(frozen=True)
@@ -135,7 +135,7 @@ class Request:
         DEFAULT_MODEL,
         "What `models` lists, or yours.",
         metavar="NAME|FOLDER|HUB_ID",
-        commands=("generate", "plan", "compare", "bench"),
+        commands=("generate", "batch", "plan", "compare", "bench"),
         left_to={
             "decode": "Whose autoencoder to use. Left out, the one in the file.",
             "resume": "The run's own, named again. Left out, the one in the folder.",
@@ -166,6 +166,7 @@ class Request:
         understood=seed_of,
         hint=seed_hint,
         commands=("generate", "compare", "scroll"),
+        left_to={"batch": "Same seed, same picture. Left out, or -1, made from each line: another for every line."},
     )
     count: int = option(
         1,
@@ -173,6 +174,7 @@ class Request:
         metavar="N",
         check=within(1, 10_000),
         commands=("generate",),
+        left_to={"batch": "Pictures of every line, of consecutive seeds where it has one."},
     )
     precision: str = option(
         "auto",
@@ -213,7 +215,7 @@ class Request:
         metavar="SIZE",
         check=within(1, 2**60),
         parse=parse_bytes,
-        commands=("generate", "plan", "compare", "decode", "from_pretrained"),
+        commands=("generate", "batch", "plan", "compare", "decode", "from_pretrained"),
         left_to={"resume": "Stay within it. Left out, as before."},
     )
     compose_px: int | None = option(
@@ -230,7 +232,7 @@ class Request:
     text_precision: TextPrecisionName = option(
         "auto",
         "What to keep the text encoder's weights in.",
-        commands=("generate", "plan", "compare", "from_pretrained"),
+        commands=("generate", "batch", "plan", "compare", "from_pretrained"),
     )
     devices: str | None = option(
         None,
@@ -239,7 +241,10 @@ class Request:
         metavar="N|cpu:N|cuda:A,cuda:B",
         check=check_devices,
         commands=("generate", "plan"),
-        left_to={"resume": "Devices to go on with, as of `generate`; also more or fewer than before."},
+        left_to={
+            "resume": "Devices to go on with, as of `generate`; also more or fewer than before.",
+            "batch": "Make every picture on so many devices, a band of rows each: a number, or cpu:N.",
+        },
     )
 
     @classmethod
@@ -250,6 +255,16 @@ class Request:
         not known.
         """
         return cls(prompt, **fields_of(cls, options))
+
+    def as_arguments(self) -> list[str]:
+        """What `handscroll generate` is called with, beside the prompt, to make this: the options that were given."""
+        found = []
+        for each in options_of(Request):
+            values = [getattr(self, field) for field in each.fields]
+            if each.is_for("generate") and None not in values and values != [""]:
+                off = each.name == "compose" and values == [0]
+                found.append(f"{each.flag}={'off' if off else 'x'.join(map(str, values))}")
+        return found
 
     def __post_init__(self) -> None:
         check_prompt(self.prompt)

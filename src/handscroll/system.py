@@ -7,6 +7,7 @@ import functools
 import os
 import platform
 import shutil
+import signal
 import sys
 import warnings
 from collections.abc import Collection, Iterator
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
 LAUNCHER = "HANDSCROLL_LAUNCHER"
 # And the file that ranks of one host find each other by.
 STORE = "HANDSCROLL_STORE"
+# In the environment of a process that starts ranks: the one that started it, with which it ends.
+PARENT = "HANDSCROLL_PARENT"
 
 
 @dataclass(frozen=True)
@@ -205,6 +208,16 @@ def processor_name() -> str:
 def usable_cores() -> int:
     """Those that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def how_it_ended(exit_code: int) -> str:
+    """`was ended by SIGKILL`, or `has ended`: of a process, by the code that Python's subprocess gives."""
+    if exit_code >= 0:
+        return "has ended"
+    try:
+        return f"was ended by {signal.Signals(-exit_code).name}"
+    except ValueError:
+        return f"was ended by signal {-exit_code}"
 
 
 def free_disk_bytes(folder: Path) -> int | None:

@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from handscroll.cli import work
-from handscroll.cli.naming import words_of
 from handscroll.cli.options import Json, Quiet, output_option, takes_options
 from handscroll.cli.output import print_text, to_json
 from handscroll.errors import FormatError, OutputError, UsageError
 from handscroll.options import options_of
+from handscroll.pictures.naming import words_of
 from handscroll.request import RANDOM_SEED, Request, random_seed
 from handscroll.units import first_line, shown
 

@@ -10,10 +10,10 @@ from typing import Annotated, Any
 import typer
 
 from handscroll.cli import launch, work
-from handscroll.cli.naming import free_name
 from handscroll.cli.options import Json, Quality, Quiet, SaveLatent, output_option, takes_options
 from handscroll.cli.output import print_results
 from handscroll.errors import PromptError
+from handscroll.pictures.naming import free_name
 from handscroll.request import Request, random_seed
 
 

@@ -22,7 +22,7 @@ import typer
 from handscroll.cli.output import to_json
 from handscroll.errors import UsageError
 from handscroll.request import Request, check_devices, count_devices
-from handscroll.system import LAUNCHER, STORE, usable_cores
+from handscroll.system import LAUNCHER, PARENT, STORE, how_it_ended, usable_cores
 from handscroll.units import MAX_SIDE_PX, MIN_SIDE_PX, one_line
 
 # What this process was called with, for the ranks that it starts.
@@ -164,8 +164,11 @@ def _started(number: int, count: int, store: str, arguments: Sequence[str]) -> _
 
 
 def _watched(ranks: Sequence[_Rank]) -> int:
+    parent = os.environ.get(PARENT)
     while True:
         time.sleep(POLL_S)
+        if parent is not None and str(os.getppid()) != parent:
+            return 1  # nobody waits for the picture any more
         for rank in ranks:
             rank.look()
         ended = [rank for rank in ranks if rank.process.poll() is not None]
@@ -194,12 +197,10 @@ def _failed(ranks: Sequence[_Rank], failed: Sequence[_Rank], stopped: Sequence[_
     if code is not None and code >= 0:
         return code
     if code is not None:
-        line = f"rank 0 (process {leader.pid}) was ended by {_signal_name(-code)}"
+        line = f"rank 0 (process {leader.pid}) {how_it_ended(code)}"
     elif failed:
         rank = failed[0]
-        returned = rank.process.returncode
-        by = f" was ended by {_signal_name(-returned)}" if returned < 0 else " has ended"
-        line = f"rank {rank.number} (process {rank.process.pid}){by}"
+        line = f"rank {rank.number} (process {rank.process.pid}) {how_it_ended(rank.process.returncode)}"
         said = rank.last_line.removeprefix("error: ")
         line += f": {said}" if said else ""
     else:
@@ -210,13 +211,6 @@ def _failed(ranks: Sequence[_Rank], failed: Sequence[_Rank], stopped: Sequence[_
     if "--json" in called_with:
         print(to_json({"error": {"code": "rank_failed", "message": line}}), flush=True)
     return returned if returned > 0 else 1
-
-
-def _signal_name(number: int) -> str:
-    try:
-        return signal.Signals(number).name
-    except ValueError:
-        return f"signal {number}"
 
 
 def _is_stopped(process: int) -> bool:

@@ -12,7 +12,8 @@ from handscroll.units import duration, gibibytes, one_line
 # Before the first stage of the table.
 FETCH = Stage("fetch", "fetching", (), "bytes", per_picture=False)
 QUANTIZE = Stage("quantize", "making weights smaller", (), "tensors", per_picture=True)
-SHOWN = {FETCH.name: FETCH, QUANTIZE.name: QUANTIZE, **BY_NAME}
+BATCH = Stage("batch", "painting", (), "pictures", per_picture=True)
+SHOWN = {FETCH.name: FETCH, QUANTIZE.name: QUANTIZE, BATCH.name: BATCH, **BY_NAME}
 
 EVERY_SECONDS = 30.0
 

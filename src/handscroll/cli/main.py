@@ -15,6 +15,7 @@ from typing import Annotated, Any
 
 import typer
 
+from handscroll.cli.batch import batch
 from handscroll.cli.bench import bench
 from handscroll.cli.compare import compare
 from handscroll.cli.dashes import prompts_apart, way_out
@@ -80,7 +81,7 @@ def handscroll(
         print(context.get_help())
 
 
-for command in (generate, decode, plan, resume, quantize, compare, info, models, doctor, bench):
+for command in (generate, batch, decode, plan, resume, quantize, compare, info, models, doctor, bench):
     app.command()(command)
 
 

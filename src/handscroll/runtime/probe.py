@@ -29,11 +29,13 @@ class _Prompts:
     negative: TextRead | None = None
 
 
-def probe(spec: CheckpointSpec, request: Request, output: Path | None = None, *, prompts: bool = True) -> PlanInputs:
+def probe(
+    spec: CheckpointSpec, request: Request, output: Path | None = None, *, prompts: bool = True, processes: int = 1
+) -> PlanInputs:
     """The device, its speed and free memory, and the length of the prompts, which the tokenizer is read for.
 
     `output` is the picture's path, beside which maps may be put on disk; without it, in the system's temporary folder.
-    Without `prompts` only decoding is looked at.
+    Without `prompts` only decoding is looked at. processes: how many like this one share the machine's memory.
     Raises UsageError for a device that is not here or a number of steps that does not suit, CheckpointError for a
     tokenizer that cannot be read or settings that do not run.
     """
@@ -48,7 +50,7 @@ def probe(spec: CheckpointSpec, request: Request, output: Path | None = None, *,
     else:
         notices += settings_not_taken(spec, "vae")
     folder = scratch_folder(None if output is None else output.absolute().parent)
-    hardware = find_hardware(request.device, folder or Path(tempfile.gettempdir()))
+    hardware = find_hardware(request.device, folder or Path(tempfile.gettempdir())).shared(processes)
     suffix = ".png" if output is None else output.suffix
     return PlanInputs(
         hardware,
