@@ -24,6 +24,9 @@ def test_bands_have_all_rows_once_and_none_is_much_taller(rows: int, data: some.
 
 def test_shares_are_followed_and_nobody_is_left_out() -> None:
     assert list(map(len, Bands.of(10, 3, [1, 2, 1]))) == [2, 6, 2]
+    assert Bands.of(10, 3, [1, 2, 1]).most_rows == 6
+    (stacked,) = Bands.stacked(10, [1.0], 3, shares=[0.5, 1, 0.5])
+    assert list(map(len, stacked)) == [3, 6, 1]
     assert list(map(len, Bands.of(3, 3, [100, 1, 1]))) == [1, 1, 1]
     with pytest.raises(ValueError, match="4 ranks cannot share 3 rows"):
         Bands.of(3, 4)
@@ -44,6 +47,26 @@ def test_stacked_maps_are_cut_evenly(rows: int, weights: list[float], ranks: int
     assert max(work) <= sum(weights) * rows / ranks + max(weights) + 2 * halo * len(weights)
     first_of_second = next(rank for rank in range(ranks) if stacked[-1].rows(rank))
     assert all(not stacked[0].rows(rank) for rank in range(first_of_second + 1, ranks)) or len(weights) == 1
+
+
+@given(
+    rows=some.integers(1, 130),
+    weights=WEIGHTS,
+    shares=some.lists(some.floats(0.1, 1), min_size=1, max_size=9),
+    halo=some.floats(0, 0.5),
+)
+def test_stacked_maps_follow_shares(rows: int, weights: list[float], shares: list[float], halo: float) -> None:
+    stacked = Bands.stacked(rows, weights, len(shares), halo, shares)
+    for bands in stacked:
+        assert [row for band in bands for row in band] == list(range(rows))
+    seconds = [
+        sum(len(bands.rows(rank)) * weight for bands, weight in zip(stacked, weights, strict=True)) / share
+        for rank, share in enumerate(shares)
+    ]
+    a_row = (max(weights) + 2 * halo * len(weights)) / min(shares)
+    assert max(seconds) <= sum(weights) * rows / sum(shares) + len(shares) * a_row
+    if len(set(shares)) == 1:
+        assert stacked == Bands.stacked(rows, weights, len(shares), halo)
 
 
 @given(rows=some.integers(1, 60), data=some.data())

@@ -38,20 +38,30 @@ class Bands:
         return cls(tuple(ends))
 
     @classmethod
-    def stacked(cls, rows: int, weights: Sequence[float], ranks: int, halo: float = 0.0) -> list[Bands]:
+    def stacked(
+        cls,
+        rows: int,
+        weights: Sequence[float],
+        ranks: int,
+        halo: float = 0.0,
+        shares: Sequence[float] | None = None,
+    ) -> list[Bands]:
         """Of several maps of `rows` rows: they are laid one below another and cut for the ranks. So a rank has rows of
-        one map, seldom of two, and the one with most to do has as little as can be.
+        one map, seldom of two, and the one that needs longest needs as little as can be.
 
-        weights: the work of a row of each map; halo: that of a row of another rank next to a band.
+        weights: the work of a row of each map; halo: that of a row of another rank next to a band. shares: how fast
+        each rank is, beside the others.
         """
-        least, most = sum(weights) * rows / ranks, (max(weights) + 2 * halo) * rows * len(weights)
+        parts = [1.0] * ranks if shares is None else list(shares)
+        least = sum(weights) * rows / sum(parts)
+        most = 2 * (max(weights) + 2 * halo) * rows * len(weights) / min(parts)
         for _ in range(BISECTIONS):
             middle = (least + most) / 2
-            if _packed(rows, weights, ranks, halo, middle) is None:
+            if _packed(rows, weights, parts, halo, middle) is None:
                 least = middle
             else:
                 most = middle
-        found = _packed(rows, weights, ranks, halo, most)
+        found = _packed(rows, weights, parts, halo, most)
         assert found is not None
         return [cls(tuple(ends)) for ends in found]
 
@@ -64,6 +74,11 @@ class Bands:
     @property
     def height(self) -> int:
         return self.ends[-1]
+
+    @property
+    def most_rows(self) -> int:
+        """Of the rank with most of them."""
+        return max(map(len, self))
 
     def rows(self, rank: int) -> range:
         return range(self.ends[rank - 1] if rank else 0, self.ends[rank])
@@ -85,14 +100,16 @@ class Bands:
         return Bands(tuple(map(int, ends)))
 
 
-def _packed(rows: int, weights: Sequence[float], ranks: int, halo: float, most: float) -> list[list[int]] | None:
-    """For each map the ends of its bands, where every rank takes as many rows as are at most so much work; None where
-    rows are left over.
+def _packed(
+    rows: int, weights: Sequence[float], shares: Sequence[float], halo: float, most: float
+) -> list[list[int]] | None:
+    """For each map the ends of its bands, where every rank takes as many rows as are at most its share of so much work;
+    None where rows are left over.
     """
     ends: list[list[int]] = [[] for _ in weights]
     index = row = 0
-    for _ in range(ranks):
-        left = most
+    for share in shares:
+        left = most * share
         while index < len(weights):
             left -= halo * (row > 0)
             to_end = rows - row

@@ -19,6 +19,8 @@ from handscroll.banded.autoencoder.route import Route
 from handscroll.banded.exchange import Exchange
 from handscroll.banded.transformer import Branch, predict
 from handscroll.bands import Bands
+from handscroll.models.transformer import TransformerSpec
+from handscroll.plan.denoise import bands_of_branches
 from rank_cases import ThreadRanks, on_ranks
 from transformer_cases import branches, transformer
 
@@ -120,6 +122,37 @@ def test_bands_of_an_encoder_change_no_bit(name: str, dtype: torch.dtype) -> Non
 
         for of_rank in on_ranks(size, work):
             assert torch.equal(of_rank, whole), f"{size} ranks, {height}x{width}"
+
+
+def test_bands_of_unlike_devices_change_no_bit() -> None:
+    shares = (1.0, 0.3, 0.6)
+    model = transformer("1.6b")
+    spec = TransformerSpec.from_config(dict(model.config))
+    for height, width in SIZES:
+        given = branches(model, height, width, texts=(5, 1))
+        bands = bands_of_branches(spec, height, width, (5, 1), 3, shares)
+
+        def work(ranks: ThreadRanks) -> list[Tensor]:
+            exchanges = [Exchange(ranks, each) for each in bands]  # noqa: B023
+            own = predict(model, given, exchanges=exchanges)  # noqa: B023
+            return [exchange.whole(each, dim=2) for exchange, each in zip(exchanges, own, strict=True)]
+
+        for of_rank in on_ranks(3, work):
+            assert all(map(torch.equal, of_rank, predict(model, given)))
+    coder = autoencoder("f32")
+    latent = latent_of(coder, 9, 4, batch=1)
+    whole = torch.cat(list(decode_rows(coder.decoder, latent, 2)), dim=2)
+    rows = Bands.of(9, 3, shares)
+    assert rows.most_rows == 5
+
+    def decoded(ranks: ThreadRanks) -> tuple[Tensor, Tensor]:
+        exchange = Exchange(ranks, rows)
+        made = torch.cat(list(decode_rows(coder.decoder, latent, 2, exchange=exchange)), dim=2)
+        return made, encode(coder.encoder, whole, 2, exchange=exchange)
+
+    found = on_ranks(3, decoded)
+    assert torch.equal(torch.cat([made for made, _ in found], dim=2), whole)
+    assert all(torch.equal(encoded, encode(coder.encoder, whole, 2)) for _, encoded in found)
 
 
 def test_sums_of_row_blocks_are_added_in_the_order_of_ranks(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable
+from typing import Any
 
 from handscroll.models.checkpoint import CheckpointSpec
 from handscroll.plan.budget import PartBudget
@@ -57,6 +58,7 @@ def _denoise(plan: Plan, spec: CheckpointSpec, inputs: PlanInputs, budget: PartB
         storage=plan.precision.transformer_storage,
         stored=spec.quantisation_of("transformer"),
         ranks=inputs.ranks,
+        shares=inputs.shares,
     )
     kept = DENOISE_PART.module in plan.kept
     return denoise_stages(spec.transformer, sampling, inputs.hardware, budget.tensor_bytes, kept)
@@ -69,7 +71,8 @@ def _autoencoder(
     half, small, strip_rows = DecoderShape, plan if plan.on_the_way else None, plan.strip_rows
     if part is ENCODE_PART:
         half, small, strip_rows = EncoderShape, plan.smaller, None
-    shape = half(spec.autoencoder, plan.latent_height, plan.latent_width, BYTES[precision], ranks=inputs.ranks)
+    sharing: dict[str, Any] = {"ranks": inputs.ranks, "shares": inputs.shares}
+    shape = half(spec.autoencoder, plan.latent_height, plan.latent_width, BYTES[precision], **sharing)
     # A smaller picture is held whole, in the host's memory, while it is decoded and encoded again.
     picture_bytes = 0 if small is None else 3 * small.width * small.height
     hardware, held_bytes = inputs.hardware, picture_bytes

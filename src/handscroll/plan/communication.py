@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import median
 
 from handscroll.bands import Bands, common, messages, whole_nodes
 from handscroll.models.checkpoint import CheckpointSpec
@@ -22,6 +23,9 @@ from handscroll.plan.inputs import Rates
 from handscroll.plan.plan import Plan
 from handscroll.plan.precision import BYTES
 
+# Rates of devices of the same kind differ by less, as they are measured.
+ALIKE = 1.25
+
 
 @dataclass(frozen=True, slots=True)
 class Link:
@@ -29,6 +33,21 @@ class Link:
 
     bytes_a_second: float = 12.5e9
     latency_s: float = 20e-6
+
+
+def shares_of(rates: Sequence[Rates], kinds: Sequence[str]) -> tuple[float, ...]:
+    """How fast each rank is beside the others, 1 for the fastest, by what it multiplies in a second in the type that it
+    multiplies fastest. Empty where no two differ by more than measuring does.
+
+    kinds: what each runs on; those of one kind are taken for equally fast, at the median of what they measured.
+    """
+    measured = [max(each.fp32_flops, each.bf16_flops, each.fp16_flops) for each in rates]
+    of_kind = {
+        kind: median(rate for rate, other in zip(measured, kinds, strict=True) if other == kind) for kind in set(kinds)
+    }
+    if max(of_kind.values()) < ALIKE * min(of_kind.values()):
+        return ()
+    return tuple(round(of_kind[kind] / max(of_kind.values()), 3) for kind in kinds)
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +87,7 @@ def step_traffic(spec: TransformerSpec, job: Sampling, tokens: Sequence[int], ra
     element_bytes, total = BYTES[job.precision], Traffic()
     if job.ranks == 1:
         return total
-    for bands in bands_of_branches(spec, job.rows, job.columns, tokens, job.ranks):
+    for bands in bands_of_branches(spec, job.rows, job.columns, tokens, job.ranks, job.shares):
         neighbours = _neighbours(bands, rank)
         rows = Traffic(neighbours * job.columns * spec.width * element_bytes, neighbours, rounds=1)
         total += (rows + _sums_traffic(bands, rank, spec.width * (spec.attention_head_dim + 1))) * spec.num_layers
@@ -82,7 +101,8 @@ def step_traffic(spec: TransformerSpec, job: Sampling, tokens: Sequence[int], ra
 def step_flops(spec: TransformerSpec, job: Sampling, tokens: Sequence[int], rank: int) -> float:
     """Of a step's forwards, the work of one rank."""
     total = 0.0
-    for bands, count in zip(bands_of_branches(spec, job.rows, job.columns, tokens, job.ranks), tokens, strict=True):
+    of_branches = bands_of_branches(spec, job.rows, job.columns, tokens, job.ranks, job.shares)
+    for bands, count in zip(of_branches, tokens, strict=True):
         total += len(bands.rows(rank)) * row_flops(spec, job.columns, count)
         total += _neighbours(bands, rank) * halo_row_flops(spec, job.columns)
     return total * spec.num_layers
@@ -94,7 +114,7 @@ def _neighbours(bands: Bands, rank: int) -> int:
 
 def sweeps_traffic(shape: DecoderShape, stage: DecodeStage, rank: int) -> Traffic:
     """Of decoding or encoding a picture, without the picture or latent that comes out."""
-    bands, total = Bands.of(shape.rows, shape.ranks), Traffic()
+    bands, total = shape.bands, Traffic()
     if shape.ranks == 1:
         return total
     for index in range(1, len(shape)):
@@ -150,16 +170,21 @@ def shares(plan: Plan, spec: CheckpointSpec, tokens: Sequence[int], rates: Rates
     patch = spec.transformer.patch_size
     rows, columns = plan.latent_height // patch, plan.latent_width // patch
     precision, transformer = plan.precision.transformer, spec.transformer
-    job = Sampling(rows, columns, max(tokens), 1, len(tokens), precision, ranks=plan.ranks)
-    alone = dataclasses.replace(job, ranks=1)
+    job = Sampling(rows, columns, max(tokens), 1, len(tokens), precision, ranks=plan.ranks, shares=plan.shares)
+    alone = dataclasses.replace(job, ranks=1, shares=())
     of_step = most_of_step(transformer, alone, tokens), most_of_step(transformer, job, tokens)
     found = [_share("step", *of_step, rates.flops(precision), link, plan.ranks)]
     if plan.decoding is not None:
         precision = plan.precision.autoencoder
         shape = DecoderShape(
-            spec.autoencoder, plan.latent_height, plan.latent_width, BYTES[precision], ranks=plan.ranks
+            spec.autoencoder,
+            plan.latent_height,
+            plan.latent_width,
+            BYTES[precision],
+            ranks=plan.ranks,
+            shares=plan.shares,
         )
-        alone_shape = dataclasses.replace(shape, ranks=1)
+        alone_shape = dataclasses.replace(shape, ranks=1, shares=())
         of_sweeps = most_of_sweeps(alone_shape, plan.decoding), most_of_sweeps(shape, plan.decoding)
         found.append(_share("decode", *of_sweeps, rates.flops(precision), link, plan.ranks))
     return found

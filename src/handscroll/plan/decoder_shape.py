@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
+from handscroll.bands import Bands
 from handscroll.limits import tree_nodes
 from handscroll.models.autoencoder import AutoencoderSpec
 from handscroll.plan.inputs import MIB
@@ -45,7 +46,8 @@ class DecoderShape:
     Sweep i begins with attention i, but for sweep 0; a latent of a few pixels has fewer barriers. `columns` are those
     of all pictures of a batch together. fused: whether the device has fused kernels, such as oneDNN's, for the type.
     resident: the weights are there anyway, laying them out brings none; and maps are counted to less than a chunk.
-    ranks: so many devices make a band of the rows each; memory and work are those of the one with most rows.
+    ranks: so many devices make a band of the rows each, in proportion to `shares` where there are any; memory and work
+    are those of the one with most rows.
     """
 
     spec: AutoencoderSpec
@@ -56,11 +58,17 @@ class DecoderShape:
     fused: bool = True
     resident: bool = False
     ranks: int = 1
+    shares: tuple[float, ...] = ()
 
-    @property
+    @cached_property
+    def bands(self) -> Bands:
+        """Of the latent."""
+        return Bands.of(self.rows, self.ranks, self.shares or None)
+
+    @cached_property
     def own_rows(self) -> int:
         """Of the latent, those that a device makes."""
-        return -(-self.rows // self.ranks)
+        return self.bands.most_rows
 
     def units(self) -> Iterator[UnitShape]:
         """The network's units, in the order they run."""

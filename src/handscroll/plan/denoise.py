@@ -67,7 +67,8 @@ class DenoiseStage:
 class Sampling:
     """What is asked of the transformer: a token map of `rows` x `columns`, and so many forwards of so many steps.
 
-    ranks: so many devices make a band of the rows each; memory and work are those of the one with most rows.
+    ranks: so many devices make a band of the rows each, in proportion to `shares` where there are any; memory and work
+    are those of the one with most rows.
     """
 
     rows: int
@@ -79,11 +80,14 @@ class Sampling:
     storage: str = ""  # what matrices are kept in
     stored: Quantisation | None = None  # how the files hold them; None: plainly
     ranks: int = 1
+    shares: tuple[float, ...] = ()
 
     @property
     def own_rows(self) -> int:
         """Those that a device makes."""
-        return -(-self.rows // self.ranks)
+        if not self.shares:
+            return -(-self.rows // self.ranks)
+        return Bands.of(self.rows, self.ranks, self.shares).most_rows
 
     @property
     def positions(self) -> int:
@@ -260,13 +264,20 @@ def native_bytes(spec: TransformerSpec, job: Sampling, band_rows: int) -> int:
     return job.columns * band_rows * (spec.width + spec.hidden_channels)
 
 
-def bands_of_branches(spec: TransformerSpec, rows: int, columns: int, tokens: Sequence[int], ranks: int) -> list[Bands]:
-    """Which rows of each branch's token map a rank makes; tokens: of each branch's text.
+def bands_of_branches(
+    spec: TransformerSpec,
+    rows: int,
+    columns: int,
+    tokens: Sequence[int],
+    ranks: int,
+    shares: Sequence[float] | None = None,
+) -> list[Bands]:
+    """Which rows of each branch's token map a rank makes; tokens: of each branch's text; shares: as of `Bands.stacked`.
 
     Branches are stacked and cut into parts of equal work: so hardly any rank has a halo in more than one of them.
     """
     weights = [row_flops(spec, columns, count) for count in tokens]
-    return Bands.stacked(rows, weights, ranks, halo_row_flops(spec, columns))
+    return Bands.stacked(rows, weights, ranks, halo_row_flops(spec, columns), shares or None)
 
 
 def row_flops(spec: TransformerSpec, columns: int, tokens: int) -> float:

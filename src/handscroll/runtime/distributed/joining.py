@@ -25,13 +25,14 @@ import torch.distributed as dist
 from handscroll.errors import HandscrollError, UsageError
 from handscroll.models.checkpoint import CheckpointSpec
 from handscroll.models.folder import files_of
+from handscroll.plan.communication import shares_of
 from handscroll.plan.inputs import Hardware, PlanInputs, Rates
 from handscroll.request import Request, count_devices, device_of_rank
 from handscroll.runtime.distributed.beating import Beating, Line, OnFailure, accept, connect, join_s, listen
 from handscroll.runtime.distributed.plain import as_plain, of_plain
 from handscroll.runtime.distributed.processes import ProcessRanks
 from handscroll.runtime.distributed.team import Team
-from handscroll.system import STORE
+from handscroll.system import STORE, processor_name
 from handscroll.units import one_line
 from handscroll.version import __version__
 
@@ -109,8 +110,8 @@ def leading(
         yield None, inputs
         return
     with joined(spec, inputs.hardware, on_failure) as found:
-        size = found.team.ranks.size
-        yield found, dataclasses.replace(inputs, hardware=found.hardware(inputs.hardware), ranks=size)
+        size, hardware = found.team.ranks.size, found.hardware(inputs.hardware)
+        yield found, dataclasses.replace(inputs, hardware=hardware, ranks=size, shares=found.shares())
         found.team.tell("end")
 
 
@@ -163,6 +164,11 @@ class Joined:
             {"device": facts["device"], "host": facts["host"], "measured_bytes": each["stage_peak_bytes"]}
             for facts, each in zip(self.facts, measured, strict=True)
         )
+
+    def shares(self) -> tuple[float, ...]:
+        """How fast each rank is, beside the others; empty where they are alike."""
+        rates = [of_plain(Hardware, each["hardware"]).rates for each in self.facts]
+        return shares_of(rates, [str(each["model"]) for each in self.facts])
 
     def hardware(self, own: Hardware) -> Hardware:
         """What a plan for all ranks is made from: of each amount and rate the least, and the most that is held.
@@ -260,10 +266,18 @@ def _facts(spec: CheckpointSpec, device: str, hardware: Hardware) -> dict[str, A
         "checkpoint": checkpoint_digest(spec),
         "kind": device.partition(":")[0],
         "device": device,
+        "model": _model_of(device),
         "host": socket.gethostname(),
         "process": os.getpid(),
         "hardware": as_plain(hardware),
     }
+
+
+def _model_of(device: str) -> str:
+    """What devices are that are equally fast."""
+    if device.startswith("cuda"):
+        return torch.cuda.get_device_name(device)
+    return f"{processor_name()}, {torch.get_num_threads()} threads"
 
 
 # What all ranks must have in common, and what it is called.
