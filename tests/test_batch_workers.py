@@ -26,6 +26,7 @@ from handscroll.batch.lines import read_tasks
 from handscroll.batch.places import open_place
 from handscroll.batch.pool import WorkerError
 from handscroll.batch.run import run_batch
+from handscroll.errors import UsageError
 from handscroll.events import ignore
 
 ASKED = ["--size", "64", "--steps", "1"]
@@ -296,3 +297,11 @@ def test_addresses_where_no_cluster_is(tmp_path: Path) -> None:
     done = run("batch", str(file), "-o", str(folder), "--ray", "somewhere")
     assert (done.returncode, len(done.stderr.splitlines())) == (2, 1)
     assert "is no address" in done.stderr
+
+
+def test_a_machine_without_ray_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    from handscroll.batch.cluster import connect
+
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(UsageError, match=r"pip install 'handscroll\[ray\]'"):
+        connect("auto")

@@ -283,6 +283,20 @@ def test_ranks_of_torchrun_with_different_checkpoints(miniature: Miniature, tmp_
     assert not (tmp_path / "a.png").exists()
 
 
+def test_ranks_of_torchrun_with_different_versions(miniature: Miniature, tmp_path: Path) -> None:
+    older = "import sys, handscroll.version as v; v.__version__ = '0.0.9'; from handscroll.cli.main import main; main()"
+    line = ["generate", "a lake", "--model", str(miniature("1.6b")), "-o", str(tmp_path / "a.png"), "--size", "64"]
+    place = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "HANDSCROLL_JOIN_S": "30"}
+    _, environ = command(**place, RANK="1", LOCAL_RANK="1")
+    second = subprocess.Popen([sys.executable, "-c", older, *line], env=environ, stderr=subprocess.PIPE, text=True)
+    first = run(*line, **place, RANK="0", LOCAL_RANK="0")
+    _, said = second.communicate(timeout=60)
+    assert (first.returncode, second.returncode) == (2, 2)
+    for told in (first.stderr, said):
+        assert "handscroll is 0.0.9 on rank 1" in told
+        assert told.count("\n") == 1
+
+
 @pytest.mark.thorough
 def test_ranks_of_torchrun_decode_by_rows_alone(miniature: Miniature, tmp_path: Path) -> None:
     model = miniature("1.6b")
@@ -349,3 +363,19 @@ def test_an_attached_autoencoder_under_torchrun(miniature: Miniature, tmp_path: 
     done = subprocess.run(line, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
     assert sorted(path.name for path in tmp_path.glob("[0-9]")) == [str(rank) for rank in range(ranks)]
+
+
+def test_a_plan_tells_of_every_rank() -> None:
+    done = run("plan", "--model", "sana-1.6b-4k", "--size", "4096x4000", "--devices", "cpu:3", "--json", "--quiet")
+    found = json.loads(done.stdout)
+    ranks = found["ranks"]
+    assert [each["rank"] for each in ranks] == [0, 1, 2]
+    assert [each["first_row"] for each in ranks] == [0, *(each["stop_row"] for each in ranks[:-1])]
+    assert ranks[-1]["stop_row"] == 4000
+    assert 1 <= sum(each["step_part"] for each in ranks) <= 3 * max(each["step_part"] for each in ranks) <= 1.05
+    assert max(each["step_sent_bytes"] for each in ranks) == found["shares"][0]["sent_bytes"]
+    table = run("plan", "--model", "sana-1.6b-4k", "--size", "4096", "--devices", "cuda:0,cuda:1", "--quiet")
+    if table.returncode:  # where those are not
+        assert "is not here" in table.stderr
+    else:
+        assert "1     cuda:1" in table.stdout

@@ -103,3 +103,12 @@ def test_links_lead_somewhere(page: str) -> None:
     file = ROOT / page
     for link in re.findall(r"\]\((?!https?:)([^)#]+)\)", file.read_text()):
         assert (file.parent / link).exists(), f"{page} links to {link}"
+
+
+def test_the_batch_makes_a_picture_of_every_line(tmp_path: Path) -> None:
+    (block,) = [block for block in blocks("sh") if "handscroll batch" in block]
+    own = shlex.quote(sys.executable) + " -m handscroll batch"
+    script = block.replace("handscroll batch", own).replace("--size 512", "--size 128 --steps 2")
+    done = subprocess.run(["sh", "-ec", script], cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout.split()) == len(list((tmp_path / "lakes").glob("*.png"))) == 2

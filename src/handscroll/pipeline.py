@@ -34,7 +34,7 @@ from handscroll.pictures.formats import check_quality
 from handscroll.pictures.metadata import not_in_file, parameters_text
 from handscroll.pictures.targets import Target, check_format, check_target
 from handscroll.pictures.writing import write_image
-from handscroll.plan.communication import Link, Share, shares
+from handscroll.plan.communication import Link, Shared
 from handscroll.plan.inputs import PlanInputs
 from handscroll.plan.plan import Plan
 from handscroll.plan.search import SmallerWeights, make_plan, minimum_bytes, with_smaller_weights
@@ -269,14 +269,17 @@ def plan_of(
 
 def plans_of(
     request: Request, path: str | Path | None = None, on_event: OnEvent = ignore, link: Link | None = None
-) -> tuple[CheckpointSpec, Plan, int | None, list[SmallerWeights], list[Share]]:
-    """As `plan_of`, what it would take with smaller weights, and what one of several devices does, joined by `link`."""
+) -> tuple[CheckpointSpec, Plan, int | None, list[SmallerWeights], Shared]:
+    """As `plan_of`, what it would take with smaller weights, and what several devices do of it, joined by `link`."""
     spec, plan, inputs, request = _planned(request, path, on_event)
     smaller = list(with_smaller_weights(plan, spec, inputs, request))
-    shared: list[Share] = []
+    shared = Shared()
     if plan.ranks > 1:
-        tokens = [inputs.tokens or 1, 1] if uses_negative(spec, plan) else [inputs.tokens or 1]
-        shared = shares(plan, spec, tokens, inputs.hardware.rates, link or Link())
+        tokens = [inputs.tokens or 1]
+        if uses_negative(spec, plan):
+            negative = inputs.negative_read
+            tokens.append(1 if negative is None else negative.read + 1)
+        shared = Shared.of(plan, spec, tokens, inputs.hardware.rates, link or Link())
     return spec, plan, minimum_bytes(plan, spec, inputs), smaller, shared
 
 

@@ -17,7 +17,7 @@ from handscroll.models.transformer import TransformerSpec
 from handscroll.plan.communication import (
     Traffic,
     keys_and_values_bytes,
-    shares_of,
+    speeds_of,
     step_flops,
     step_traffic,
     sweeps_traffic,
@@ -89,25 +89,25 @@ def test_decoding_and_encoding(name: str, size: int) -> None:
             ]
 
 
-def test_shares_are_of_devices_that_differ_by_more_than_measuring_does() -> None:
+def test_speeds_are_of_devices_that_differ_by_more_than_measuring_does() -> None:
     slow, fast, busy = Rates(1e11, 2e11, 1e11), Rates(1e12, 1e12, 1e12), Rates(1e11, 1e11, 1e11)
-    assert shares_of([slow, slow], ["a", "a"]) == ()
-    assert shares_of([fast, busy, fast], ["a", "a", "a"]) == ()  # another process was at work while it measured
-    assert shares_of([fast, Rates(8.5e11, 1e11, 1e11)], ["a", "b"]) == ()
-    assert shares_of([slow, fast, slow], ["a", "b", "a"]) == (0.2, 1.0, 0.2)
-    assert shares_of([fast, busy, fast, slow], ["a", "a", "a", "b"]) == (1.0, 1.0, 1.0, 0.2)
+    assert speeds_of([slow, slow], ["a", "a"]) == ()
+    assert speeds_of([fast, busy, fast], ["a", "a", "a"]) == ()  # another process was at work while it measured
+    assert speeds_of([fast, Rates(8.5e11, 1e11, 1e11)], ["a", "b"]) == ()
+    assert speeds_of([slow, fast, slow], ["a", "b", "a"]) == (0.2, 1.0, 0.2)
+    assert speeds_of([fast, busy, fast, slow], ["a", "a", "a", "b"]) == (1.0, 1.0, 1.0, 0.2)
 
 
 def test_unlike_devices_are_planned_by_the_one_with_most_rows() -> None:
-    spec, shares = known_specs()["sana-1.6b-4k"], (1.0, 0.25, 0.25)
+    spec, speeds = known_specs()["sana-1.6b-4k"], (1.0, 0.25, 0.25)
     alike = DecoderShape(spec.autoencoder, 128, 128, 2, ranks=3)
-    unlike = DecoderShape(spec.autoencoder, 128, 128, 2, ranks=3, shares=shares)
+    unlike = DecoderShape(spec.autoencoder, 128, 128, 2, ranks=3, speeds=speeds)
     assert (alike.own_rows, unlike.own_rows) == (43, 85)
     assert alike.map_bytes(1) < unlike.map_bytes(1) < DecoderShape(spec.autoencoder, 128, 128, 2).map_bytes(1)
-    job = Sampling(128, 128, tokens=64, steps=1, branches=2, precision="bf16", ranks=3, shares=shares)
+    job = Sampling(128, 128, tokens=64, steps=1, branches=2, precision="bf16", ranks=3, speeds=speeds)
     assert job.own_rows == 85
-    work = [step_flops(spec.transformer, job, [64, 64], rank) / share for rank, share in enumerate(shares)]
-    assert max(work) < 1.05 * step_flops(spec.transformer, at_4096(1), [64, 64], 0) / sum(shares)
+    work = [step_flops(spec.transformer, job, [64, 64], rank) / speed for rank, speed in enumerate(speeds)]
+    assert max(work) < 1.05 * step_flops(spec.transformer, at_4096(1), [64, 64], 0) / sum(speeds)
 
 
 def at_4096(ranks: int) -> Sampling:

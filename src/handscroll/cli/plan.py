@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,12 +14,12 @@ from handscroll.cli.options import Json, Quiet, output_option, takes_options
 from handscroll.cli.output import columns, print_text, to_json
 from handscroll.errors import UsageError
 from handscroll.models.registry import resolve
-from handscroll.request import Request, count_devices
+from handscroll.request import Request, count_devices, device_of_rank
 from handscroll.units import budget_text, duration, gibibytes, parse_latency, parse_rate
 
 if TYPE_CHECKING:
     from handscroll.models.checkpoint import CheckpointSpec
-    from handscroll.plan.communication import Share
+    from handscroll.plan.communication import RankPart, Share
     from handscroll.plan.plan import PartPlan, Plan
     from handscroll.plan.search import SmallerWeights
 
@@ -63,14 +64,16 @@ def plan(
         from handscroll.plan.communication import Link
         from handscroll.plan.table import plan_dict
 
-        spec, found, minimum_bytes, smaller, shares = pipeline.plans_of(request, output, on_event, Link(**between))
+        spec, found, minimum_bytes, smaller, shared = pipeline.plans_of(request, output, on_event, Link(**between))
     if as_json:
-        print(to_json(plan_dict(spec, found, minimum_bytes, smaller, shares)))
+        print(to_json(plan_dict(spec, found, minimum_bytes, smaller, shared)))
         return
     counts_triton = minimum_bytes is not None and found.device == "cpu" and "triton" in sys.modules
     print_text(plan_table(spec, found, minimum_bytes) + (TRITON_COUNTS if counts_triton else ""))
-    for share in shares:
+    for share in shared.shares:
         print_text(_shared(share, found.ranks))
+    if shared.parts:
+        print_text(_parts(shared.parts, request.devices or ""))
     for each in smaller:
         print_text(_offer(each))
 
@@ -107,6 +110,16 @@ def _shared(share: Share, ranks: int) -> str:
         f"each of {ranks} devices: {what} about {duration(share.seconds)}, sends {sent}, "
         f"efficiency {share.efficiency:.0%}"
     )
+
+
+def _parts(parts: Sequence[RankPart], devices: str) -> str:
+    """A line for every device."""
+    rows: list[tuple[str, ...]] = [("RANK", "DEVICE", "ROWS", "OF A STEP", "SENDS", "DECODING SENDS")]
+    for each in parts:
+        sent = [f"{n_bytes / 1e6:.1f} MB" for n_bytes in (each.step_sent_bytes, each.decode_sent_bytes)]
+        device = device_of_rank(devices, each.rank)
+        rows.append((str(each.rank), device, f"{each.first_row} to {each.stop_row}", f"{each.step_part:.1%}", *sent))
+    return "\n".join(["", *columns(rows), ""])
 
 
 def _offer(smaller: SmallerWeights) -> str:

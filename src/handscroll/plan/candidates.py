@@ -58,7 +58,7 @@ def _denoise(plan: Plan, spec: CheckpointSpec, inputs: PlanInputs, budget: PartB
         storage=plan.precision.transformer_storage,
         stored=spec.quantisation_of("transformer"),
         ranks=inputs.ranks,
-        shares=inputs.shares,
+        speeds=inputs.speeds,
     )
     kept = DENOISE_PART.module in plan.kept
     return denoise_stages(spec.transformer, sampling, inputs.hardware, budget.tensor_bytes, kept)
@@ -71,7 +71,7 @@ def _autoencoder(
     half, small, strip_rows = DecoderShape, plan if plan.on_the_way else None, plan.strip_rows
     if part is ENCODE_PART:
         half, small, strip_rows = EncoderShape, plan.smaller, None
-    sharing: dict[str, Any] = {"ranks": inputs.ranks, "shares": inputs.shares}
+    sharing: dict[str, Any] = {"ranks": inputs.ranks, "speeds": inputs.speeds}
     shape = half(spec.autoencoder, plan.latent_height, plan.latent_width, BYTES[precision], **sharing)
     # A smaller picture is held whole, in the host's memory, while it is decoded and encoded again.
     picture_bytes = 0 if small is None else 3 * small.width * small.height

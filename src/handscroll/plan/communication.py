@@ -12,6 +12,7 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import median
+from typing import Any
 
 from handscroll.bands import Bands, common, messages, whole_nodes
 from handscroll.models.checkpoint import CheckpointSpec
@@ -35,7 +36,7 @@ class Link:
     latency_s: float = 20e-6
 
 
-def shares_of(rates: Sequence[Rates], kinds: Sequence[str]) -> tuple[float, ...]:
+def speeds_of(rates: Sequence[Rates], kinds: Sequence[str]) -> tuple[float, ...]:
     """How fast each rank is beside the others, 1 for the fastest, by what it multiplies in a second in the type that it
     multiplies fastest. Empty where no two differ by more than measuring does.
 
@@ -87,7 +88,7 @@ def step_traffic(spec: TransformerSpec, job: Sampling, tokens: Sequence[int], ra
     element_bytes, total = BYTES[job.precision], Traffic()
     if job.ranks == 1:
         return total
-    for bands in bands_of_branches(spec, job.rows, job.columns, tokens, job.ranks, job.shares):
+    for bands in bands_of_branches(spec, job.rows, job.columns, tokens, job.ranks, job.speeds):
         neighbours = _neighbours(bands, rank)
         rows = Traffic(neighbours * job.columns * spec.width * element_bytes, neighbours, rounds=1)
         total += (rows + _sums_traffic(bands, rank, spec.width * (spec.attention_head_dim + 1))) * spec.num_layers
@@ -101,7 +102,7 @@ def step_traffic(spec: TransformerSpec, job: Sampling, tokens: Sequence[int], ra
 def step_flops(spec: TransformerSpec, job: Sampling, tokens: Sequence[int], rank: int) -> float:
     """Of a step's forwards, the work of one rank."""
     total = 0.0
-    of_branches = bands_of_branches(spec, job.rows, job.columns, tokens, job.ranks, job.shares)
+    of_branches = bands_of_branches(spec, job.rows, job.columns, tokens, job.ranks, job.speeds)
     for bands, count in zip(of_branches, tokens, strict=True):
         total += len(bands.rows(rank)) * row_flops(spec, job.columns, count)
         total += _neighbours(bands, rank) * halo_row_flops(spec, job.columns)
@@ -167,27 +168,67 @@ class Share:
 
 def shares(plan: Plan, spec: CheckpointSpec, tokens: Sequence[int], rates: Rates, link: Link) -> list[Share]:
     """A step at the plan's size, and decoding it. tokens: of each branch's text."""
-    patch = spec.transformer.patch_size
-    rows, columns = plan.latent_height // patch, plan.latent_width // patch
-    precision, transformer = plan.precision.transformer, spec.transformer
-    job = Sampling(rows, columns, max(tokens), 1, len(tokens), precision, ranks=plan.ranks, shares=plan.shares)
-    alone = dataclasses.replace(job, ranks=1, shares=())
-    of_step = most_of_step(transformer, alone, tokens), most_of_step(transformer, job, tokens)
-    found = [_share("step", *of_step, rates.flops(precision), link, plan.ranks)]
+    job, shape = _shared(plan, spec, tokens)
+    alone = dataclasses.replace(job, ranks=1, speeds=())
+    of_step = most_of_step(spec.transformer, alone, tokens), most_of_step(spec.transformer, job, tokens)
+    found = [_share("step", *of_step, rates.flops(job.precision), link, plan.ranks)]
     if plan.decoding is not None:
-        precision = plan.precision.autoencoder
-        shape = DecoderShape(
-            spec.autoencoder,
-            plan.latent_height,
-            plan.latent_width,
-            BYTES[precision],
-            ranks=plan.ranks,
-            shares=plan.shares,
-        )
-        alone_shape = dataclasses.replace(shape, ranks=1, shares=())
+        alone_shape = dataclasses.replace(shape, ranks=1, speeds=())
         of_sweeps = most_of_sweeps(alone_shape, plan.decoding), most_of_sweeps(shape, plan.decoding)
-        found.append(_share("decode", *of_sweeps, rates.flops(precision), link, plan.ranks))
+        found.append(_share("decode", *of_sweeps, rates.flops(plan.precision.autoencoder), link, plan.ranks))
     return found
+
+
+@dataclass(frozen=True, slots=True)
+class Shared:
+    """What several ranks do of a picture: `shares` of the one with most to do, and the part of each. Empty for one."""
+
+    shares: tuple[Share, ...] = ()
+    parts: tuple[RankPart, ...] = ()
+
+    @classmethod
+    def of(cls, plan: Plan, spec: CheckpointSpec, tokens: Sequence[int], rates: Rates, link: Link) -> Shared:
+        """At the plan's size. tokens: of each branch's text."""
+        return cls(tuple(shares(plan, spec, tokens, rates, link)), tuple(rank_parts(plan, spec, tokens)))
+
+
+@dataclass(frozen=True, slots=True)
+class RankPart:
+    """What one of several ranks has to do: the picture's rows from `first_row` to before `stop_row`, in pixels; of all
+    work of a step its part, 0 to 1, halos that are made twice included; and the bytes that it sends.
+    """
+
+    rank: int
+    first_row: int
+    stop_row: int
+    step_part: float
+    step_sent_bytes: int
+    decode_sent_bytes: int
+
+
+def rank_parts(plan: Plan, spec: CheckpointSpec, tokens: Sequence[int]) -> list[RankPart]:
+    """Of every rank, at the plan's size. tokens: of each branch's text."""
+    job, shape = _shared(plan, spec, tokens)
+    alone = step_flops(spec.transformer, dataclasses.replace(job, ranks=1, speeds=()), tokens, 0)
+    pixels = shape.bands.scaled(spec.autoencoder.spatial_compression_ratio)
+    found = []
+    for rank in range(plan.ranks):
+        rows = common(pixels.rows(rank), range(plan.height))
+        step_part = step_flops(spec.transformer, job, tokens, rank) / alone
+        sent = step_traffic(spec.transformer, job, tokens, rank).bytes
+        decoding = 0 if plan.decoding is None else sweeps_traffic(shape, plan.decoding, rank).bytes
+        found.append(RankPart(rank, rows.start, rows.stop, step_part, sent, decoding))
+    return found
+
+
+def _shared(plan: Plan, spec: CheckpointSpec, tokens: Sequence[int]) -> tuple[Sampling, DecoderShape]:
+    """A step and the decoding of a plan, as its ranks share them."""
+    patch = spec.transformer.patch_size
+    sharing: dict[str, Any] = {"ranks": plan.ranks, "speeds": plan.speeds}
+    rows, columns = plan.latent_height // patch, plan.latent_width // patch
+    job = Sampling(rows, columns, max(tokens), 1, len(tokens), plan.precision.transformer, **sharing)
+    element_bytes = BYTES[plan.precision.autoencoder]
+    return job, DecoderShape(spec.autoencoder, plan.latent_height, plan.latent_width, element_bytes, **sharing)
 
 
 # Work, and what is sent: of the rank that has most of each.

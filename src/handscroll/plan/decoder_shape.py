@@ -46,7 +46,7 @@ class DecoderShape:
     Sweep i begins with attention i, but for sweep 0; a latent of a few pixels has fewer barriers. `columns` are those
     of all pictures of a batch together. fused: whether the device has fused kernels, such as oneDNN's, for the type.
     resident: the weights are there anyway, laying them out brings none; and maps are counted to less than a chunk.
-    ranks: so many devices make a band of the rows each, in proportion to `shares` where there are any; memory and work
+    ranks: so many devices make a band of the rows each, in proportion to `speeds` where there are any; memory and work
     are those of the one with most rows.
     """
 
@@ -58,12 +58,12 @@ class DecoderShape:
     fused: bool = True
     resident: bool = False
     ranks: int = 1
-    shares: tuple[float, ...] = ()
+    speeds: tuple[float, ...] = ()
 
     @cached_property
     def bands(self) -> Bands:
         """Of the latent."""
-        return Bands.of(self.rows, self.ranks, self.shares or None)
+        return Bands.of(self.rows, self.ranks, self.speeds or None)
 
     @cached_property
     def own_rows(self) -> int:

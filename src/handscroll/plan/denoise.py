@@ -67,7 +67,7 @@ class DenoiseStage:
 class Sampling:
     """What is asked of the transformer: a token map of `rows` x `columns`, and so many forwards of so many steps.
 
-    ranks: so many devices make a band of the rows each, in proportion to `shares` where there are any; memory and work
+    ranks: so many devices make a band of the rows each, in proportion to `speeds` where there are any; memory and work
     are those of the one with most rows.
     """
 
@@ -80,14 +80,14 @@ class Sampling:
     storage: str = ""  # what matrices are kept in
     stored: Quantisation | None = None  # how the files hold them; None: plainly
     ranks: int = 1
-    shares: tuple[float, ...] = ()
+    speeds: tuple[float, ...] = ()
 
     @property
     def own_rows(self) -> int:
         """Those that a device makes."""
-        if not self.shares:
+        if not self.speeds:
             return -(-self.rows // self.ranks)
-        return Bands.of(self.rows, self.ranks, self.shares).most_rows
+        return Bands.of(self.rows, self.ranks, self.speeds).most_rows
 
     @property
     def positions(self) -> int:
@@ -270,14 +270,14 @@ def bands_of_branches(
     columns: int,
     tokens: Sequence[int],
     ranks: int,
-    shares: Sequence[float] | None = None,
+    speeds: Sequence[float] | None = None,
 ) -> list[Bands]:
-    """Which rows of each branch's token map a rank makes; tokens: of each branch's text; shares: as of `Bands.stacked`.
+    """Which rows of each branch's token map a rank makes; tokens: of each branch's text; speeds: as of `Bands.stacked`.
 
     Branches are stacked and cut into parts of equal work: so hardly any rank has a halo in more than one of them.
     """
     weights = [row_flops(spec, columns, count) for count in tokens]
-    return Bands.stacked(rows, weights, ranks, halo_row_flops(spec, columns), shares or None)
+    return Bands.stacked(rows, weights, ranks, halo_row_flops(spec, columns), speeds or None)
 
 
 def row_flops(spec: TransformerSpec, columns: int, tokens: int) -> float:

@@ -97,7 +97,7 @@ class PlanInputs:
     when a kept latent is decoded. tokenizer_bytes: what the tokenizer takes while prompts are encoded. prompt_read and
     negative_read: how much of each is read; None where that is not known. notices: what the user should know of the
     checkpoint, a line each. keeps_modules: whether modules may stay in memory between this job and the next, where
-    there is room for them. ranks: devices that make a band of every picture each, all like `hardware`. shares: how fast
+    there is room for them. ranks: devices that make a band of every picture each, all like `hardware`. speeds: how fast
     each of them is, beside the others; empty where they are alike.
     """
 
@@ -110,4 +110,4 @@ class PlanInputs:
     notices: tuple[str, ...] = ()
     keeps_modules: bool = False
     ranks: int = 1
-    shares: tuple[float, ...] = ()
+    speeds: tuple[float, ...] = ()

@@ -29,7 +29,7 @@ class Plan:
 
     `prompt_read` and `negative_read` say how much of them the model reads, None where that is not known or not done.
     `notices` are lines for the user: what was asked for and is not used. `ranks`: so many devices make a band of every
-    picture each, in proportion to `shares` where there are any; bytes and seconds are those of the one with most to do.
+    picture each, in proportion to `speeds` where there are any; bytes and seconds are those of the one with most to do.
     """
 
     width: int
@@ -57,7 +57,7 @@ class Plan:
     notices: tuple[str, ...] = ()
     kept: tuple[str, ...] = ()
     ranks: int = 1
-    shares: tuple[float, ...] = ()
+    speeds: tuple[float, ...] = ()
 
     @property
     def sizes(self) -> tuple[Plan, ...]:

@@ -73,7 +73,7 @@ def make_plan(spec: CheckpointSpec, request: Request, inputs: PlanInputs, seed: 
         budget_bytes=request.memory_bytes,
         prompt_read=inputs.prompt_read,
         ranks=inputs.ranks,
-        shares=inputs.shares,
+        speeds=inputs.speeds,
     )
     if inputs.tokens is not None:
         plan = with_smaller_sizes(plan, spec, request.compose_px)

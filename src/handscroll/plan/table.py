@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from handscroll.models.checkpoint import CheckpointSpec
-from handscroll.plan.communication import Share
+from handscroll.plan.communication import Share, Shared
 from handscroll.plan.plan import Plan
 from handscroll.plan.search import SmallerWeights
 from handscroll.plan.unused import guidance_used
@@ -18,10 +18,10 @@ def plan_dict(
     plan: Plan,
     minimum_bytes: int | None,
     smaller: Iterable[SmallerWeights] = (),
-    shares: Iterable[Share] = (),
+    shared: Shared | None = None,
 ) -> dict[str, Any]:
     """JSON values: the request's numbers, the budget, for each stage its bytes, seconds and choices, what it would take
-    with smaller weights, and what one of several devices does.
+    with smaller weights, and what each of several devices does.
     """
     stages = {name: dataclasses.asdict(stage) for name, stage in plan.own_parts.items()}
     growth = [
@@ -53,11 +53,17 @@ def plan_dict(
         "growth": growth,
         "seconds": round(sum(plan.planned_seconds.values()), 1),
         "smaller_weights": [dataclasses.asdict(each) for each in smaller],
-        **({"devices": plan.ranks, "shares": [_share(each) for each in shares]} if plan.ranks > 1 else {}),
+        **({"devices": plan.ranks} if plan.ranks > 1 else {}),
+        **({} if shared is None or not shared.parts else _shared(shared)),
         "planned_from": "known figures" if spec.from_figures else "files",
         **_texts(plan),
         "notices": list(plan.notices),
     }
+
+
+def _shared(shared: Shared) -> dict[str, Any]:
+    shares = [_share(each) for each in shared.shares]
+    return {"shares": shares, "ranks": [dataclasses.asdict(part) for part in shared.parts]}
 
 
 def _share(share: Share) -> dict[str, Any]:

@@ -29,6 +29,7 @@ NEEDED: dict[str, tuple[str, ...]] = {
     "tokenizers": ("Tokenizer",),
     "safetensors": ("safe_open",),
     "huggingface_hub": ("snapshot_download",),
+    "fsspec": ("filesystem",),
     "numpy": ("ndarray",),
     "pyvips": ("Image",),
     "psutil": ("Process", "virtual_memory"),

@@ -25,14 +25,14 @@ import torch.distributed as dist
 from handscroll.errors import HandscrollError, UsageError
 from handscroll.models.checkpoint import CheckpointSpec
 from handscroll.models.folder import files_of
-from handscroll.plan.communication import shares_of
+from handscroll.plan.communication import speeds_of
 from handscroll.plan.inputs import Hardware, PlanInputs, Rates
 from handscroll.request import Request, count_devices, device_of_rank
 from handscroll.runtime.distributed.beating import Beating, Line, OnFailure, accept, connect, join_s, listen
 from handscroll.runtime.distributed.plain import as_plain, of_plain
 from handscroll.runtime.distributed.processes import ProcessRanks
 from handscroll.runtime.distributed.team import Team
-from handscroll.system import STORE, processor_name
+from handscroll.system import STORE, boot_id, processor_name
 from handscroll.units import one_line
 from handscroll.version import __version__
 
@@ -111,7 +111,7 @@ def leading(
         return
     with joined(spec, inputs.hardware, on_failure) as found:
         size, hardware = found.team.ranks.size, found.hardware(inputs.hardware)
-        yield found, dataclasses.replace(inputs, hardware=hardware, ranks=size, shares=found.shares())
+        yield found, dataclasses.replace(inputs, hardware=hardware, ranks=size, speeds=found.speeds())
         found.team.tell("end")
 
 
@@ -165,17 +165,17 @@ class Joined:
             for facts, each in zip(self.facts, measured, strict=True)
         )
 
-    def shares(self) -> tuple[float, ...]:
+    def speeds(self) -> tuple[float, ...]:
         """How fast each rank is, beside the others; empty where they are alike."""
         rates = [of_plain(Hardware, each["hardware"]).rates for each in self.facts]
-        return shares_of(rates, [str(each["model"]) for each in self.facts])
+        return speeds_of(rates, [str(each["model"]) for each in self.facts])
 
     def hardware(self, own: Hardware) -> Hardware:
         """What a plan for all ranks is made from: of each amount and rate the least, and the most that is held.
 
         own: this rank's, as it is now.
         """
-        hosts = [each["host"] for each in self.facts]
+        hosts = [each["host_id"] for each in self.facts]
         of_ranks = [of_plain(Hardware, each["hardware"]) for each in self.facts]
         of_ranks[self.team.ranks.rank] = own
         found = [each.shared(hosts.count(host)) for each, host in zip(of_ranks, hosts, strict=True)]
@@ -236,7 +236,7 @@ def _lines(place: Place, of_ranks: Sequence[Mapping[str, Any]], server: socket.s
     """The connections over which it is seen that others are alive, by whose they are."""
     leader = of_ranks[0]
     if server is None:
-        same_host = leader["host"] == of_ranks[place.rank]["host"]
+        same_host = leader["host_id"] == of_ranks[place.rank]["host_id"]
         host = "127.0.0.1" if same_host else place.address
         try:
             line = connect(host, int(leader["port"]), str(leader["secret"]), place.rank)
@@ -268,6 +268,7 @@ def _facts(spec: CheckpointSpec, device: str, hardware: Hardware) -> dict[str, A
         "device": device,
         "model": _model_of(device),
         "host": socket.gethostname(),
+        "host_id": f"{socket.gethostname()} {boot_id()}",
         "process": os.getpid(),
         "hardware": as_plain(hardware),
     }

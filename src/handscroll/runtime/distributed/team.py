@@ -58,13 +58,13 @@ class Team:
 
     def exchange(self, plan: Plan) -> Exchange:
         """Of the rows of the plan's latent."""
-        return Exchange(self.ranks, Bands.of(plan.latent_height, self.ranks.size, plan.shares or None))
+        return Exchange(self.ranks, Bands.of(plan.latent_height, self.ranks.size, plan.speeds or None))
 
     def exchanges(self, plan: Plan, spec: TransformerSpec, branches: Sequence[Branch]) -> list[Exchange]:
         """Of the rows of the token map, for each branch."""
         rows, columns = plan.latent_height // spec.patch_size, plan.latent_width // spec.patch_size
         tokens = [branch.text.shape[1] for branch in branches]
-        found = bands_of_branches(spec, rows, columns, tokens, self.ranks.size, plan.shares)
+        found = bands_of_branches(spec, rows, columns, tokens, self.ranks.size, plan.speeds)
         return [Exchange(self.ranks, bands) for bands in found]
 
     def tell(self, do: str, plan: Plan | None = None, **given: Tensor | float | str | None) -> None:
