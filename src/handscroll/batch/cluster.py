@@ -7,6 +7,8 @@ import os
 import secrets
 import shutil
 import socket
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
@@ -24,14 +26,15 @@ from handscroll.request import count_devices
 from handscroll.units import one_line
 from handscroll.version import __version__
 
-CONNECT_S = 5.0
+CONNECT_S, JOIN_S = 5.0, 40.0
 LOOK_EVERY_S = 2.0
 WAITS_S = 30.0  # before the user is told that no worker has come
 MAX_REASON = 200
-TOKEN = "token"
+TOKEN, LOOK = "token", "look"
 # Ray speaks gRPC, so HTTP/2: how a client begins, and the kind of the frame with which a server answers (RFC 9113).
 _HELLO = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])
 _SETTINGS = bytes([4])
+_TRY = "import sys, ray; ray.init(sys.argv[1], log_to_driver=False); ray.nodes()"
 
 
 class Actor:
@@ -160,11 +163,11 @@ class RayPool(Pool):
                 found += self._answered(worker, asked, reference)
         if time.monotonic() - self._looked > LOOK_EVERY_S:
             self._looked = time.monotonic()
-            asked_already = {worker for worker, asked in self._waiting.values() if asked == "look"}
+            asked_already = {worker for worker, asked in self._waiting.values() if asked == LOOK}
             for number, at in self._workers.items():
                 if at.is_at_work and number not in asked_already:
-                    looking = at.actor.look.options(concurrency_group="look").remote()
-                    self._waiting[looking] = number, "look"
+                    looking = at.actor.look.remote()
+                    self._waiting[looking] = number, LOOK
         if not any(at.is_ready for at in self._workers.values()) and time.monotonic() - self._since > WAITS_S:
             self._since = time.monotonic()
             found.append(Said(0, f"no worker has come yet; the cluster has {self._told}, is it in use by others?"))
@@ -176,7 +179,7 @@ class RayPool(Pool):
             answer = self._ray.get(reference)
         except self._ray.exceptions.RayError as error:
             return [self._lost(worker, error)]
-        if asked == "look":
+        if asked == LOOK:
             where, said = answer
             return [*(Said(worker, line) for line in said), *([At(worker, *where)] if where else [])]
         if asked == "introduce":
@@ -237,7 +240,7 @@ class RayPool(Pool):
 
     def _start_actor(self) -> None:
         self._numbers += 1
-        remote = self._ray.remote(concurrency_groups={"look": 1}, **self._takes)(Actor)
+        remote = self._ray.remote(concurrency_groups={LOOK: 1}, **self._takes)(Actor)
         actor = remote.options(scheduling_strategy="SPREAD").remote(self._threads)
         self._workers[self._numbers] = _Worker(actor, f"worker {self._numbers}")
         self._waiting[actor.introduce.remote(self._folder_told(), self._token)] = self._numbers, "introduce"
@@ -258,17 +261,20 @@ def connect(address: str) -> Any:
     # Ray asks for the second in a warning; workers that compute on the processor are told so by their task.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    _check_answers(address)
+    if address != "local":
+        _check_answers(address)
+        _check_lets_in(address)
     try:
         ray.init(address, logging_level="ERROR", log_to_driver=False, configure_logging=False)
     except Exception as error:  # each of Ray's layers has errors of its own
         raise WorkerError(f"no Ray cluster at {address}: {one_line(error, MAX_REASON)}") from error
+    ray.method(concurrency_group=LOOK)(Actor.look)  # which is called while the actor makes a picture
     return ray
 
 
 def _check_answers(address: str) -> None:
     """Raises UsageError, and WorkerError where no server of Ray's kind answers, which Ray itself tries for minutes."""
-    if address in ("auto", "local"):
+    if address == "auto":
         return
     host, colon, port = address.removeprefix("ray://").rpartition(":")
     if not colon or not host or not port.isdigit() or not 0 < int(port) < 2**16:
@@ -282,6 +288,23 @@ def _check_answers(address: str) -> None:
                     raise WorkerError(f"what answers at {address} is no Ray cluster")
     except OSError as error:
         raise WorkerError(f"nobody answers at {address}: {one_line(error, MAX_REASON)}") from error
+
+
+def _check_lets_in(address: str) -> None:
+    """Raises WorkerError where a cluster does not take this machine, as without its token. Where it does not, Ray tries
+    for ever and tells of every try: so a process of its own tries, which can be ended.
+    """
+    command = [sys.executable, "-P", "-c", _TRY, address]
+    try:
+        done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, timeout=JOIN_S, check=False)
+        said, is_in = done.stderr, done.returncode == 0
+    except subprocess.TimeoutExpired as error:
+        said, is_in = error.stderr or b"", False
+    if not is_in:
+        lines = [line.strip() for line in said.decode(errors="replace").splitlines() if line.strip()]
+        telling = [line.rpartition("] ")[2] for line in lines if "token" in line.lower()] or lines
+        why = one_line(telling[-1], MAX_REASON) if telling else f"nothing is heard within {JOIN_S:g} s"
+        raise WorkerError(f"the Ray cluster at {address} does not let this process in: {why}")
 
 
 def _said_by_ray(error: BaseException) -> str:
