@@ -7,6 +7,7 @@ import errno
 import json
 import os
 import random
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -74,11 +75,9 @@ def test_seeds_are_made_of_lines_and_equal_lines_have_others(tmp_path: Path) -> 
     assert [dataclasses.replace(task, line=0) for task in longer[1:]] == [
         dataclasses.replace(task, line=0) for task in found
     ]
-    assert all(task.request.seed != other.request.seed for task, other in zip(found, more_steps(tmp_path), strict=True))
-
-
-def more_steps(folder: Path) -> list[Task]:
-    return tasks_of(folder, "a lake\na bay\na lake\na lake", steps=3)
+    other = tasks_of(tmp_path, "a lake\na bay\na lake\na lake", steps=3, size="64")
+    assert [(task.request.seed, task.output) for task in other] == [(task.request.seed, task.output) for task in found]
+    assert all(task.digest != one.digest for task, one in zip(other, found, strict=True))
 
 
 def test_a_count_gives_consecutive_seeds_and_numbered_names(tmp_path: Path) -> None:
@@ -97,11 +96,13 @@ def test_a_count_gives_consecutive_seeds_and_numbered_names(tmp_path: Path) -> N
 
 def test_names_that_differ_in_case_alone_are_told_apart(tmp_path: Path) -> None:
     lines = json_lines({"prompt": "a", "seed": 1, "output": "A-Lake-7.PNG"}, {"prompt": "a lake", "seed": 7}, "a lake")
-    assert [task.output for task in tasks_of(tmp_path, lines, "p.jsonl", seed=7)] == [
-        "A-Lake-7.PNG",
-        "a-lake-7-2.png",
-        "a-lake-7-3.png",
-    ]
+    first, second, third = [task.output for task in tasks_of(tmp_path, lines, "p.jsonl", seed=7)]
+    assert first == "A-Lake-7.PNG"
+    assert re.fullmatch(r"a-lake-7-[0-9a-f]{6}\.png", second)
+    assert third == second.replace(".png", "-2.png")
+    accents = json_lines({"prompt": "a", "output": "e\u0301.png"}, {"prompt": "a", "output": "\u00e9.png"})
+    with pytest.raises(UsageError, match="as line 1 does"):
+        tasks_of(tmp_path, accents, "p.jsonl")
 
 
 @pytest.mark.parametrize(
@@ -126,7 +127,9 @@ def test_names_that_differ_in_case_alone_are_told_apart(tmp_path: Path) -> None:
         ({"prompt": "a", "output": "C:x.png"}, "below the folder"),
         ({"prompt": "a", "output": "x\u0007.png"}, "characters"),
         ({"prompt": "a", "output": "batch.jsonl"}, "own files"),
-        ({"prompt": "a", "output": "batch.run/x.png"}, "own files"),
+        ({"prompt": "a", "output": "Batch.run/x.png"}, "own files"),
+        ({"prompt": "a", "output": "x/" * 600 + "x.png"}, "1000 bytes"),
+        ({"prompt": "a", "format": "webp"}, "give this line an output"),
         ({"prompt": "a", "output": "x.gif"}, "not known"),
         ({"prompt": "a", "output": "x.dzi"}, "folder of many files"),
         ({"prompt": "a", "output": "x"}, "not known"),
@@ -164,6 +167,9 @@ def test_what_a_file_cannot_mean_is_refused(tmp_path: Path, name: str, text: byt
 def test_a_file_that_is_not_there_and_two_lines_of_one_name(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="No such file"):
         read_tasks(tmp_path / "none.txt", {})
+    below = json_lines({"prompt": "a", "output": "x.png"}, {"prompt": "b", "output": "X.png/b.png"})
+    with pytest.raises(UsageError, match=r"line 2: .* lies in what another line writes"):
+        tasks_of(tmp_path, below, "p.jsonl")
     (tmp_path / "folder.txt").mkdir()
     with pytest.raises(UsageError, match="directory"):
         read_tasks(tmp_path / "folder.txt", {})
@@ -231,6 +237,8 @@ def test_a_request_as_the_command_line_takes_it() -> None:
         ("cuda:1,cuda:2,cuda:3", "3", "auto", 4, ["cuda:1,cuda:2,cuda:3"]),
         (None, None, "cpu", 2, ["cpu"]),
         ("2", None, "cuda:1", 2, ["cuda:1"] * 2),
+        (None, None, "cuda", 2, ["cuda:0", "cuda:1"]),
+        ("1", None, "cuda", 2, ["cuda:0"]),
     ],
 )
 def test_devices_of_workers(workers: str | None, devices: str | None, device: str, gpus: int, found: list[str]) -> None:
@@ -246,6 +254,10 @@ def test_devices_of_workers(workers: str | None, devices: str | None, device: st
         ("cuda:0,cuda:1", "cpu:2", "auto", 2, "are not"),
         (None, "cuda:0,cuda:1", "auto", 2, "--workers cuda:0,cuda:1"),
         ("cuda:0", None, "cpu", 2, "leave one of them out"),
+        ("cuda:0,cuda:2", None, "auto", 2, "cuda:2 is not here"),
+        (None, None, "cuda:0", 0, "cuda:0 is not here"),
+        (None, None, "cuda", 0, "no GPU is here"),
+        ("cuda:0,cuda:1,cuda:2", "2", "auto", 3, "leave 1 of them out"),
     ],
 )
 def test_devices_that_workers_cannot_have(
@@ -309,9 +321,15 @@ class Played(Pool):
         self.told: list[Heard] = []
         self.numbers = 0
         self.at_work: set[int] = set()
+        self.replaced: list[int] = []
+
+    def replace(self, worker: int) -> None:
+        assert worker not in self.at_work
+        self.replaced.append(worker)
+        self._ready()
 
     def start(self, worker: int, task: Mapping[str, Any]) -> None:
-        assert worker not in self.at_work
+        assert worker not in [*self.at_work, *self.replaced]
         self.at_work.add(worker)
         path = Path(task["path"])
         digest = path.stem
@@ -324,6 +342,12 @@ class Played(Pool):
                 path.write_bytes(content)
             if play == "made":
                 self.told += [At(worker, "denoise", 1, 2), Made(worker, {"steps": 2}, None if self.shared else content)]
+        if play in ("worn", "sick", "rank"):
+            if play == "worn":
+                path.write_bytes(b"made")
+            code = {"sick": "unexpected", "rank": "rank_failed"}.get(play, "")
+            worn = Made(worker, {}, is_worn=True)
+            self.told.append(worn if play == "worn" else Failed(worker, {"code": code, "message": "CUDA error"}))
         if play == "failed":
             self.told.append(Failed(worker, {"code": "not_finite", "message": "NaN"}))
         if play == "full":
@@ -363,7 +387,7 @@ def play(
     pools: list[Played] = []
     size, shared = options.pop("size", 2), options.pop("shared", True)
 
-    def make_pool(folder: Path) -> Pool:
+    def make_pool(folder: Path, to_do: Sequence[Task]) -> Pool:
         pools.append(Played(folder, size, plays or {}, shared=shared))
         return pools[0]
 
@@ -403,7 +427,7 @@ def test_every_picture_is_put_in_its_place_once(
     lines = [json.loads(line) for line in (folder / "batch.jsonl").read_text().splitlines()]
     assert Counter(line["output"] for line in lines if line["status"] == DONE) == Counter(made)
     assert all(count <= TRIES for count in begun.values())
-    assert (folder / "batch.run").exists() == (len(made) < len(tasks))
+    assert not (folder / "batch.run").exists() or len(made) < len(tasks)
     # The second time makes what was not made, and nothing else.
     again, told_again, begun_again = play(tasks, str(folder))
     assert (again.kept, again.made) == (len(made), len(tasks) - len(made))
@@ -429,7 +453,7 @@ def test_an_end_between_any_two_steps_loses_and_repeats_nothing(tmp_path: Path) 
     journal.add({"output": third.output, "task": third.digest, "status": DONE})  # and removed by its user
     with (tmp_path / "batch.jsonl").open("ab") as file:
         file.write(b'{"output": "a-3.png", "task": "0000')  # torn
-    work.close(all_done=False)
+    work.close()
     summary, told, begun = play(tasks, str(tmp_path))
     assert (summary.kept, summary.made) == (1, 3)
     assert told[0] == str(tmp_path / second.output)
@@ -476,7 +500,7 @@ def test_one_batch_works_in_a_folder(tmp_path: Path) -> None:
     work = WorkFolder(tmp_path / "batch.run")
     with pytest.raises(BusyError, match="another batch"):
         play(some_tasks(1), str(tmp_path))
-    work.close(all_done=True)
+    work.close()
     assert not (tmp_path / "batch.run").exists()
     (tmp_path / "batch.run").write_text("in the way")
     with pytest.raises(HandscrollError, match="in the way"):
@@ -491,6 +515,12 @@ def test_a_folder_that_cannot_be(tmp_path: Path) -> None:
         open_place(str(tmp_path / "file" / "below"))
     with pytest.raises(UsageError, match="nosuch"):
         open_place("nosuch://bucket")
+    for address in ("", "s3:/bucket"):
+        with pytest.raises(UsageError, match="is no folder and no address"):
+            open_place(address)
+    (tmp_path / "nowhere").symlink_to(tmp_path / "none")
+    with pytest.raises(OutputError, match="link to nowhere"):
+        open_place(str(tmp_path / "nowhere"))
 
 
 def test_an_address_of_fsspec(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -549,8 +579,128 @@ def test_progress_is_over_the_whole(tmp_path: Path) -> None:
     assert (counts[0], counts[-1]) == (0, 3)
     assert "1 failed" in [event.detail for event in heard if event.stage == "batch"][-1]
     notices = [event.detail for event in heard if event.stage == "notice"]
-    assert any("line 2: worker" in line and "another goes on" in line for line in notices)
+    assert any("line 2: worker" in line and "it is tried again" in line for line in notices)
     assert "line 3: NaN" in notices
+
+
+def test_a_sick_or_worn_worker_makes_no_other_picture(tmp_path: Path) -> None:
+    tasks = some_tasks(3)
+    plays = {tasks[0].digest: ["sick"], tasks[1].digest: ["worn"], tasks[2].digest: ["rank", "rank", "rank"]}
+    pools: list[Played] = []
+
+    def make_pool(folder: Path, to_do: Sequence[Task]) -> Pool:
+        pools.append(Played(folder, 1, plays))
+        return pools[0]
+
+    summary = run_batch(tasks, open_place(str(tmp_path)), make_pool, ignore)
+    assert (summary.made, len(summary.failed), len(pools[0].replaced)) == (2, 1, 2)
+    assert [each["line"] for each in summary.retried] == [1, 3, 3]
+    assert summary.failed[0]["error"] == {"code": "rank_failed", "message": "CUDA error"}
+
+
+def test_under_a_budget_a_process_makes_pictures_of_one_kind(tmp_path: Path) -> None:
+    sizes = [(64, 1), (64, 2), (96, 3), (96, 4), (64, 5)]
+    requests = [Request(f"a {n}", width=side, height=side, seed=n, memory_bytes=2**30) for side, n in sizes]
+    tasks = [dataclasses.replace(task, request=each) for task, each in zip(some_tasks(5), requests, strict=True)]
+    pools: list[Played] = []
+
+    def make_pool(folder: Path, to_do: Sequence[Task]) -> Pool:
+        pools.append(Played(folder, 1, {}))
+        return pools[0]
+
+    summary = run_batch(tasks, open_place(str(tmp_path)), make_pool, ignore)
+    assert (summary.made, pools[0].replaced) == (5, [1, 2])
+
+
+def test_what_is_all_there_need_not_be_writable(tmp_path: Path) -> None:
+    tasks = some_tasks(2)
+    play(tasks, str(tmp_path))
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path, *tmp_path.iterdir())}
+    summary, told, _ = play(tasks, str(tmp_path))
+    assert (summary.kept, len(told)) == (2, 2)
+    assert before == {path: path.stat().st_mtime_ns for path in before}
+
+
+def test_what_another_file_left_unfinished_stays(tmp_path: Path) -> None:
+    work = WorkFolder(tmp_path / "batch.run")
+    (work.folder / "ffff.png.run").mkdir()
+    work.close()
+    tasks = some_tasks(2)
+    play(tasks, str(tmp_path), {tasks[0].digest: ["failed"]})
+    (tmp_path / "batch.run" / f"{tasks[0].digest}.png.run").mkdir()
+    play(tasks, str(tmp_path))
+    assert sorted(path.name for path in (tmp_path / "batch.run").iterdir()) == ["ffff.png.run", "lock"]
+
+
+def test_a_file_in_the_place_of_the_journal_is_left_alone(tmp_path: Path) -> None:
+    journal = tmp_path / "batch.jsonl"
+    journal.write_text('{"prompt": "a lake", "output": "a.png"}\n')
+    with pytest.raises(OutputError, match="no journal of a batch"):
+        play(some_tasks(1), str(tmp_path))
+    journal.unlink()
+    journal.symlink_to(tmp_path / "other")
+    with pytest.raises(OutputError, match="no plain file"):
+        play(some_tasks(1), str(tmp_path))
+    journal.unlink()
+    os.mkfifo(journal)
+    with pytest.raises(OutputError, match="no plain file"):
+        play(some_tasks(1), str(tmp_path))
+
+
+def test_folders_and_files_in_the_way_are_refused_before_any_work(tmp_path: Path) -> None:
+    first, second = some_tasks(2)
+    (tmp_path / first.output).mkdir()
+    with pytest.raises(OutputError, match="is a folder"):
+        play([first, second], str(tmp_path), existing="replace")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OutputError, match="is no folder"):
+        play([dataclasses.replace(second, output="file/x.png")], str(tmp_path))
+    assert not (tmp_path / "batch.run").exists()
+
+
+def test_machines_that_share_an_address_share_its_journal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tasks, address = some_tasks(4), f"file://{tmp_path}/out"
+    monkeypatch.setenv("HANDSCROLL_CACHE", str(tmp_path / "one"))
+    play(tasks[:2], address)
+    monkeypatch.setenv("HANDSCROLL_CACHE", str(tmp_path / "two"))
+    assert play(tasks[:3], address)[0].kept == 2
+    monkeypatch.setenv("HANDSCROLL_CACHE", str(tmp_path / "one"))
+    summary, _, begun = play(tasks, address)
+    assert (summary.kept, summary.made, set(begun)) == (3, 1, {tasks[3].digest})
+
+    class Killed(BaseException):
+        pass
+
+    def kill(path: str) -> None:
+        raise Killed
+
+    more = [dataclasses.replace(task, digest=f"9{task.digest[1:]}", output=f"b-{task.output}") for task in tasks]
+    with pytest.raises(Killed):
+        run_batch(more, open_place(address), lambda folder, to_do: Played(folder, 1, {}), ignore, on_picture=kill)
+    monkeypatch.setenv("HANDSCROLL_CACHE", str(tmp_path / "three"))
+    summary, _, _ = play([*tasks, *more], address)
+    assert (summary.kept, summary.made) == (5, 3)
+    assert len((tmp_path / "out" / "batch.jsonl").read_text().splitlines()) == 8
+
+
+def test_silence_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("handscroll.batch.run.SILENT_S", -1.0)
+    heard: list[Progress] = []
+    play(some_tasks(1), str(tmp_path), on_event=heard.append, size=1)
+    assert not [event for event in heard if "nothing was heard" in event.detail]
+
+    class Slow(Played):
+        waits = 3
+
+        def heard(self, seconds: float) -> Sequence[Heard]:
+            if self.at_work and self.waits:
+                self.waits -= 1
+                return []
+            return super().heard(seconds)
+
+    tasks = [dataclasses.replace(task, output=f"b-{task.output}") for task in some_tasks(1)]
+    run_batch(tasks, open_place(str(tmp_path)), lambda folder, to_do: Slow(folder, 1, {}), heard.append)
+    assert [event for event in heard if "nothing was heard of its worker" in event.detail]
 
 
 def test_a_full_disk_ends_the_batch(tmp_path: Path) -> None:
@@ -597,7 +747,7 @@ def test_nobody_to_work_ends_the_batch_and_keeps_what_is_made(tmp_path: Path) ->
 
     tasks = some_tasks(4)
     with pytest.raises(WorkerError) as caught:
-        run_batch(tasks, open_place(str(tmp_path)), lambda folder: Dying(folder, 1, {}), ignore)
+        run_batch(tasks, open_place(str(tmp_path)), lambda folder, to_do: Dying(folder, 1, {}), ignore)
     assert caught.value.__notes__ == ["2 of 4 pictures are there; the same command goes on"]
     assert play(tasks, str(tmp_path))[0].kept == 2
 

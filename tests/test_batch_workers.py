@@ -14,7 +14,7 @@ import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ import psutil
 import pytest
 
 from handscroll.batch import local
-from handscroll.batch.lines import read_tasks
+from handscroll.batch.lines import Task, read_tasks
 from handscroll.batch.places import open_place
 from handscroll.batch.pool import WorkerError
 from handscroll.batch.run import run_batch
@@ -173,7 +173,7 @@ def test_workers_that_cannot_start_end_the_batch(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(local, "COMMAND", ("-c", "import sys; sys.exit('libgomp.so: not found')"))
     tasks = read_tasks(prompts(tmp_path, 2), {})
     with pytest.raises(WorkerError, match=r"no worker can start: worker \d .* has ended: libgomp.so: not found"):
-        run_batch(tasks, open_place(str(tmp_path / "out")), lambda folder: local.LocalPool(["cpu"]), ignore)
+        run_batch(tasks, open_place(str(tmp_path / "out")), lambda folder, to_do: local.LocalPool(["cpu"]), ignore)
 
 
 # Ray
@@ -253,7 +253,7 @@ def test_a_cluster_that_does_not_see_the_folder_sends_its_pictures(
     file, folder = prompts(tmp_path, 6), tmp_path / "out"
     tasks = read_tasks(file, {"size": "64", "steps": 1})
 
-    def pool(work: Path) -> module.RayPool:
+    def pool(work: Path, to_do: Sequence[Task]) -> module.RayPool:
         return module.RayPool(cluster, work, 2, "auto", None)
 
     summary = run_batch(tasks, open_place(str(folder)), pool, ignore)

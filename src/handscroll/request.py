@@ -243,7 +243,7 @@ class Request:
         commands=("generate", "plan"),
         left_to={
             "resume": "Devices to go on with, as of `generate`; also more or fewer than before.",
-            "batch": "Make every picture on so many devices, a band of rows each: a number, or cpu:N.",
+            "batch": "Make every picture on so many devices, a band of rows each: a number, or cpu:N; no list.",
         },
     )
 

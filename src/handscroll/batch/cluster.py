@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
+import re
 import secrets
 import shutil
 import socket
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,23 +18,34 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from handscroll.batch.journal import TOKEN
 from handscroll.batch.local import on_device
 from handscroll.batch.pool import At, Failed, Heard, Lost, Made, Pool, Ready, Said, Starts, WorkerError
 from handscroll.batch.worker import Maker, described
-from handscroll.errors import UsageError
+from handscroll.errors import OutputError, UsageError
 from handscroll.events import Progress
+from handscroll.files import cache_folder
 from handscroll.request import count_devices
-from handscroll.units import one_line
+from handscroll.units import duration, one_line
 from handscroll.version import __version__
 
 CONNECT_S, JOIN_S = 5.0, 40.0
 LOOK_EVERY_S = 2.0
-WAITS_S = 30.0  # before the user is told that no worker has come
+WAITS_S, MOST_WAITS_S = 30.0, 300.0  # before the user is told that no worker is there; before that is the end
 MAX_REASON = 200
-TOKEN, LOOK = "token", "look"
+LOOK = "look"
 # Ray speaks gRPC, so HTTP/2: how a client begins, and the kind of the frame with which a server answers (RFC 9113).
 _HELLO = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])
 _SETTINGS = bytes([4])
+# What Ray says where the machine is gone that the batch's own process is registered with.
+_ENDED = ("owner has died", "owner died", "job has finished")
+_MEANINGS = {
+    "running low on memory": "its machine ran out of memory, and Ray ended it",
+    "node was terminated": "its machine is gone",
+    "node has died": "its machine is gone",
+    "node died": "its machine is gone",
+    "worker process has died": "its process has ended",
+}
 _TRY = "import sys, ray; ray.init(sys.argv[1], log_to_driver=False); ray.nodes()"
 
 
@@ -46,26 +58,30 @@ class Actor:
         self._maker = Maker()
         self._at: Progress | None = None
         self._said: list[str] = []
-        self._own_folder: str | None = None
+        self._own_folder: Path | None = None
 
-    def introduce(self, folder: str, token: str) -> dict[str, Any]:
-        """Who it is, and whether it sees the folder in which the driver has put this token."""
+    def introduce(self, folder: str, token: str, driver: str) -> dict[str, Any]:
+        """Who it is, and whether it sees the folder in which the driver, of this host, has put this token."""
         try:
             is_shared = Path(folder, TOKEN).read_text() == token
         except OSError:
             is_shared = False
-        if not is_shared:
-            self._own_folder = tempfile.mkdtemp(prefix="handscroll-batch-")
+        if not is_shared:  # the same for every worker of this user here, so that another goes on from a state
+            name = hashlib.sha256(f"{driver}:{folder}".encode()).hexdigest()[:16]
+            self._own_folder = cache_folder() / "batch" / name
+            self._own_folder.mkdir(parents=True, exist_ok=True)
         return {**described(), "host": socket.gethostname(), "shared": is_shared}
 
     def make(self, task: Mapping[str, Any]) -> tuple[dict[str, Any], bytes | None]:
         """What became of a task; with the picture itself where the driver does not see this machine's disk."""
         if self._own_folder is None:
             return self._maker.make(task, self._listen), None
-        path = Path(self._own_folder, Path(task["path"]).name)
+        path = self._own_folder / Path(task["path"]).name
         found = self._maker.make({**task, "path": str(path)}, self._listen)
         content = path.read_bytes() if "made" in found else None
         path.unlink(missing_ok=True)
+        if found.get("failed", {}).get("code") == OutputError.code:  # of this machine's disk alone
+            found["failed"]["code"] = "cannot_write_there"
         return found, content
 
     def look(self) -> tuple[list[Any], list[str]]:
@@ -98,18 +114,23 @@ class RayPool(Pool):
     """Actors on the cluster at an address, as `ray.init` takes it: host:port, ray://host:port, auto or local.
 
     folder: where pictures are while they are made; workers that do not see it send theirs. workers: how many, None for
-    one on each GPU, or each machine where there is none. devices: of each picture, as `--devices`.
+    one on each GPU, or each machine where there is none. devices: of each picture, as `--devices`. most: workers that
+    there is work for.
     """
 
-    def __init__(self, address: str, folder: Path, workers: int | None, device: str, devices: str | None) -> None:
-        self._address, self._folder, self._asked = address, folder.absolute(), workers
+    def __init__(
+        self, address: str, folder: Path, workers: int | None, device: str, devices: str | None, most: int | None = None
+    ) -> None:
+        self._address, self._folder, self._asked, self._most = address, folder.absolute(), workers, most
         self._device, self._devices = device, devices
         self._token = secrets.token_hex(16)
         self._starts = Starts()
         self._workers: dict[int, _Worker] = {}
         self._waiting: dict[Any, tuple[int, str]] = {}  # what was asked of actors: of which, and what
         self._numbers = 0
-        self._looked = self._since = 0.0
+        self._looked = 0.0
+        self._since = self._told_at = time.monotonic()
+        self._had_worker = False
 
     def __enter__(self) -> Self:
         self._ray = connect(self._address)
@@ -124,16 +145,18 @@ class RayPool(Pool):
         except BaseException:
             self._leave()
             raise
-        self._since = time.monotonic()
+        self._since = self._told_at = time.monotonic()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         try:
-            if error is None:
-                left = [worker.actor.leave.remote() for worker in self._workers.values() if worker.is_ready]
-                self._ray.wait(left, num_returns=len(left), timeout=CONNECT_S) if left else None
+            left = [
+                each.actor.leave.remote() for each in self._workers.values() if each.is_ready and not each.is_at_work
+            ]
+            if left:
+                self._ray.wait(left, num_returns=len(left), timeout=CONNECT_S)
             for worker in self._workers.values():
                 self._ray.kill(worker.actor)
         finally:
@@ -149,6 +172,10 @@ class RayPool(Pool):
         told = {**task, "request": on_device(task["request"], self._on), "processes": self._on_a_machine}
         at.is_at_work = True
         self._waiting[at.actor.make.remote(told)] = worker, "make"
+
+    def replace(self, worker: int) -> None:
+        self._ray.kill(self._workers.pop(worker).actor)
+        self._start_actor()
 
     def heard(self, seconds: float) -> Sequence[Heard]:
         if self._waiting:
@@ -168,10 +195,21 @@ class RayPool(Pool):
                 if at.is_at_work and number not in asked_already:
                     looking = at.actor.look.remote()
                     self._waiting[looking] = number, LOOK
-        if not any(at.is_ready for at in self._workers.values()) and time.monotonic() - self._since > WAITS_S:
-            self._since = time.monotonic()
-            found.append(Said(0, f"no worker has come yet; the cluster has {self._told}, is it in use by others?"))
-        return found
+        return [*found, *self._waited()]
+
+    def _waited(self) -> list[Heard]:
+        """What the user is told where no worker comes. Raises WorkerError where none can."""
+        now = time.monotonic()
+        if any(at.is_ready for at in self._workers.values()):
+            self._since = self._told_at = now
+        elif now - self._told_at > WAITS_S:
+            self._told_at = now
+            if not any(node["Alive"] for node in self._ray.nodes()):
+                raise WorkerError(f"the Ray cluster at {self._address} has no machine any more")
+            if now - self._since > MOST_WAITS_S and self._had_worker:
+                raise WorkerError(f"no worker has come back within {duration(MOST_WAITS_S)}")
+            return [Said(0, f"no worker is there yet; the cluster has {self._has}, is it in use by others?")]
+        return []
 
     def _answered(self, worker: int, asked: str, reference: Any) -> list[Heard]:
         at = self._workers[worker]
@@ -188,7 +226,7 @@ class RayPool(Pool):
         found, content = answer
         if "failed" in found:
             return [Failed(worker, found["failed"])]
-        return [Made(worker, found["made"], content)]
+        return [Made(worker, found["made"], content, is_worn=bool(found.get("worn")))]
 
     def _introduced(self, worker: int, facts: Mapping[str, Any]) -> Heard:
         if facts["version"] != __version__:
@@ -197,13 +235,15 @@ class RayPool(Pool):
             )
         at = self._workers[worker]
         at.name = f"worker {worker} (process {facts['process']} on {facts['host']})"
-        at.is_ready = True
+        at.is_ready = self._had_worker = True
         self._starts.ready()
         return Ready(worker)
 
     def _lost(self, worker: int, error: BaseException) -> Heard:
         at = self._workers.pop(worker)
         self._ray.kill(at.actor)
+        if any(mark in str(error) for mark in _ENDED):
+            raise WorkerError(f"the Ray cluster at {self._address} has ended this batch: its main machine is gone")
         why = f"{at.name} was lost: {_said_by_ray(error)}"
         others = any(each.is_ready for each in self._workers.values())
         if at.is_ready or self._starts.failed(why, others=others):
@@ -221,17 +261,19 @@ class RayPool(Pool):
             raise UsageError(f"--device {self._device} names a GPU of this machine; on a cluster use auto, cpu or cuda")
         if self._device == "cuda" and not gpus:
             raise UsageError(f"the cluster at {self._address} has no GPU; use --device cpu")
-        self._told = f"{cores} cores and {gpus} GPUs on {machines} machines"
-        most = cores // group if on_cpu else gpus // group
+        self._has = f"{cores} cores and {gpus} GPUs on {machines} machines"
+        kind = "CPU" if on_cpu else "GPU"  # the devices of a group are of one machine
+        most = sum(int(node["Resources"].get(kind, 0)) // group for node in self._ray.nodes() if node["Alive"])
         self._count = self._asked or (min(most, machines) if on_cpu else most)
         if not 1 <= self._count <= most:
             of_each = f" of {group} devices each" if group > 1 else ""
             raise UsageError(
-                f"{self._asked or 1} workers{of_each} do not fit: the cluster has {self._told}; use --workers {most} "
+                f"{self._asked or 1} workers{of_each} do not fit: the cluster has {self._has}; use --workers {most} "
                 "or fewer"
                 if most
-                else f"the cluster has {self._told}, too few for --devices {self._devices}"
+                else f"the cluster has {self._has}, and no machine has enough of them for --devices {self._devices}"
             )
+        self._count = min(self._count, self._most or self._count)
         self._on_a_machine = -(-self._count // machines)
         self._threads = max(1, cores // self._count) if on_cpu and group == 1 else 0
         self._takes = {"num_cpus": group if on_cpu else 1, "num_gpus": 0 if on_cpu else group}
@@ -243,7 +285,8 @@ class RayPool(Pool):
         remote = self._ray.remote(concurrency_groups={LOOK: 1}, **self._takes)(Actor)
         actor = remote.options(scheduling_strategy="SPREAD").remote(self._threads)
         self._workers[self._numbers] = _Worker(actor, f"worker {self._numbers}")
-        self._waiting[actor.introduce.remote(self._folder_told(), self._token)] = self._numbers, "introduce"
+        introduced = actor.introduce.remote(self._folder_told(), self._token, socket.gethostname())
+        self._waiting[introduced] = self._numbers, "introduce"
 
     def _folder_told(self) -> str:
         return str(self._folder)
@@ -277,7 +320,8 @@ def _check_answers(address: str) -> None:
     if address == "auto":
         return
     host, colon, port = address.removeprefix("ray://").rpartition(":")
-    if not colon or not host or not port.isdigit() or not 0 < int(port) < 2**16:
+    is_whole = bool(re.fullmatch(r"[\w.-]+|\[[0-9a-fA-F:.%\w]+\]", host))
+    if not colon or not is_whole or not port.isdigit() or not 0 < int(port) < 2**16:
         raise UsageError(f"--ray {address!r} is no address; write host:6379, ray://host:10001, auto or local")
     try:
         with socket.create_connection((host.strip("[]"), int(port)), CONNECT_S) as line:
@@ -309,6 +353,10 @@ def _check_lets_in(address: str) -> None:
 
 def _said_by_ray(error: BaseException) -> str:
     """The line of Ray's that tells the cause: it writes paragraphs."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    said = str(error)
+    for mark, meaning in _MEANINGS.items():
+        if mark in said:
+            return meaning
+    lines = [line.strip() for line in said.splitlines() if line.strip()]
     telling = [line for line in lines if "exit" in line.lower() or "Error" in line or "killed" in line.lower()]
     return one_line((telling or lines or [type(error).__name__])[-1], MAX_REASON)

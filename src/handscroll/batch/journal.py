@@ -14,9 +14,11 @@ place. Wherever a process ends between two of these, the next one knows what is 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
-from collections.abc import Mapping
+import stat
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +26,7 @@ from handscroll.errors import BusyError, OutputError, RunFolderError
 from handscroll.files import Lock, discard, lock_file, sync_folder, write_all
 from handscroll.weights.json_text import parse_json
 
-JOURNAL, WORK = "batch.jsonl", "batch.run"
+JOURNAL, WORK, TOKEN = "batch.jsonl", "batch.run", "token"
 MAX_ENTRY_BYTES = 2**20
 DONE, FAILED = "done", "failed"
 
@@ -39,19 +41,17 @@ class Journal:
         self.file = file
         self._made: dict[str, Any] = {}  # by the names of files, the digests of what was last made there
         self._ends_whole = True
-        try:
-            data = file.read_bytes()
-        except FileNotFoundError:
-            return
-        except OSError as error:
-            raise OutputError(f"cannot read {file}: {error.strerror}") from error
+        self.is_new = False  # whether something was added
+        data = _bytes_of(file)
         self._ends_whole = not data or data.endswith(b"\n")
         for line in data.split(b"\n"):
             try:
                 entry = parse_json(line, MAX_ENTRY_BYTES) if line else None
             except ValueError:
                 continue
-            if isinstance(entry, dict):
+            if entry is not None and not (isinstance(entry, dict) and {"output", "task", "status"} <= entry.keys()):
+                raise OutputError(f"{file}: in the way, it is no journal of a batch; move it, or choose another folder")
+            if entry is not None:
                 self._note(entry)
 
     def tells_of(self, output: str) -> bool:
@@ -75,11 +75,24 @@ class Journal:
                 os.close(descriptor)
         except OSError as error:
             raise OutputError(f"cannot write {self.file}: {error.strerror}") from error
+        self.is_new = True
         self._note(entry)
 
     def _note(self, entry: Mapping[str, Any]) -> None:
         if entry.get("status") == DONE and isinstance(output := entry.get("output"), str):
             self._made[output] = entry.get("task")
+
+
+def _bytes_of(file: Path) -> bytes:
+    """What is in a journal; nothing where there is none. Raises OutputError for what is no plain file."""
+    try:
+        if not stat.S_ISREG(file.lstat().st_mode):
+            raise OutputError(f"{file}: in the way, it is no plain file; move it, or choose another folder")
+        return file.read_bytes()
+    except FileNotFoundError:
+        return b""
+    except OSError as error:
+        raise OutputError(f"cannot read {file}: {error.strerror}") from error
 
 
 class WorkFolder:
@@ -88,6 +101,7 @@ class WorkFolder:
     def __init__(self, folder: Path) -> None:
         """Raises BusyError where another batch works here, RunFolderError for what is in the way, OutputError."""
         self.folder = folder.absolute()
+        self._names: dict[str, list[str]] | None = None  # what is left, by digests
         if os.path.lexists(folder) and (folder.is_symlink() or not folder.is_dir()):
             raise RunFolderError(f"{folder}: in the way; move it or choose another folder for the pictures")
         try:
@@ -102,17 +116,23 @@ class WorkFolder:
         """Where the picture of a task is when it is whole."""
         return self.folder / f"{digest}{suffix}"
 
-    def close(self, *, all_done: bool) -> None:
-        """Lets go. Where all is done nothing in it is of use any more, of older tasks neither."""
-        if all_done:
-            for path in self.folder.iterdir():
-                if path.name != "lock":
-                    discard(path)
+    def close(self, done: Iterable[str] = ()) -> None:
+        """Lets go. What is left of the tasks of these digests goes; and the folder, where nothing is left in it."""
+        for path in (self.folder / name for digest in done for name in self._names_of(digest)):
+            discard(path)
+        discard(self.folder / TOKEN)
+        left = [path for path in self.folder.iterdir() if path.name != "lock"]
+        if not left:
             discard(self.folder / "lock")
         self._lock.release()
-        if all_done:
-            try:
+        if not left:
+            with contextlib.suppress(OSError):
                 self.folder.rmdir()
-            except OSError:
-                return
-            sync_folder(self.folder.parent)
+                sync_folder(self.folder.parent)
+
+    def _names_of(self, digest: str) -> list[str]:
+        if self._names is None:
+            self._names = {}
+            for path in self.folder.iterdir():
+                self._names.setdefault(path.name.partition(".")[0], []).append(path.name)
+        return self._names.get(digest, [])

@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import unicodedata
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -31,7 +32,7 @@ from handscroll.units import gibibytes, one_line, shown
 from handscroll.weights.json_text import parse_json
 
 MAX_FILE_BYTES, MAX_LINE_BYTES = 2**28, 2**20
-MAX_NAME_BYTES = 200  # of a file's name, so that its parts and scratches have room beside it
+MAX_NAME_BYTES, MAX_OUTPUT_BYTES = 200, 1000  # of a file's name, so that its parts have room beside it; with folders
 # What the machine decides, and no line of a file: they change no picture.
 OF_MACHINE = ("device", "devices", "memory", "memory_bytes", "strip_rows")
 _OWN = ("output", "quality")
@@ -117,6 +118,8 @@ def _pictures(
     if not isinstance(found, dict) or "prompt" not in found:
         raise UsageError('no prompt in it; write {"prompt": "..."} and more options, or the prompt alone in quotes')
     own = {name: value for name, value in found.items() if value is not None and name not in ("prompt", *_OWN)}
+    if "format" in own:
+        raise UsageError('format is of the whole batch; give this line an output, such as "output": "lake.webp"')
     for name in own:
         if name.replace("-", "_") in OF_MACHINE:
             raise UsageError(f"{name} is of the whole batch; give it as --{name.replace('_', '-')} and not in a line")
@@ -153,10 +156,12 @@ def _checked_output(output: Any) -> str:
     path = PurePosixPath(output.replace("\\", "/") if IS_WINDOWS else output)
     if path.is_absolute() or PureWindowsPath(output).drive or ".." in path.parts or not path.name:
         raise UsageError(f"output {shown(output)} is not a name below the folder of the batch")
-    if path.parts[0] in (WORK, JOURNAL):
+    if path.parts[0].casefold() in (WORK, JOURNAL):
         raise UsageError(f"output {shown(output)} is where the batch keeps its own files; choose another name")
     if printable(output) != output:
         raise UsageError(f"output {shown(output)} holds characters that no name should have")
+    if len(output.encode()) > MAX_OUTPUT_BYTES:
+        raise UsageError(f"output {shown(output)} has more than {MAX_OUTPUT_BYTES} bytes")
     for part in path.parts:
         if len(part.encode()) > MAX_NAME_BYTES:
             raise UsageError(f"output {shown(output)} has a name of more than {MAX_NAME_BYTES} bytes")
@@ -175,33 +180,44 @@ def _check_suffix(suffix: str) -> None:
 
 
 def _named(file: Path, drafts: list[tuple[int, Request, str | None, int | None]], suffix: str) -> list[Task]:
-    """Tasks with a seed, a name and a digest each: no two share a file, in systems too that see no difference of case.
+    """Tasks with a seed, a name and a digest each: no two share a file, in systems too that see no difference of case
+    or of how accents are written.
 
-    Raises UsageError where two lines name the same file.
+    Raises UsageError where two lines name the same file, or one a file in a folder that is another's file.
     """
     lines_of: dict[str, int] = {}
     for number, _, output, _ in drafts:
-        if output is not None and (other := lines_of.setdefault(output.casefold(), number)) != number:
+        if output is not None and (other := lines_of.setdefault(_as_seen(output), number)) != number:
             raise UsageError(f"{file}, line {number}: writes to {shown(output)} as line {other} does")
-    taken = set(lines_of)
-    times: Counter[str] = Counter()
+    times: Counter[tuple[str, str]] = Counter()
     tasks = []
+    taken = set(lines_of)
     for number, request, output, quality in drafts:
         if request.seed is None:
-            asked = _digest(request, quality, output or suffix)
+            asked = request.prompt, request.negative
             times[asked] += 1
-            request = dataclasses.replace(request, seed=_seed_of(asked, times[asked]))
+            request = dataclasses.replace(request, seed=_seed_of(request, times[asked]))
         if output is None:
-            output = _free_name(request, suffix, taken)
-            taken.add(output.casefold())
+            output = _free_name(request, suffix, taken, _digest(request, quality, suffix))
+            taken.add(_as_seen(output))
         tasks.append(Task(number, request, output, quality, _digest(request, quality, output)))
+    for task in tasks:
+        for folder in PurePosixPath(_as_seen(task.output)).parents:
+            if str(folder) in taken:
+                raise UsageError(f"{file}, line {task.line}: {shown(task.output)} lies in what another line writes")
     return tasks
 
 
-def _free_name(request: Request, suffix: str, taken: set[str]) -> str:
+def _as_seen(output: str) -> str:
+    """A name as file systems see it that tell the fewest names apart."""
+    return unicodedata.normalize("NFC", output).casefold()
+
+
+def _free_name(request: Request, suffix: str, taken: set[str], digest: str) -> str:
+    """By prompt and seed; what has the same with other options gets some digits of its digest behind them."""
     name = f"{words_of(request.prompt) or 'picture'}-{request.seed}"
-    numbered = (f"{name}-{number}{suffix}" for number in count(2))
-    return next(found for found in chain([f"{name}{suffix}"], numbered) if found.casefold() not in taken)
+    names = chain([name, f"{name}-{digest[:6]}"], (f"{name}-{digest[:6]}-{number}" for number in count(2)))
+    return next(found for each in names if _as_seen(found := f"{each}{suffix}") not in taken)
 
 
 def _digest(request: Request, quality: int | None, output: str) -> str:
@@ -211,6 +227,9 @@ def _digest(request: Request, quality: int | None, output: str) -> str:
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def _seed_of(asked: str, times: int) -> int:
-    """A seed for those who gave none, as short as a random one: made of what is asked, and how often it was before."""
-    return int.from_bytes(hashlib.sha256(f"{asked} {times}".encode()).digest()[:4], "big")
+def _seed_of(request: Request, times: int) -> int:
+    """A seed for those who gave none, as short as a random one: made of the prompt, the negative prompt, and how often
+    both came before. Other options leave it as it is.
+    """
+    asked = json.dumps([request.prompt, request.negative, times])
+    return int.from_bytes(hashlib.sha256(asked.encode()).digest()[:4], "big")

@@ -14,7 +14,7 @@ from queue import Empty, SimpleQueue
 from types import TracebackType
 from typing import IO, Any, Self
 
-from handscroll.batch.pool import At, Failed, Heard, Lost, Made, Pool, Ready, Said, Starts
+from handscroll.batch.pool import At, Failed, Heard, Lost, Made, Pool, Ready, Said, Starts, WorkerError
 from handscroll.errors import UsageError
 from handscroll.request import count_devices
 from handscroll.system import how_it_ended, usable_cores
@@ -32,13 +32,17 @@ def devices_of_workers(workers: str | None, devices: str | None, device: str, cu
     is none. devices: of each picture, as `--devices`, a number or cpu:N. Raises UsageError.
     """
     group, on_cpu = _group_of(devices)
-    if device != "auto":
+    if device not in ("auto", "cuda"):
         if workers is not None and not workers.isdigit():
             raise UsageError(f"--device names one device and --workers {workers} others; leave one of them out")
+        _check_there([device], cuda_devices)
         return [device] * int(workers or 1)
+    if device == "cuda" and (on_cpu or not cuda_devices or (workers or "").startswith("cpu")):
+        raise UsageError("--device cuda: no GPU is here, or --workers or --devices name processors")
     if workers is not None and workers.startswith("cuda"):
         if on_cpu:
             raise UsageError(f"--workers {workers} are GPUs, and --devices {devices} are not; leave one of them out")
+        _check_there(workers.split(","), cuda_devices)
         return _grouped(workers.split(","), group, f"--workers {workers}")
     if on_cpu or (workers or "").startswith("cpu") or not cuda_devices:
         count = 1 if workers is None else count_devices(workers)
@@ -64,9 +68,17 @@ def _group_of(devices: str | None) -> tuple[int, bool]:
     return count_devices(devices), devices.startswith("cpu")
 
 
+def _check_there(devices: Sequence[str], cuda_devices: int) -> None:
+    for device in devices:
+        if device.startswith("cuda:") and int(device.removeprefix("cuda:")) >= cuda_devices:
+            raise UsageError(f"{device} is not here: this machine has {cuda_devices} GPUs")
+
+
 def _grouped(devices: Sequence[str], group: int, what: str) -> list[str]:
     if len(devices) < group:
         raise UsageError(f"{what} are fewer than the {group} devices of a picture; use a smaller --devices")
+    if what.startswith("--") and len(devices) % group:
+        raise UsageError(f"{what} cannot be shared out in groups of {group}; leave {len(devices) % group} of them out")
     return [",".join(devices[first : first + group]) for first in range(0, len(devices) - group + 1, group)]
 
 
@@ -125,6 +137,11 @@ class LocalPool(Pool):
         except OSError:
             return  # it has ended, which is heard next
 
+    def replace(self, worker: int) -> None:
+        at = self._processes.pop(worker)
+        at.end()
+        self._start_process(at.device)
+
     def heard(self, seconds: float) -> Sequence[Heard]:
         found = []
         try:
@@ -136,8 +153,12 @@ class LocalPool(Pool):
         return [self._understood(worker, line) for worker, line in found if worker in self._processes]
 
     def __enter__(self) -> Self:
-        for device in self._devices:
-            self._start_process(device)
+        try:
+            for device in self._devices:
+                self._start_process(device)
+        except OSError as error:
+            self.__exit__(None, None, None)
+            raise WorkerError(f"no worker can start: {one_line(error, MAX_REASON)}") from error
         return self
 
     def __exit__(
@@ -183,8 +204,8 @@ class LocalPool(Pool):
                 return At(worker, stage, done, total)
             case {"notice": str(said)}:
                 return Said(worker, said)
-            case {"made": dict(facts)}:
-                return Made(worker, facts)
+            case {"made": dict(facts), **rest}:
+                return Made(worker, facts, is_worn=bool(rest.get("worn")))
             case {"failed": dict(error)}:
                 return Failed(worker, error)
         return Said(worker, f"{at.name} says what nobody understands: {one_line(line.decode(), MAX_REASON)}")

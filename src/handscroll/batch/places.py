@@ -9,16 +9,18 @@ import shutil
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from handscroll.batch.journal import JOURNAL, WORK
 from handscroll.errors import OutputError, UsageError
-from handscroll.files import cache_folder, move_whole, sync_file
-from handscroll.units import one_line
+from handscroll.files import cache_folder, move_whole, sync_file, write_whole
+from handscroll.units import one_line, shown
 
 TRIES, PAUSE_S = 3, 2.0  # of what goes over a network
 MAX_REASON = 200  # characters, of what a library says
+# A journal is sent to an address before each picture while it is small, and else now and then.
+TOLD_AT_ONCE_BYTES, TELL_EVERY_S = 2**20, 30.0
 
 
 class Place(ABC):
@@ -28,8 +30,16 @@ class Place(ABC):
     journal: Path
 
     @abstractmethod
+    def begin(self) -> None:
+        """Once the work folder is held: what other machines have told in the journal is in it."""
+
+    @abstractmethod
     def present(self, names: Sequence[str]) -> set[str]:
-        """Which of these files are there."""
+        """Which of these files are there. Raises OutputError too for one that can never be."""
+
+    @abstractmethod
+    def tell(self) -> None:
+        """The journal has a new line: others may want to know of it."""
 
     @abstractmethod
     def put(self, finished: Path, name: str) -> None:
@@ -48,6 +58,8 @@ def open_place(address: str) -> Place:
     """The place that a user names. Raises UsageError, and OutputError where it cannot be reached or made."""
     if re.match(r"[A-Za-z][\w.+-]+(::|://)", address):
         return Address(address)
+    if not address or re.match(r"[A-Za-z][\w.+-]+:/", address):
+        raise UsageError(f"output {shown(address)} is no folder and no address; write ./lakes or s3://bucket/lakes")
     return Folder(Path(address))
 
 
@@ -58,13 +70,27 @@ class Folder(Place):
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except FileExistsError:
-            raise OutputError(f"{folder}: is a file; name a folder for the pictures") from None
+            what = "is a link to nowhere" if folder.is_symlink() and not folder.exists() else "is a file"
+            raise OutputError(f"{folder}: {what}; name a folder for the pictures") from None
         except (OSError, ValueError) as error:
             raise OutputError(f"cannot make the folder {folder}: {one_line(error, MAX_REASON)}") from error
         self.folder, self.work_folder, self.journal = folder, folder / WORK, folder / JOURNAL
 
+    def begin(self) -> None:
+        pass  # all who work here share the file
+
     def present(self, names: Sequence[str]) -> set[str]:
-        return {name for name in names if os.path.lexists(self.folder / name)}
+        found = {name for name in names if os.path.lexists(self.folder / name)}
+        for name in found:
+            if (path := self.folder / name).is_dir():
+                raise OutputError(f"cannot write {path}: it is a folder; move it or choose another name")
+        for parent in {parent for name in names for parent in PurePosixPath(name).parents}:
+            if (path := self.folder / parent).exists() and not path.is_dir():
+                raise OutputError(f"cannot write into {path}: it is no folder; move it or choose another name")
+        return found
+
+    def tell(self) -> None:
+        pass
 
     def put(self, finished: Path, name: str) -> None:
         path = self.folder / name
@@ -83,7 +109,7 @@ class Folder(Place):
 
 
 class Address(Place):
-    """An address of fsspec. Pictures are made in a folder of the user's cache; the journal goes there too, and back."""
+    """An address of fsspec. Pictures are made in a folder of the user's cache; the journal is here and there."""
 
     def __init__(self, address: str) -> None:
         from fsspec.core import url_to_fs
@@ -94,13 +120,24 @@ class Address(Place):
             raise UsageError(f"{address}: {one_line(error, MAX_REASON)}") from error
         except Exception as error:  # each system has errors of its own
             raise OutputError(f"{address}: cannot be reached: {one_line(error, MAX_REASON)}") from error
-        self._address = address.rstrip("/")
+        self._address = address if address.endswith("://") else address.rstrip("/") + "/"
         name = hashlib.sha256(f"{self._system.protocol} {self._root}".encode()).hexdigest()[:16]
         self.work_folder = cache_folder() / "batch" / name / WORK
         self.journal = self.work_folder.with_name(JOURNAL)
-        if not self.journal.exists() and self.present([JOURNAL]):
-            self.journal.parent.mkdir(parents=True, exist_ok=True)
-            self._try(JOURNAL, lambda: self._system.get_file(self._path(JOURNAL), str(self.journal)))
+        self._told_at, self._is_told = -TELL_EVERY_S, True
+
+    def begin(self) -> None:
+        """Joins the journal there and the one here, without what is in both."""
+        there: bytes = b""
+        if self.present([JOURNAL]):
+            there = self._try(JOURNAL, lambda: self._system.cat_file(self._path(JOURNAL)))
+        here = self.journal.read_bytes() if self.journal.exists() else b""
+        lines = dict.fromkeys(line for line in [*there.split(b"\n"), *here.split(b"\n")] if line)
+        if lines:
+            try:
+                write_whole(self.journal, [line + b"\n" for line in lines])
+            except OSError as error:
+                raise OutputError(f"cannot write {self.journal}: {error.strerror}") from error
 
     def present(self, names: Sequence[str]) -> set[str]:
         found = self._try("", lambda: self._system.find(self._root) if self._system.exists(self._root) else [])
@@ -112,11 +149,18 @@ class Address(Place):
         finished.unlink()
 
     def shown(self, name: str) -> str:
-        return f"{self._address}/{name}"
+        return f"{self._address}{name}"
+
+    def tell(self) -> None:
+        self._is_told = False
+        is_small = self.journal.stat().st_size <= TOLD_AT_ONCE_BYTES
+        if is_small or time.monotonic() - self._told_at >= TELL_EVERY_S:
+            self.close()
 
     def close(self) -> None:
-        if self.journal.exists():
+        if not self._is_told:
             self._try(JOURNAL, lambda: self._upload(self.journal, JOURNAL))
+            self._is_told, self._told_at = True, time.monotonic()
 
     def _upload(self, file: Path, name: str) -> None:
         path = self._path(name)

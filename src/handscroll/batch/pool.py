@@ -46,19 +46,28 @@ class Said:
 
 @dataclass(frozen=True)
 class Made:
-    """A picture is whole. `content`: its bytes, where the worker's disk is not ours."""
+    """A picture is whole. `content`: its bytes, where the worker's disk is not ours. `is_worn`: the process holds more
+    than before, and there is a budget: the next picture wants a fresh one.
+    """
 
     worker: int
     facts: Mapping[str, Any]
     content: bytes | None = None
+    is_worn: bool = False
 
 
 @dataclass(frozen=True)
 class Failed:
-    """A picture cannot be made; the error as `--json` prints it. The worker is ready for another."""
+    """A picture cannot be made; the error as `--json` prints it. The worker is ready for another, unless it is sick:
+    what nobody expected may have broken it, and would keep it from making any.
+    """
 
     worker: int
     error: Mapping[str, Any]
+
+    @property
+    def is_sick(self) -> bool:
+        return self.error.get("code") in ("unexpected", "out_of_memory")
 
 
 @dataclass(frozen=True)
@@ -73,14 +82,15 @@ Heard = Ready | At | Said | Made | Failed | Lost
 
 
 class Pool(ABC):
-    """Several workers, by numbers that are never used again. A context manager: with it they end.
-
-    The workers are told a task's request as it runs there: `on_worker` sets the device.
-    """
+    """Several workers, by numbers that are never used again. A context manager: with it they end."""
 
     @abstractmethod
     def start(self, worker: int, task: Mapping[str, Any]) -> None:
         """Gives a task to a worker that is ready."""
+
+    @abstractmethod
+    def replace(self, worker: int) -> None:
+        """Ends a worker that has nothing to do, and starts another in its place."""
 
     @abstractmethod
     def heard(self, seconds: float) -> Sequence[Heard]:

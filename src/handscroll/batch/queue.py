@@ -32,6 +32,10 @@ class Queue:
             return first[1]
         return self._new.popleft() if self._new else None
 
+    def put_back(self, task: Task, now: float) -> None:
+        """The task was not begun after all; it comes first."""
+        self._again.append((now, task))
+
     def lost(self, task: Task, now: float) -> bool:
         """The task's worker ended. Whether it gets another try."""
         self._lost[task.digest] += 1

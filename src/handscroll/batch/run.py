@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import time
 from collections import deque
@@ -20,13 +21,15 @@ from handscroll.errors import BusyError, OutputError
 from handscroll.events import OnEvent, Progress, notice
 from handscroll.files import write_whole
 from handscroll.plan.stages import BY_NAME
-from handscroll.units import listed
+from handscroll.units import duration, listed
 
 STAGE = "batch"
-HEAR_S = 0.5
+HEAR_S, SILENT_S = 0.5, 600.0
+# Errors that another process, or a later time, may not have.
+MAY_PASS = ("out_of_memory", "unexpected", "rank_failed")
 
 OnPicture = Callable[[str], None]
-MakePool = Callable[[Path], Pool]
+MakePool = Callable[[Path, Sequence[Task]], Pool]
 
 
 @dataclass
@@ -55,36 +58,55 @@ def run_batch(
 ) -> Summary:
     """Makes what is not there yet. on_picture: told of every picture in its place, those of earlier sessions first.
 
-    make_pool: the workers, which make pictures in the folder that it is given. existing: what becomes of files that no
-    batch has made and a task wants to write. A task that fails does not keep others from being made. Raises
-    OutputError where no picture can be put in its place, WorkerError where there is nobody to make one, BusyError.
+    make_pool: the workers for these tasks, which make pictures in the folder that it is given. existing: what becomes
+    of files that no batch has made and a task wants to write. A task that fails does not keep others from being made.
+    Raises OutputError where no picture can be put in its place, WorkerError where nobody can make one, BusyError.
     """
     began = time.monotonic()
-    summary = Summary(len(tasks))
-    with _held(place, summary) as work:
-        journal = Journal(place.journal)
-        to_do = []
+    summary, done = Summary(len(tasks)), set[str]()
+    if _is_all_there(tasks, place):  # nothing need be writable
+        for task in tasks:
+            on_picture(place.shown(task.output))
+        summary.kept = len(tasks)
+        return summary
+    with _held(place, done) as work:
+        journal, to_do = Journal(place.journal), []
         for task, is_done in _sorted_out(tasks, journal, place, work, existing):
             if is_done:
                 summary.kept += 1
+                done.add(task.digest)
                 on_picture(place.shown(task.output))
             else:
                 to_do.append(task)
         if to_do:
-            with make_pool(work.folder) as pool, _told_what_is_there(summary):
-                _Batch(Queue(to_do), pool, place, journal, work, summary, on_event, on_picture).run()
-        summary.seconds = time.monotonic() - began
+            with _told_what_is_there(summary), make_pool(work.folder, to_do) as pool:
+                _Batch(Queue(to_do), pool, place, journal, work, summary, on_event, on_picture, done).run()
+    summary.seconds = time.monotonic() - began
     return summary
 
 
+def _is_all_there(tasks: Sequence[Task], place: Place) -> bool:
+    journal = Journal(place.journal)
+    if place.work_folder.exists() or not all(journal.has_made(task.output, task.digest) for task in tasks):
+        return False
+    return len(place.present([task.output for task in tasks])) == len(tasks)
+
+
 @contextmanager
-def _held(place: Place, summary: Summary) -> Iterator[WorkFolder]:
+def _held(place: Place, done: set[str]) -> Iterator[WorkFolder]:
+    """The work folder, held, with the journal as all others know it. done: digests of what need not be kept there."""
     work = WorkFolder(place.work_folder)
     try:
+        place.begin()
         yield work
-    finally:
-        work.close(all_done=summary.kept + summary.made == summary.pictures)
+    except BaseException:
+        with contextlib.suppress(OutputError):  # what was wrong before is what the user has to know
+            place.close()
+        raise
+    else:
         place.close()
+    finally:
+        work.close(done)
 
 
 @contextmanager
@@ -133,8 +155,11 @@ class _Batch:
     summary: Summary
     on_event: OnEvent
     on_picture: OnPicture
+    done: set[str]  # digests
     idle: deque[int] = field(default_factory=deque)
     at_work: dict[int, Task] = field(default_factory=dict)
+    kinds: dict[int, Any] = field(default_factory=dict)  # of pictures that a worker makes under a budget
+    heard_at: dict[int, float] = field(default_factory=dict)
     last: At | None = None
 
     def run(self) -> None:
@@ -144,6 +169,7 @@ class _Batch:
             self._give_out()
             for heard in self.pool.heard(HEAR_S):
                 self._answer(heard)
+            self._tell_of_silence()
             self._tell()
 
     def _give_out(self) -> None:
@@ -151,13 +177,20 @@ class _Batch:
             task = self.queue.next(time.monotonic())
             if task is None:
                 return
-            worker = self.idle.popleft()
+            worker, kind = self.idle.popleft(), _kind_of(task)
+            if self.kinds.setdefault(worker, kind) != kind:
+                # What a process has left of other work would count against the budget of this.
+                self.queue.put_back(task, time.monotonic())
+                self.pool.replace(worker)
+                continue
             self.at_work[worker] = task
+            self.heard_at[worker] = time.monotonic()
             path = self.work.finished(task.digest, task.suffix)
             request = dataclasses.asdict(task.request)
             self.pool.start(worker, {"request": request, "path": str(path), "quality": task.quality})
 
     def _answer(self, heard: Heard) -> None:
+        self.heard_at[heard.worker] = time.monotonic()
         match heard:
             case At():
                 self.last = heard
@@ -175,7 +208,10 @@ class _Batch:
                 self._made(task, heard)
             case Failed() if task is not None:
                 self._failed(task, heard.error)
-        self.idle.append(heard.worker)
+        if (isinstance(heard, Made) and heard.is_worn) or (isinstance(heard, Failed) and heard.is_sick):
+            self.pool.replace(heard.worker)
+        else:
+            self.idle.append(heard.worker)
 
     def _made(self, task: Task, heard: Made) -> None:
         """The picture is finished; it is told of, and then goes to its place."""
@@ -187,32 +223,53 @@ class _Batch:
                 raise OutputError(f"cannot write {finished}: {error.strerror}") from error
         facts = {name: value for name, value in heard.facts.items() if name != "path"}
         self.journal.add({**self._told(task, DONE), **facts})
+        self.place.tell()
         self.place.put(finished, task.output)
+        self.done.add(task.digest)
         self.summary.made += 1
         self.on_picture(self.place.shown(task.output))
 
     def _failed(self, task: Task, error: Mapping[str, Any]) -> None:
-        if error.get("code") == BusyError.code and self.queue.busy(task, time.monotonic()):
+        """A picture could not be made. What may go well another time is tried again."""
+        code, message = error.get("code"), str(error.get("message"))
+        if code == BusyError.code and self.queue.busy(task, time.monotonic()):
             return
-        if error.get("code") == OutputError.code:  # no other picture could be written either
-            raise OutputError(f"line {task.line}: {error.get('message')}")
+        if code == OutputError.code:  # no other picture could be written either
+            raise OutputError(f"line {task.line}: {message}")
+        if code in MAY_PASS:
+            self._lost(task, message, error)
+        else:
+            self._give_up(task, error)
+
+    def _lost(self, task: Task | None, why: str, error: Mapping[str, Any] | None = None) -> None:
+        if task is None:
+            self.on_event(notice(why))
+        elif self.queue.lost(task, time.monotonic()):
+            self.summary.retried.append({"line": task.line, "output": task.output, "why": why})
+            self.on_event(notice(f"line {task.line}: {why}; it is tried again"))
+        else:
+            lost = {"code": "worker_lost", "message": f"{TRIES} workers were lost at it, the last: {why}"}
+            self._give_up(task, lost if error is None else error)
+
+    def _give_up(self, task: Task, error: Mapping[str, Any]) -> None:
         self.summary.failed.append({"line": task.line, "output": task.output, "error": dict(error)})
         self.journal.add({**self._told(task, FAILED), "error": dict(error)})
         self.on_event(notice(f"line {task.line}: {error.get('message')}"))
 
-    def _lost(self, task: Task | None, why: str) -> None:
-        if task is None:
-            self.on_event(notice(why))
-            return
-        if self.queue.lost(task, time.monotonic()):
-            self.summary.retried.append({"line": task.line, "output": task.output, "why": why})
-            self.on_event(notice(f"line {task.line}: {why}; another goes on with it"))
-        else:
-            message = f"{TRIES} workers were lost at it, the last: {why}"
-            self._failed(task, {"code": "worker_lost", "message": message})
+    def _tell_of_silence(self) -> None:
+        now = time.monotonic()
+        for worker, task in self.at_work.items():
+            if now - self.heard_at.get(worker, now) > SILENT_S:
+                self.heard_at[worker] = now
+                self.on_event(
+                    notice(
+                        f"line {task.line}: nothing was heard of its worker for {duration(SILENT_S)}; if its process "
+                        "is ended, another takes the picture"
+                    )
+                )
 
     def _told(self, task: Task, status: str) -> dict[str, Any]:
-        """What the journal says of every task: enough to make the picture again."""
+        """What the journal says of every task."""
         own = {"output": task.output, "task": task.digest, "status": status, "line": task.line}
         return {**own, "prompt": task.request.prompt, "seed": task.request.seed, "tries": self.queue.tries(task)}
 
@@ -225,3 +282,12 @@ class _Batch:
         told += [f"{len(summary.failed)} failed"] if summary.failed else []
         done = summary.kept + summary.made + len(summary.failed)
         self.on_event(Progress(STAGE, done, summary.pictures, detail=", ".join(told)))
+
+
+def _kind_of(task: Task) -> Any:
+    """What two tasks have in common that take the same memory, where they have a budget."""
+    return (
+        None
+        if task.request.memory_bytes is None
+        else dataclasses.replace(task.request, prompt="any", negative="", seed=0)
+    )

@@ -24,15 +24,16 @@ from handscroll.errors import HandscrollError, is_out_of_memory
 from handscroll.events import OnEvent, Progress
 from handscroll.files import write_all
 from handscroll.request import Request
-from handscroll.system import PARENT
+from handscroll.system import PARENT, resident_bytes
 from handscroll.units import one_line
 from handscroll.version import __version__
 
 if TYPE_CHECKING:
     from handscroll.runtime.keeping import Keeping
 
-TOLD_EVERY_S = 0.5
+TOLD_EVERY_S, ALIVE_EVERY_S = 0.5, 30.0
 MAX_REASON = 300  # characters, of what a library says of an error that nobody expected
+WORN_BYTES = 16 * 2**20
 ORPHANED = 1  # the exit code of a worker that nobody hears any more
 
 
@@ -41,6 +42,7 @@ class Maker:
 
     def __init__(self) -> None:
         self._keeping: Keeping | None = None
+        self._first_bytes: int | None = None  # what the process held after its first picture
 
     def make(self, task: Mapping[str, Any], on_event: OnEvent) -> dict[str, Any]:
         """Makes the picture of a task, or says why not."""
@@ -69,7 +71,14 @@ class Maker:
             gc.freeze()  # what is imported need not be walked between two stages
         options: dict[str, Any] = {"quality": quality, "processes": processes, "keeping": self._keeping}
         (result,) = pipeline.generate(request, path, on_event=on_event, **options)
-        return {"made": result.as_dict()}
+        return {"made": result.as_dict(), "worn": request.memory_bytes is not None and self._is_worn()}
+
+    def _is_worn(self) -> bool:
+        """Whether the process holds more than after its first picture, which would count against the next's budget."""
+        now_bytes = resident_bytes()
+        if self._first_bytes is None:
+            self._first_bytes = now_bytes
+        return now_bytes is not None and self._first_bytes is not None and now_bytes - self._first_bytes > WORN_BYTES
 
 
 def _by_ranks(request: Request, path: Path, quality: int | None) -> dict[str, Any]:
@@ -124,13 +133,18 @@ class _Teller:
 
     def __init__(self, said: int) -> None:
         self._said, self._told = said, 0.0
+        self._at: list[Any] = []
 
     def __call__(self, event: Progress) -> None:
         if event.stage == "notice":
             _say(self._said, {"notice": event.detail})
-        elif event.stage != "pulse" and time.monotonic() - self._told >= TOLD_EVERY_S:
+            return
+        if event.stage != "pulse":
+            self._at = [event.stage, event.done, event.total]
+        every = TOLD_EVERY_S if event.stage != "pulse" else ALIVE_EVERY_S
+        if self._at and time.monotonic() - self._told >= every:
             self._told = time.monotonic()
-            _say(self._said, {"at": [event.stage, event.done, event.total]})
+            _say(self._said, {"at": self._at})
 
 
 def main() -> None:

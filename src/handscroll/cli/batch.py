@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from handscroll.batch.journal import JOURNAL
 from handscroll.batch.lines import Task, read_tasks
 from handscroll.batch.places import open_place
 from handscroll.cli import work
@@ -80,6 +81,8 @@ def batch(
     The same command goes on after an interruption, and makes no picture twice. FOLDER/batch.jsonl tells what was made.
     """
     _check(workers, ray, existing)
+    if os.path.exists(journal := os.path.join(output, JOURNAL)) and os.path.samefile(file, journal):
+        raise UsageError(f"{file}: is the journal of that folder; give a file of prompts of your own")
     tasks = read_tasks(file, options, suffix=f".{format.lower().removeprefix('.')}", quality=quality)
     place = open_place(output)
 
@@ -92,7 +95,7 @@ def batch(
     with work.watching(quiet) as on_event:
         from handscroll.batch.run import run_batch
 
-        make_pool = functools.partial(_pool, tasks, workers, ray, options, on_event)
+        make_pool = functools.partial(_pool, workers, ray, options, on_event)
         summary = run_batch(tasks, place, make_pool, on_event, existing=existing, on_picture=on_picture)
     if as_json:
         print(to_json({"folder": output, **summary.as_dict()}), flush=True)
@@ -116,19 +119,19 @@ def _check(workers: str | None, ray: str | None, existing: str) -> None:
 
 
 def _pool(
-    tasks: Sequence[Task],
     workers: str | None,
     ray: str | None,
     options: Mapping[str, Any],
     on_event: OnEvent,
     folder: Path,
+    tasks: Sequence[Task],
 ) -> Pool:
     """Who makes the pictures: actors of Ray, or processes of this machine, for which a model is fetched before."""
     device, devices = options["device"] or "auto", options["devices"]
     if ray is not None:
         from handscroll.batch.cluster import RayPool
 
-        return RayPool(ray, folder, None if workers is None else int(workers), device, devices)
+        return RayPool(ray, folder, None if workers is None else int(workers), device, devices, len(tasks))
     from handscroll.batch.local import LocalPool, devices_of_workers
     from handscroll.models.opening import on_fetch, open_checkpoint
 
@@ -146,7 +149,7 @@ def _count_gpus() -> int:
 
 def _told(summary: Summary) -> str:
     """`38 pictures in 12.4 min, 2 were there, 1 failed, 3 tried again`."""
-    parts = [f"{summary.made} pictures in {duration(summary.seconds)}"]
+    parts = [f"{summary.made} picture{'s' * (summary.made != 1)} in {duration(summary.seconds)}"]
     parts += [f"{summary.kept} were there"] if summary.kept else []
     parts += [f"{len(summary.failed)} failed"] if summary.failed else []
     parts += [f"{len(summary.retried)} tried again"] if summary.retried else []
@@ -156,6 +159,6 @@ def _told(summary: Summary) -> str:
 def _told_failed(summary: Summary) -> str:
     first = summary.failed[0]
     said = one_line(f"line {first['line']}: {first['error'].get('message')}")
-    return (
-        f"{len(summary.failed)} of {summary.pictures} pictures were not made; {said}; the same command tries them again"
-    )
+    of_use = any(each["error"].get("code") not in ("bad_usage", "budget_too_small") for each in summary.failed)
+    again = "; the same command tries again" if of_use else ""
+    return f"{len(summary.failed)} of {summary.pictures} pictures were not made; {said}{again}"
