@@ -45,7 +45,9 @@ _MEANINGS = {
     "node has died": "its machine is gone",
     "node died": "its machine is gone",
     "worker process has died": "its process has ended",
+    "is unavailable": "it cannot be reached any more",
 }
+_LOG_HEAD = re.compile(r"^\[[^]]*\] (\S+:\d+: )?")  # of Ray's log lines: time, process, place in its source
 _TRY = "import sys, ray; ray.init(sys.argv[1], log_to_driver=False); ray.nodes()"
 
 
@@ -243,7 +245,9 @@ class RayPool(Pool):
         at = self._workers.pop(worker)
         self._ray.kill(at.actor)
         if any(mark in str(error) for mark in _ENDED):
-            raise WorkerError(f"the Ray cluster at {self._address} has ended this batch: its main machine is gone")
+            raise WorkerError(
+                f"the machine is gone by which this process works with the Ray cluster at {self._address}"
+            )
         why = f"{at.name} was lost: {_said_by_ray(error)}"
         others = any(each.is_ready for each in self._workers.values())
         if at.is_ready or self._starts.failed(why, others=others):
@@ -345,8 +349,8 @@ def _check_lets_in(address: str) -> None:
     except subprocess.TimeoutExpired as error:
         said, is_in = error.stderr or b"", False
     if not is_in:
-        lines = [line.strip() for line in said.decode(errors="replace").splitlines() if line.strip()]
-        telling = [line.rpartition("] ")[2] for line in lines if "token" in line.lower()] or lines
+        lines = [_LOG_HEAD.sub("", line) for line in said.decode(errors="replace").splitlines() if line.strip()]
+        telling = [line for line in lines if "token" in line.lower()] or lines
         why = one_line(telling[-1], MAX_REASON) if telling else f"nothing is heard within {JOIN_S:g} s"
         raise WorkerError(f"the Ray cluster at {address} does not let this process in: {why}")
 

@@ -80,7 +80,7 @@ def run_batch(
                 to_do.append(task)
         if to_do:
             with _told_what_is_there(summary), make_pool(work.folder, to_do) as pool:
-                _Batch(Queue(to_do), pool, place, journal, work, summary, on_event, on_picture, done).run()
+                _Batch(Queue(_by_kind(to_do)), pool, place, journal, work, summary, on_event, on_picture, done).run()
     summary.seconds = time.monotonic() - began
     return summary
 
@@ -282,6 +282,12 @@ class _Batch:
         told += [f"{len(summary.failed)} failed"] if summary.failed else []
         done = summary.kept + summary.made + len(summary.failed)
         self.on_event(Progress(STAGE, done, summary.pictures, detail=", ".join(told)))
+
+
+def _by_kind(tasks: Sequence[Task]) -> list[Task]:
+    """In their order, but that those with a budget which take the same memory follow each other."""
+    places: dict[Any, int] = {}
+    return sorted(tasks, key=lambda task: places.setdefault(_kind_of(task), len(places)))
 
 
 def _kind_of(task: Task) -> Any:
