@@ -17,9 +17,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from handscroll.batch.devices import arranged, devices_of_workers, on_device
 from handscroll.batch.journal import DONE, Journal, WorkFolder
 from handscroll.batch.lines import Task, read_tasks
-from handscroll.batch.local import devices_of_workers, on_device
 from handscroll.batch.places import open_place
 from handscroll.batch.pool import At, Failed, Heard, Lost, Made, Pool, Ready, WorkerError
 from handscroll.batch.queue import BUSY_PAUSE_S, MOST_BUSY_S, TRIES, Queue
@@ -265,6 +265,41 @@ def test_devices_that_workers_cannot_have(
 ) -> None:
     with pytest.raises(UsageError, match=said):
         devices_of_workers(workers, devices, device, gpus)
+
+
+@pytest.mark.parametrize(
+    ("machines", "workers", "device", "devices", "most", "found"),
+    [
+        ([(8, 0), (8, 0)], None, "auto", None, None, (2, 1, 0, "cpu", 8, 1)),
+        ([(8, 0), (8, 0)], 4, "auto", None, None, (4, 1, 0, "cpu", 4, 2)),
+        ([(8, 0), (8, 0)], 4, "auto", None, 1, (1, 1, 0, "cpu", 16, 1)),
+        ([(8, 0), (2, 0)], None, "auto", "cpu:4", None, (1, 4, 0, "cpu:4", 0, 1)),
+        ([(8, 4), (8, 2)], None, "auto", None, None, (6, 1, 1, "cuda", 0, 3)),
+        ([(8, 4), (8, 3)], None, "cuda", "2", None, (3, 1, 2, "2", 0, 2)),
+        ([(8, 4), (8, 3)], None, "cpu", None, None, (2, 1, 0, "cpu", 8, 1)),
+        ([(0, 0), (4, 0)], None, "auto", None, None, (1, 1, 0, "cpu", 4, 1)),
+    ],
+)
+def test_workers_of_a_cluster(
+    machines: list[tuple[int, int]], workers: int | None, device: str, devices: str | None, most: int | None, found: Any
+) -> None:
+    there = [{"CPU": float(cores), "GPU": float(gpus)} for cores, gpus in machines]
+    made = arranged(there, workers, device, devices, most)
+    assert (made.workers, made.cpus, made.gpus, made.device, made.threads, made.on_a_machine) == found
+
+
+@pytest.mark.parametrize(
+    ("workers", "device", "devices", "said"),
+    [
+        (3, "auto", None, "2 cores and 0 GPUs on 2 machines; use --workers 2 or fewer"),
+        (None, "auto", "cpu:2", "no machine enough of them for --devices cpu:2"),
+        (None, "cuda", None, "no GPU"),
+        (None, "cuda:0", None, "names a GPU of this machine"),
+    ],
+)
+def test_workers_that_a_cluster_cannot_have(workers: int | None, device: str, devices: str | None, said: str) -> None:
+    with pytest.raises(UsageError, match=said):
+        arranged([{"CPU": 1.0}, {"CPU": 1.0}], workers, device, devices, None)
 
 
 def test_a_request_is_told_what_its_worker_runs_on() -> None:

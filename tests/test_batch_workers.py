@@ -188,20 +188,38 @@ def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    ray = [sys.executable, "-m", "ray.scripts.scripts"]
     own = {**environ(), "RAY_USAGE_STATS_ENABLED": "0", "RAY_TMPDIR": folder}
-    start = [*ray, "start", "--head", f"--port={port}", "--num-cpus=4", "--include-dashboard=false"]
-    subprocess.run([*start, "--node-ip-address=127.0.0.1"], env=own, check=True, capture_output=True, timeout=120)
-    yield f"127.0.0.1:{port}"
-    subprocess.run([*ray, "stop", "--force"], env=own, check=True, capture_output=True, timeout=120)
-    shutil.rmtree(folder, ignore_errors=True)
+    start = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", f"--port={port}"]
+    start += ["--num-cpus=4", "--include-dashboard=false"]
+    nothing = subprocess.DEVNULL
+    head = subprocess.Popen(start, env=own, stdout=nothing, stderr=nothing, start_new_session=True)
+    try:
+        wait_for(lambda: is_open(port))
+        yield f"127.0.0.1:{port}"
+    finally:
+        # Not by `ray stop`, which would end every cluster of this user.
+        of_cluster = psutil.Process(head.pid).children(recursive=True)
+        head.terminate()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            head.wait(SOON_S)
+        for each in [*psutil.wait_procs(of_cluster, timeout=SOON_S)[1]]:
+            each.kill()
+        head.kill()
+        head.wait()
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def is_open(port: int) -> bool:
+    with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1.0):
+        return True
+    return False
 
 
 def actors() -> list[psutil.Process]:
     found = []
     for process in psutil.process_iter(["cmdline"]):
         line = process.info["cmdline"] or [""]
-        if line[0].startswith("ray::Actor"):
+        if line[0].startswith("ray::HandscrollWorker"):
             found.append(process)
     return found
 

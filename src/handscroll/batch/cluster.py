@@ -18,14 +18,13 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from handscroll.batch.devices import arranged, on_device
 from handscroll.batch.journal import TOKEN
-from handscroll.batch.local import on_device
 from handscroll.batch.pool import At, Failed, Heard, Lost, Made, Pool, Ready, Said, Starts, WorkerError
 from handscroll.batch.worker import Maker, described
 from handscroll.errors import OutputError, UsageError
 from handscroll.events import Progress
 from handscroll.files import cache_folder
-from handscroll.request import count_devices
 from handscroll.units import duration, one_line
 from handscroll.version import __version__
 
@@ -51,7 +50,7 @@ _LOG_HEAD = re.compile(r"^\[[^]]*\] (\S+:\d+: )?")  # of Ray's log lines: time, 
 _TRY = "import sys, ray; ray.init(sys.argv[1], log_to_driver=False); ray.nodes()"
 
 
-class Actor:
+class HandscrollWorker:
     """A worker on some machine of the cluster. What it takes and gives are JSON values, and a picture's bytes."""
 
     def __init__(self, threads: int) -> None:
@@ -141,8 +140,9 @@ class RayPool(Pool):
         self._nowhere.enter_context(contextlib.redirect_stdout(self._nowhere.enter_context(open(os.devnull, "w"))))
         try:
             self._folder.joinpath(TOKEN).write_text(self._token)
-            self._arrange()
-            for _ in range(self._count):
+            there = [node["Resources"] for node in self._ray.nodes() if node["Alive"]]
+            self._arranged = arranged(there, self._asked, self._device, self._devices, self._most)
+            for _ in range(self._arranged.workers):
                 self._start_actor()
         except BaseException:
             self._leave()
@@ -171,7 +171,11 @@ class RayPool(Pool):
 
     def start(self, worker: int, task: Mapping[str, Any]) -> None:
         at = self._workers[worker]
-        told = {**task, "request": on_device(task["request"], self._on), "processes": self._on_a_machine}
+        told = {
+            **task,
+            "request": on_device(task["request"], self._arranged.device),
+            "processes": self._arranged.on_a_machine,
+        }
         at.is_at_work = True
         self._waiting[at.actor.make.remote(told)] = worker, "make"
 
@@ -210,7 +214,7 @@ class RayPool(Pool):
                 raise WorkerError(f"the Ray cluster at {self._address} has no machine any more")
             if now - self._since > MOST_WAITS_S and self._had_worker:
                 raise WorkerError(f"no worker has come back within {duration(MOST_WAITS_S)}")
-            return [Said(0, f"no worker is there yet; the cluster has {self._has}, is it in use by others?")]
+            return [Said(0, f"no worker is there yet; the cluster has {self._arranged.has}, is it in use by others?")]
         return []
 
     def _answered(self, worker: int, asked: str, reference: Any) -> list[Heard]:
@@ -254,40 +258,11 @@ class RayPool(Pool):
             self._start_actor()
         return Lost(worker, why)
 
-    def _arrange(self) -> None:
-        """How many workers, and what each of them takes of the cluster. Raises UsageError."""
-        there = self._ray.cluster_resources()
-        cores, gpus = int(there.get("CPU", 0)), int(there.get("GPU", 0))
-        machines = max(1, sum(1 for node in self._ray.nodes() if node["Alive"] and node["Resources"].get("CPU")))
-        group = 1 if self._devices is None else count_devices(self._devices)
-        on_cpu = self._device == "cpu" or (self._devices or "").startswith("cpu") or not gpus
-        if self._device.startswith("cuda:"):
-            raise UsageError(f"--device {self._device} names a GPU of this machine; on a cluster use auto, cpu or cuda")
-        if self._device == "cuda" and not gpus:
-            raise UsageError(f"the cluster at {self._address} has no GPU; use --device cpu")
-        self._has = f"{cores} cores and {gpus} GPUs on {machines} machines"
-        kind = "CPU" if on_cpu else "GPU"  # the devices of a group are of one machine
-        most = sum(int(node["Resources"].get(kind, 0)) // group for node in self._ray.nodes() if node["Alive"])
-        self._count = self._asked or (min(most, machines) if on_cpu else most)
-        if not 1 <= self._count <= most:
-            of_each = f" of {group} devices each" if group > 1 else ""
-            raise UsageError(
-                f"{self._asked or 1} workers{of_each} do not fit: the cluster has {self._has}; use --workers {most} "
-                "or fewer"
-                if most
-                else f"the cluster has {self._has}, and no machine has enough of them for --devices {self._devices}"
-            )
-        self._count = min(self._count, self._most or self._count)
-        self._on_a_machine = -(-self._count // machines)
-        self._threads = max(1, cores // self._count) if on_cpu and group == 1 else 0
-        self._takes = {"num_cpus": group if on_cpu else 1, "num_gpus": 0 if on_cpu else group}
-        several = f"cpu:{group}" if on_cpu else str(group)
-        self._on = several if group > 1 else "cpu" if on_cpu else "cuda"
-
     def _start_actor(self) -> None:
         self._numbers += 1
-        remote = self._ray.remote(concurrency_groups={LOOK: 1}, **self._takes)(Actor)
-        actor = remote.options(scheduling_strategy="SPREAD").remote(self._threads)
+        takes = {"num_cpus": self._arranged.cpus, "num_gpus": self._arranged.gpus}
+        remote = self._ray.remote(concurrency_groups={LOOK: 1}, **takes)(HandscrollWorker)
+        actor = remote.options(scheduling_strategy="SPREAD").remote(self._arranged.threads)
         self._workers[self._numbers] = _Worker(actor, f"worker {self._numbers}")
         introduced = actor.introduce.remote(self._folder_told(), self._token, socket.gethostname())
         self._waiting[introduced] = self._numbers, "introduce"
@@ -315,7 +290,7 @@ def connect(address: str) -> Any:
         ray.init(address, logging_level="ERROR", log_to_driver=False, configure_logging=False)
     except Exception as error:  # each of Ray's layers has errors of its own
         raise WorkerError(f"no Ray cluster at {address}: {one_line(error, MAX_REASON)}") from error
-    ray.method(concurrency_group=LOOK)(Actor.look)  # which is called while the actor makes a picture
+    ray.method(concurrency_group=LOOK)(HandscrollWorker.look)  # which is called while the actor makes a picture
     return ray
 
 

@@ -14,78 +14,14 @@ from queue import Empty, SimpleQueue
 from types import TracebackType
 from typing import IO, Any, Self
 
+from handscroll.batch.devices import on_device
 from handscroll.batch.pool import At, Failed, Heard, Lost, Made, Pool, Ready, Said, Starts, WorkerError
-from handscroll.errors import UsageError
-from handscroll.request import count_devices
 from handscroll.system import how_it_ended, usable_cores
 from handscroll.units import one_line
 
 COMMAND = ("-P", "-m", "handscroll.batch.worker")
 END_S = 5.0  # for a process whose output has ended
 MAX_REASON = 200
-
-
-def devices_of_workers(workers: str | None, devices: str | None, device: str, cuda_devices: int) -> list[str]:
-    """What each worker runs on: one device, as `cpu` or `cuda:1`, or several that make a picture together.
-
-    workers: as `--workers`, a number, cpu:N or a list of CUDA devices; None takes every GPU, or one process where there
-    is none. devices: of each picture, as `--devices`, a number or cpu:N. Raises UsageError.
-    """
-    group, on_cpu = _group_of(devices)
-    if device not in ("auto", "cuda"):
-        if workers is not None and not workers.isdigit():
-            raise UsageError(f"--device names one device and --workers {workers} others; leave one of them out")
-        _check_there([device], cuda_devices)
-        return [device] * int(workers or 1)
-    if device == "cuda" and (on_cpu or not cuda_devices or (workers or "").startswith("cpu")):
-        raise UsageError("--device cuda: no GPU is here, or --workers or --devices name processors")
-    if workers is not None and workers.startswith("cuda"):
-        if on_cpu:
-            raise UsageError(f"--workers {workers} are GPUs, and --devices {devices} are not; leave one of them out")
-        _check_there(workers.split(","), cuda_devices)
-        return _grouped(workers.split(","), group, f"--workers {workers}")
-    if on_cpu or (workers or "").startswith("cpu") or not cuda_devices:
-        count = 1 if workers is None else count_devices(workers)
-        return [f"cpu:{group}" if group > 1 else "cpu"] * count
-    found = _grouped([f"cuda:{index}" for index in range(cuda_devices)], group, f"this machine's {cuda_devices} GPUs")
-    if workers is None:
-        return found
-    if int(workers) > len(found):
-        of_each = f" of {group} devices" if group > 1 else ""
-        raise UsageError(f"{workers} workers{of_each} are more than this machine's {cuda_devices} GPUs are enough for")
-    return found[: int(workers)]
-
-
-def _group_of(devices: str | None) -> tuple[int, bool]:
-    """How many devices make a picture together, and whether they are processes on the CPU."""
-    if devices is None:
-        return 1, False
-    if devices.startswith("cuda"):
-        raise UsageError(
-            f"--devices {devices} names the devices of one picture; a batch takes a number there, and --workers "
-            f"{devices} for a process on each"
-        )
-    return count_devices(devices), devices.startswith("cpu")
-
-
-def _check_there(devices: Sequence[str], cuda_devices: int) -> None:
-    for device in devices:
-        if device.startswith("cuda:") and int(device.removeprefix("cuda:")) >= cuda_devices:
-            raise UsageError(f"{device} is not here: this machine has {cuda_devices} GPUs")
-
-
-def _grouped(devices: Sequence[str], group: int, what: str) -> list[str]:
-    if len(devices) < group:
-        raise UsageError(f"{what} are fewer than the {group} devices of a picture; use a smaller --devices")
-    if what.startswith("--") and len(devices) % group:
-        raise UsageError(f"{what} cannot be shared out in groups of {group}; leave {len(devices) % group} of them out")
-    return [",".join(devices[first : first + group]) for first in range(0, len(devices) - group + 1, group)]
-
-
-def on_device(request: Mapping[str, Any], device: str) -> dict[str, Any]:
-    """A request's fields, with what a worker runs on."""
-    several = "," in device or device.startswith("cpu:") or device.isdigit()
-    return {**request, "device": "auto" if several else device, "devices": device if several else None}
 
 
 @dataclass

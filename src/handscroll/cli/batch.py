@@ -132,7 +132,8 @@ def _pool(
         from handscroll.batch.cluster import RayPool
 
         return RayPool(ray, folder, None if workers is None else int(workers), device, devices, len(tasks))
-    from handscroll.batch.local import LocalPool, devices_of_workers
+    from handscroll.batch.devices import devices_of_workers
+    from handscroll.batch.local import LocalPool
     from handscroll.models.opening import on_fetch, open_checkpoint
 
     for model, revision in dict.fromkeys((task.request.model, task.request.revision) for task in tasks):
