@@ -16,9 +16,14 @@ from typing import Any
 
 import pytest
 
+from handscroll.events import ignore
 from handscroll.models.checkpoint import CheckpointSpec
+from handscroll.plan.inputs import Hardware, PlanInputs
+from handscroll.plan.search import make_plan
+from handscroll.request import Request
 from handscroll.runtime.distributed import Team
 from handscroll.runtime.distributed.processes import ProcessRanks
+from handscroll.runtime.keeping import Keeping
 from handscroll.runtime.session import Session
 
 ASKED = ["--steps", "3", "--seed", "5", "--precision", "fp32"]
@@ -328,6 +333,14 @@ def test_others_are_told_of_the_leaders_scratch_folder(miniature: Miniature, tmp
     team = Team(ProcessRanks(group=None, rank=0, size=2), "cpu")
     Session(CheckpointSpec.from_folder(miniature("1.6b")), scratch=tmp_path, team=team)
     assert team.scratch == tmp_path
+
+
+def test_they_are_told_of_the_folder_of_every_job(miniature: Miniature, tmp_path: Path) -> None:
+    team = Team(ProcessRanks(group=None, rank=0, size=2), "cpu")
+    spec = CheckpointSpec.from_folder(miniature("1.6b"))
+    plan = make_plan(spec, Request("a lake", seed=1), PlanInputs(Hardware("cpu"), tokens=5), 1)
+    with Keeping().opened(spec, plan, tmp_path, ignore, team) as session:
+        assert team.scratch == session.scratch == tmp_path
 
 
 PIPELINE = """

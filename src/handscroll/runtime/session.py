@@ -138,9 +138,8 @@ class Session:
         on_event: OnEvent = ignore,
         team: Team | None = None,
     ) -> None:
-        self.spec, self.scratch, self.on_event, self.team = spec, scratch, on_event, team
-        if team is not None:
-            team.scratch = scratch
+        self.spec, self.on_event, self.team = spec, on_event, team
+        self.scratch = scratch
         self._told: set[str] = set()
         self._untold: list[Progress] | None = None  # while a file is read: what is told after
         self._raised: OSError | None = None  # by the listener, while a file is read
@@ -153,6 +152,16 @@ class Session:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.free()
+
+    @property
+    def scratch(self) -> Path | None:
+        return self._scratch
+
+    @scratch.setter
+    def scratch(self, folder: Path | None) -> None:
+        self._scratch = folder
+        if self.team is not None:
+            self.team.scratch = folder
 
     def exchange(self, plan: Plan) -> Exchange | None:
         """Of the rows of the plan's latent; None where this rank makes all."""
