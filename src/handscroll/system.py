@@ -218,6 +218,11 @@ def usable_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def threads_of_each(processes: int) -> int:
+    """How many threads each of so many busy processes should have: teams that share cores wait for each other."""
+    return max(1, usable_cores() // processes)
+
+
 def how_it_ended(exit_code: int) -> str:
     """`was ended by SIGKILL`, or `has ended`: of a process, by the code that Python's subprocess gives."""
     if exit_code >= 0:

@@ -142,6 +142,12 @@ def one_line(said: str | BaseException, most: int | None = None) -> str:
     return line if most is None or len(line) <= most else f"{line[: most - 3]}..."
 
 
+def last_line(said: bytes, most: int | None = None) -> str:
+    """The last line that a process has written, of at most `most` characters; empty where it wrote nothing."""
+    lines = said.decode(errors="replace").strip().splitlines()
+    return one_line(lines[-1], most) if lines else ""
+
+
 def first_line(error: BaseException) -> str:
     """The first line of what an error says, for libraries that go on for many; its kind where it says nothing."""
     return printable((str(error).strip() or type(error).__name__).splitlines()[0])

@@ -71,7 +71,7 @@ class HandscrollWorker:
             name = hashlib.sha256(f"{driver}:{folder}".encode()).hexdigest()[:16]
             self._own_folder = cache_folder() / "batch" / name
             self._own_folder.mkdir(parents=True, exist_ok=True)
-        return {**described(), "host": socket.gethostname(), "shared": is_shared}
+        return {**described(), "host": socket.gethostname()}
 
     def make(self, task: Mapping[str, Any]) -> tuple[dict[str, Any], bytes | None]:
         """What became of a task; with the picture itself where the driver does not see this machine's disk."""

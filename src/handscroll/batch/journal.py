@@ -41,7 +41,6 @@ class Journal:
         self.file = file
         self._made: dict[str, Any] = {}  # by the names of files, the digests of what was last made there
         self._ends_whole = True
-        self.is_new = False  # whether something was added
         data = _bytes_of(file)
         self._ends_whole = not data or data.endswith(b"\n")
         for line in data.split(b"\n"):
@@ -75,7 +74,6 @@ class Journal:
                 os.close(descriptor)
         except OSError as error:
             raise OutputError(f"cannot write {self.file}: {error.strerror}") from error
-        self.is_new = True
         self._note(entry)
 
     def _note(self, entry: Mapping[str, Any]) -> None:
@@ -101,7 +99,6 @@ class WorkFolder:
     def __init__(self, folder: Path) -> None:
         """Raises BusyError where another batch works here, RunFolderError for what is in the way, OutputError."""
         self.folder = folder.absolute()
-        self._names: dict[str, list[str]] | None = None  # what is left, by digests
         if os.path.lexists(folder) and (folder.is_symlink() or not folder.is_dir()):
             raise RunFolderError(f"{folder}: in the way; move it or choose another folder for the pictures")
         try:
@@ -118,9 +115,10 @@ class WorkFolder:
 
     def close(self, done: Iterable[str] = ()) -> None:
         """Lets go. What is left of the tasks of these digests goes; and the folder, where nothing is left in it."""
-        for path in (self.folder / name for digest in done for name in self._names_of(digest)):
-            discard(path)
-        discard(self.folder / TOKEN)
+        of_no_use = {TOKEN, *done}
+        for path in list(self.folder.iterdir()):
+            if path.name.partition(".")[0] in of_no_use:
+                discard(path)
         left = [path for path in self.folder.iterdir() if path.name != "lock"]
         if not left:
             discard(self.folder / "lock")
@@ -129,10 +127,3 @@ class WorkFolder:
             with contextlib.suppress(OSError):
                 self.folder.rmdir()
                 sync_folder(self.folder.parent)
-
-    def _names_of(self, digest: str) -> list[str]:
-        if self._names is None:
-            self._names = {}
-            for path in self.folder.iterdir():
-                self._names.setdefault(path.name.partition(".")[0], []).append(path.name)
-        return self._names.get(digest, [])

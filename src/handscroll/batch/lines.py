@@ -24,6 +24,7 @@ from handscroll.batch.journal import JOURNAL, WORK
 from handscroll.errors import FormatError, HandscrollError, UsageError, printable
 from handscroll.files import why_not_on_windows
 from handscroll.jobs.job import resolved_name
+from handscroll.options import fields_of
 from handscroll.pictures.formats import DZI, FORMATS, check_quality
 from handscroll.pictures.naming import words_of
 from handscroll.pictures.targets import IS_WINDOWS, check_format
@@ -65,12 +66,13 @@ def read_tasks(
     """
     _check_suffix(suffix)
     check_quality(quality)
-    Request.of("any", **options)  # what is wrong with these is no line's fault
+    common = fields_of(Request, options)
+    Request("any", **common)  # what is wrong with these is no line's fault
     drafts: list[tuple[int, Request, str | None, int | None]] = []
     wrong: list[str] = []
     for number, found in _lines(file):
         try:
-            drafts += [(number, *each) for each in _pictures(found, options, suffix, quality)]
+            drafts += [(number, *each) for each in _pictures(found, common, suffix, quality)]
         except HandscrollError as error:
             wrong.append(f"{file}, line {number}: {error}")
     if wrong:
@@ -110,9 +112,12 @@ def _read_line(file: Path, number: int, line: bytes, *, is_json: bool) -> Any:
 
 
 def _pictures(
-    found: Any, options: Mapping[str, Any], suffix: str, quality: int | None
+    found: Any, common: Mapping[str, Any], suffix: str, quality: int | None
 ) -> Iterator[tuple[Request, str | None, int | None]]:
-    """The pictures of a line: what is asked for, the name of its file where the line gives one, and its quality."""
+    """The pictures of a line: what is asked for, the name of its file where the line gives one, and its quality.
+
+    common: the fields of a request that the line need not say.
+    """
     if isinstance(found, str):
         found = {"prompt": found}
     if not isinstance(found, dict) or "prompt" not in found:
@@ -123,9 +128,10 @@ def _pictures(
     for name in own:
         if name.replace("-", "_") in OF_MACHINE:
             raise UsageError(f"{name} is of the whole batch; give it as --{name.replace('_', '-')} and not in a line")
-    request = Request.of(found["prompt"], **_over(options, own))
-    if (request.width is None) != (request.height is None):
+    fields = fields_of(Request, own)
+    if ("width" in fields) != ("height" in fields):
         raise UsageError("width and height go together; give both, or size")
+    request = Request(found["prompt"], **{**common, **fields})
     _check_model(request.model)
     output = None if found.get("output") is None else _checked_output(found["output"])
     quality = check_quality(found.get("quality", quality))
@@ -134,14 +140,6 @@ def _pictures(
         seed = None if request.seed is None else request.seed + index
         name = None if output is None else indexed(Path(output), index, request.count)
         yield dataclasses.replace(request, seed=seed, count=1), None if name is None else name.as_posix(), quality
-
-
-def _over(options: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
-    """A line's options in place of the batch's, which may go by another name of the same."""
-    names = {name.replace("-", "_") for name in own}
-    names |= {"size"} if names & {"width", "height"} else set()
-    names |= {"compose"} if "compose_px" in names else set()
-    return {**{name: value for name, value in options.items() if name not in names}, **own}
 
 
 @cache

@@ -16,8 +16,8 @@ from typing import IO, Any, Self
 
 from handscroll.batch.devices import on_device
 from handscroll.batch.pool import At, Failed, Heard, Lost, Made, Pool, Ready, Said, Starts, WorkerError
-from handscroll.system import how_it_ended, usable_cores
-from handscroll.units import one_line
+from handscroll.system import how_it_ended, threads_of_each
+from handscroll.units import last_line, one_line
 
 COMMAND = ("-P", "-m", "handscroll.batch.worker")
 END_S = 5.0  # for a process whose output has ended
@@ -38,8 +38,7 @@ class _Process:
 
     def last_line(self) -> str:
         self.said.seek(0)
-        lines = self.said.read().decode(errors="replace").strip().splitlines()
-        return one_line(lines[-1], MAX_REASON) if lines else ""
+        return last_line(self.said.read(), MAX_REASON)
 
     def end(self) -> None:
         if self.process.poll() is None:
@@ -108,8 +107,7 @@ class LocalPool(Pool):
         self._started += 1
         environ = dict(os.environ)
         if device.startswith("cpu") and len(self._devices) > 1:
-            # Teams of threads that share cores wait for each other.
-            environ.setdefault("OMP_NUM_THREADS", str(max(1, usable_cores() // len(self._devices))))
+            environ.setdefault("OMP_NUM_THREADS", str(threads_of_each(len(self._devices))))
         said = tempfile.TemporaryFile()  # noqa: SIM115
         command = [sys.executable, *COMMAND]
         pipe = subprocess.PIPE

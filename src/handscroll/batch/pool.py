@@ -11,6 +11,8 @@ from typing import Any, Self
 from handscroll.errors import HandscrollError
 
 MOST_FAILED_STARTS = 3  # one after another
+# Errors after which a process is not to be trusted, and which another may not have.
+SICK = ("out_of_memory", "unexpected")
 
 
 class WorkerError(HandscrollError):
@@ -67,7 +69,7 @@ class Failed:
 
     @property
     def is_sick(self) -> bool:
-        return self.error.get("code") in ("unexpected", "out_of_memory")
+        return self.error.get("code") in SICK
 
 
 @dataclass(frozen=True)

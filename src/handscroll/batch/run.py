@@ -15,7 +15,7 @@ from typing import Any
 from handscroll.batch.journal import DONE, FAILED, Journal, WorkFolder
 from handscroll.batch.lines import Task
 from handscroll.batch.places import Place
-from handscroll.batch.pool import At, Failed, Heard, Lost, Made, Pool, Said
+from handscroll.batch.pool import SICK, At, Failed, Heard, Lost, Made, Pool, Said
 from handscroll.batch.queue import TRIES, Queue
 from handscroll.errors import BusyError, OutputError
 from handscroll.events import OnEvent, Progress, notice
@@ -26,7 +26,7 @@ from handscroll.units import duration, listed
 STAGE = "batch"
 HEAR_S, SILENT_S = 0.5, 600.0
 # Errors that another process, or a later time, may not have.
-MAY_PASS = ("out_of_memory", "unexpected", "rank_failed")
+MAY_PASS = (*SICK, "rank_failed")
 
 OnPicture = Callable[[str], None]
 MakePool = Callable[[Path, Sequence[Task]], Pool]
@@ -86,8 +86,10 @@ def run_batch(
 
 
 def _is_all_there(tasks: Sequence[Task], place: Place) -> bool:
+    if place.work_folder.exists():
+        return False
     journal = Journal(place.journal)
-    if place.work_folder.exists() or not all(journal.has_made(task.output, task.digest) for task in tasks):
+    if not all(journal.has_made(task.output, task.digest) for task in tasks):
         return False
     return len(place.present([task.output for task in tasks])) == len(tasks)
 
@@ -277,8 +279,7 @@ class _Batch:
         summary = self.summary
         told = [f"{len(self.at_work)} at work"]
         if self.last is not None and self.last.worker in self.at_work and self.last.stage in BY_NAME:
-            stage = BY_NAME[self.last.stage]
-            told = [f"{len(self.at_work)} at work, {stage.title} {self.last.done}/{self.last.total}"]
+            told += [f"{BY_NAME[self.last.stage].title} {self.last.done}/{self.last.total}"]
         told += [f"{len(summary.failed)} failed"] if summary.failed else []
         done = summary.kept + summary.made + len(summary.failed)
         self.on_event(Progress(STAGE, done, summary.pictures, detail=", ".join(told)))

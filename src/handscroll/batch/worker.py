@@ -25,7 +25,7 @@ from handscroll.events import OnEvent, Progress
 from handscroll.files import write_all
 from handscroll.request import Request
 from handscroll.system import PARENT, resident_bytes
-from handscroll.units import one_line
+from handscroll.units import last_line, one_line
 from handscroll.version import __version__
 
 if TYPE_CHECKING:
@@ -91,8 +91,7 @@ def _by_ranks(request: Request, path: Path, quality: int | None) -> dict[str, An
     try:
         found = json.loads(done.stdout)
     except ValueError:
-        said = done.stderr.decode(errors="replace").strip().splitlines()
-        message = f"the ranks ended with exit code {done.returncode}: {one_line(said[-1], MAX_REASON) if said else ''}"
+        message = f"the ranks ended with exit code {done.returncode}: {last_line(done.stderr, MAX_REASON)}"
         return {"failed": {"code": "rank_failed", "message": message}}
     return {"failed": found["error"]} if "error" in found else {"made": found}
 

@@ -22,8 +22,8 @@ import typer
 from handscroll.cli.output import to_json
 from handscroll.errors import UsageError
 from handscroll.request import Request, check_devices, count_devices
-from handscroll.system import LAUNCHER, PARENT, STORE, how_it_ended, usable_cores
-from handscroll.units import MAX_SIDE_PX, MIN_SIDE_PX, one_line
+from handscroll.system import LAUNCHER, PARENT, STORE, how_it_ended, threads_of_each, usable_cores
+from handscroll.units import MAX_SIDE_PX, MIN_SIDE_PX, last_line, one_line
 
 # What this process was called with, for the ranks that it starts.
 called_with: list[str] = []
@@ -103,8 +103,7 @@ class _Rank:
         if self.said is None:
             return ""
         self.said.seek(0)
-        lines = self.said.read().decode(errors="replace").strip().splitlines()
-        return lines[-1] if lines else ""
+        return last_line(self.said.read())
 
     def look(self) -> None:
         """Counts how long it has been stopped, by looks of ours: while we are stopped too, nothing counts."""
@@ -151,8 +150,7 @@ def _started(number: int, count: int, store: str, arguments: Sequence[str]) -> _
     environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0", STORE: store}
     if sys.platform.startswith("linux"):
         environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    # Teams of threads that share cores wait for each other.
-    environ.setdefault("OMP_NUM_THREADS", str(max(1, usable_cores() // count)))
+    environ.setdefault("OMP_NUM_THREADS", str(threads_of_each(count)))
     command = [sys.executable, "-P", "-m", "handscroll", *arguments]
     # In sessions of their own: a terminal's Ctrl-C comes here alone, and is passed on as any other.
     if number == 0:

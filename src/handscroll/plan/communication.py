@@ -168,7 +168,7 @@ class Share:
 
 def shares(plan: Plan, spec: CheckpointSpec, tokens: Sequence[int], rates: Rates, link: Link) -> list[Share]:
     """A step at the plan's size, and decoding it. tokens: of each branch's text."""
-    job, shape = _shared(plan, spec, tokens)
+    job, shape = _step_and_decode(plan, spec, tokens)
     alone = dataclasses.replace(job, ranks=1, speeds=())
     of_step = most_of_step(spec.transformer, alone, tokens), most_of_step(spec.transformer, job, tokens)
     found = [_share("step", *of_step, rates.flops(job.precision), link, plan.ranks)]
@@ -208,7 +208,7 @@ class RankPart:
 
 def rank_parts(plan: Plan, spec: CheckpointSpec, tokens: Sequence[int]) -> list[RankPart]:
     """Of every rank, at the plan's size. tokens: of each branch's text."""
-    job, shape = _shared(plan, spec, tokens)
+    job, shape = _step_and_decode(plan, spec, tokens)
     alone = step_flops(spec.transformer, dataclasses.replace(job, ranks=1, speeds=()), tokens, 0)
     pixels = shape.bands.scaled(spec.autoencoder.spatial_compression_ratio)
     found = []
@@ -221,7 +221,7 @@ def rank_parts(plan: Plan, spec: CheckpointSpec, tokens: Sequence[int]) -> list[
     return found
 
 
-def _shared(plan: Plan, spec: CheckpointSpec, tokens: Sequence[int]) -> tuple[Sampling, DecoderShape]:
+def _step_and_decode(plan: Plan, spec: CheckpointSpec, tokens: Sequence[int]) -> tuple[Sampling, DecoderShape]:
     """A step and the decoding of a plan, as its ranks share them."""
     patch = spec.transformer.patch_size
     sharing: dict[str, Any] = {"ranks": plan.ranks, "speeds": plan.speeds}
